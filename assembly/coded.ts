@@ -551,7 +551,7 @@ function enter(lane: u32): void {
 
 /**
  * Begins to decode at STORED: `stored` bytes, whose head was checked, then `before` bytes that copies may come from, then the section of
- * `size` bytes. The caller has provided the memory; all three together are below 2^30.
+ * `size` bytes, which are zeros. The caller has provided the memory; all three together are below 2^30.
  */
 export function begin(stored: usize, before: usize, size: usize): void {
   for (let table: usize = 0; table < COUNT; table++) {
@@ -571,7 +571,6 @@ export function begin(stored: usize, before: usize, size: usize): void {
   state = word() << 16;
   state |= word();
   sound(state >= 0x10000, 2, section);
-  memory.fill(section, 0, size);
 }
 
 /** Decodes about `most` more symbols. Returns whether the section is complete. */

@@ -3,7 +3,7 @@
  * WebAssembly has no half-precision arithmetic, so halves are converted with integer operations.
  */
 import { accumulate } from "./lanes";
-import { BF16, F16, F32, INT3, INT4, INT8 } from "./layout";
+import { BF16, F16, F32, INT4, INT8 } from "./layout";
 
 /** The f32 of a half. Scaling by 2¹¹² moves the exponent's bias and normalises subnormals exactly. */
 export function f16ToF32(half: u32): f32 {
@@ -132,7 +132,7 @@ function decodeHalves(type: i32, from: usize, to: usize, count: i32): void {
 
 /** Decodes `count` packed integers that begin at a whole byte: least significant bit first, two's complement. */
 export function decodeIntegers(type: i32, from: usize, scale: f32, to: usize, count: i32): void {
-  const bits = type == INT8 ? 8 : type == INT4 ? 4 : 3;
+  const bits = <i32>bitsOf(type);
   let i = 0;
   if (ASC_FEATURE_SIMD) {
     // Eight values are `bits` whole bytes. Multiplying by 2ⁿ shifts each lane by its own n, which SIMD shifts cannot.
@@ -165,21 +165,24 @@ export function decodeIntegers(type: i32, from: usize, scale: f32, to: usize, co
   }
 }
 
+/** Bits of an integer. */
+// @ts-ignore: decorator
+@inline
+function bitsOf(type: i32): usize {
+  return type == INT8 ? 8 : type == INT4 ? 4 : 3;
+}
+
 /** Bytes of `count` values of `type`, for counts whose bits fill whole bytes. */
 // @ts-ignore: decorator
 @inline
 export function packedBytes(type: i32, count: usize): usize {
   if (type == F32) return count << 2;
-  if (type <= BF16) return count << 1;
-  if (type == INT8) return count;
-  return type == INT4 ? count >> 1 : (count * 3) >> 3;
+  return type <= BF16 ? count << 1 : (count * bitsOf(type)) >> 3;
 }
 
 /** Bytes of a whole row of `width` values, padded to a byte. */
 export function rowBytes(type: i32, width: usize): usize {
-  if (type == INT4) return (width + 1) >> 1;
-  if (type == INT3) return (width * 3 + 7) >> 3;
-  return packedBytes(type, width);
+  return type < INT8 ? packedBytes(type, width) : (width * bitsOf(type) + 7) >> 3;
 }
 
 /** Bytes of the f16 scales in front of `rows` rows. */

@@ -83,30 +83,16 @@ function dot<V>(x: usize, y: usize, from: i32, count: i32): f32 {
   return total<V>(sum);
 }
 
-/**
- * out[i, k] = Σ_j x[i, j]·basis[k, j], i < count, k < rows, j < width. The basis is decoded once, in the panels of expand;
- * sums are of 32 columns, then of panels.
- */
-export function project(type: i32, out: usize, x: usize, basis: usize, count: i32, rows: i32, width: i32): void {
-  memory.fill(out, 0, (<usize>count * <usize>rows) << 2);
-  for (let j = 0; j < width; j += BASIS_COLUMNS) {
-    const columns = min(BASIS_COLUMNS, width - j);
-    const whole = ASC_FEATURE_SIMD ? columns & ~3 : 0;
-    for (let k = 0; k < rows; k += BASIS_ROWS) {
-      const part = min(BASIS_ROWS, rows - k);
-      decodePanel(type, basis, rows, width, k, j, part, columns, BASIS_COLUMNS);
-      for (let i = 0; i < count; i++) {
-        const values = x + ((<usize>i * <usize>width + <usize>j) << 2);
-        let to = out + ((<usize>i * <usize>rows + <usize>k) << 2);
-        let row = PANEL;
-        for (let p = 0; p < part; p++) {
-          let sum = dot<f32>(values, row, whole, columns);
-          if (ASC_FEATURE_SIMD) sum += dot<v128>(values, row, 0, whole);
-          store<f32>(to, load<f32>(to) + sum);
-          to += 4;
-          row += 4 * BASIS_COLUMNS;
-        }
-      }
+/** out[i, k] = Σ_j x[i, j]·basis[k, j], i < count, k < rows, j < width, all f32. */
+export function project(out: usize, x: usize, basis: usize, count: i32, rows: i32, width: i32): void {
+  const whole = ASC_FEATURE_SIMD ? width & ~3 : 0;
+  const step = <usize>width << 2;
+  for (let i = 0; i < count; i++, x += step) {
+    let row = basis;
+    for (let k = 0; k < rows; k++, row += step, out += 4) {
+      let sum = dot<f32>(x, row, whole, width);
+      if (ASC_FEATURE_SIMD) sum += dot<v128>(x, row, 0, whole);
+      store<f32>(out, sum);
     }
   }
 }

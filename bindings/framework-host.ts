@@ -4,7 +4,7 @@
  */
 import { nearest } from "../src/arguments.ts";
 import type { DeviceBuffer } from "../src/backends/backend.ts";
-import type { CpuView, Parameter, Transaction, WeightHost } from "../src/core/base.ts";
+import type { CpuView, Parameter, WeightHost } from "../src/core/base.ts";
 import { BaseMismatchError } from "../src/errors.ts";
 import type { Layout } from "../src/format/format.ts";
 
@@ -15,8 +15,8 @@ export interface Weight<Value> extends Pick<Parameter, "dtype" | "shape"> {
   read(): Promise<Uint8Array>;
   /** A value for it, perhaps of another shape than it has now. Copies the view. */
   make(view: CpuView): Value;
-  /** Puts a value in its place and frees the one before; null takes away a weight that the model did not have. */
-  put(value: Value | null): void;
+  /** Puts a value in its place and frees the one before. */
+  put(value: Value): void;
   /** Place of its bytes on a WebGPU device, as listed. */
   readonly place?: WeightPlace | undefined;
 }
@@ -27,14 +27,14 @@ export interface WeightPlace {
   flush(): void | Promise<void>;
 }
 
-export interface Framework<Value> {
-  free(value: Value): void;
-  /** A weight that the model does not have yet. Absent where it cannot have more. */
-  readonly more?: ((name: string) => Weight<Value>) | undefined;
-}
-
-/** @param weights by the names that adapters use */
-export function frameworkHost<Value>(weights: Map<string, Weight<Value>>, framework: Framework<Value>): WeightHost {
+/**
+ * @param weights by the names that adapters use
+ * @param free frees a value that `make` made
+ */
+export function frameworkHost<Value>(
+  weights: ReadonlyMap<string, Weight<Value>>,
+  free: (value: Value) => void,
+): WeightHost {
   const find = (name: string): Weight<Value> => {
     const weight = weights.get(name);
     if (weight) return weight;
@@ -56,45 +56,31 @@ export function frameworkHost<Value>(weights: Map<string, Weight<Value>>, framew
       for (const name of names) await find(name).place!.flush();
     },
     begin(names = []) {
-      for (const name of names) if (!weights.has(name) && !framework.more) refuseMore(name);
-      return transaction(weights, framework);
-    },
-  };
-}
-
-function transaction<Value>(weights: Map<string, Weight<Value>>, { free, more }: Framework<Value>): Transaction {
-  const staged = new Map<string, { readonly weight: Weight<Value>; readonly value: Value | null }>();
-  const take = (name: string): void => {
-    const value = staged.get(name)?.value;
-    if (value) free(value);
-    staged.delete(name);
-  };
-  return {
-    write(name, view) {
-      take(name);
-      const weight = weights.get(name) ?? more!(name);
-      staged.set(name, { weight, value: view && weight.make(view as CpuView) });
-    },
-    commit() {
-      for (const [name, { weight, value }] of staged) {
-        weight.put(value);
-        if (value) weights.set(name, weight);
-        else weights.delete(name);
+      for (const name of names) {
+        if (weights.has(name)) continue;
+        throw new BaseMismatchError(
+          `a task brings "${name}", which the model does not have. If the model calls it otherwise, map its layer with the option ` +
+            `\`names\`; to use the tasks without it, pass ignore: ["${name}"]`,
+          { module: name },
+        );
       }
-    },
-    rollback() {
-      for (const name of staged.keys()) take(name);
+      const staged = new Map<string, Value>();
+      return {
+        write(name, view) {
+          const old = staged.get(name);
+          if (old) free(old);
+          staged.set(name, weights.get(name)!.make(view as CpuView));
+        },
+        commit() {
+          for (const [name, value] of staged) weights.get(name)!.put(value);
+        },
+        rollback() {
+          for (const value of staged.values()) free(value);
+          staged.clear();
+        },
+      };
     },
   };
-}
-
-/** @throws BaseMismatchError always */
-function refuseMore(name: string): never {
-  throw new BaseMismatchError(
-    `a task brings "${name}", which the model does not have. If the model calls it otherwise, map its layer with the option ` +
-      `\`names\`; to use the tasks without it, pass ignore: ["${name}"]`,
-    { module: name },
-  );
 }
 
 /** A weight as adapters know it. */

@@ -50,7 +50,7 @@ const DTYPES = new Map<string, FloatDtype>([
  * The parameters of a jax-js model, as a base for `createRuntime`. A parameter goes by its path in the tree, with dots. A switch puts
  * new arrays into the tree and frees the ones before: take them from the tree for each run, by `.ref`.
  * @param jax the module `@jax-js/jax`
- * @param params objects and lists of arrays. Where all arrays are in one object, by names with dots, tasks may add some
+ * @param params objects and lists of arrays
  * @throws TypeError when one of them is not that
  * @example
  * const runtime = await createRuntime(pack, { base: jaxHost(jax, params) });
@@ -71,12 +71,7 @@ export function jaxHost(jax: Jax, params: JaxTree): WeightHost {
     if (DTYPES.has(like.dtype))
       weights.set(own, weightOf(jax, leaf, like, like.shape.length === 2 ? layout : undefined));
   }
-  const [{ holder, key }] = leaves as [Leaf];
-  const more = (path: string): Weight<JaxArray> => weightOf(jax, { path, holder, key: path }, holder[key]!);
-  return frameworkHost(weights, {
-    free: (array) => array.dispose(),
-    more: leaves.every((leaf) => leaf.holder === params) ? more : undefined,
-  });
+  return frameworkHost(weights, (array) => array.dispose());
 }
 
 /** @param path of the container, with a dot at the end */
@@ -88,14 +83,12 @@ function* leavesOf(container: Record<string, JaxTree>, path = ""): Iterable<Leaf
   }
 }
 
-/** @param like the array that is there; of a new parameter, another one on the same device */
 function weightOf({ numpy }: Jax, { holder, key }: Leaf, like: JaxArray, layout?: Layout): Weight<JaxArray> {
   const { device, dtype } = like;
   const shape = [...like.shape];
-  const put = (value: JaxArray | null): void => {
-    holder[key]?.dispose();
-    if (value) holder[key] = value;
-    else delete holder[key];
+  const put = (value: JaxArray): void => {
+    holder[key]!.dispose();
+    holder[key] = value;
   };
   const place: WeightPlace = {
     buffer: () => holder[key]!.ref.gpuBufferSync() as DeviceBuffer,

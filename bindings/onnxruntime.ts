@@ -11,9 +11,9 @@ import { createEngine, type Ort, type SessionOptions } from "./ort-engine.ts";
 
 export type { ModuleFilter } from "../src/core/part.ts";
 export type { MemoryReport, SwitchOptions } from "../src/core/selection.ts";
+export type { ProbeReport } from "../src/session/delivery.ts";
 export type { Engine } from "../src/session/engine.ts";
 export type { Mode, SessionSwitchOptions } from "../src/session/options.ts";
-export type { ProbeReport } from "../src/session/probe.ts";
 export type {
   Session,
   SessionRunOptions,

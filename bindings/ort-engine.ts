@@ -10,7 +10,6 @@ import type { Feed } from "../src/onnx/feeds.ts";
 import { FLOAT } from "../src/onnx/linear.ts";
 import { makeNode, makeValue } from "../src/onnx/nodes.ts";
 import { create, GraphProtoSchema, ModelProtoSchema, toBinary } from "../src/onnx/protobuf.ts";
-import type { DetachedModel } from "../src/onnx/write.ts";
 import { Queue } from "../src/queue.ts";
 import type { Engine, EngineGpu, EngineTensor, LoadOptions, Tensors } from "../src/session/engine.ts";
 
@@ -76,145 +75,113 @@ export function createEngine<O extends Ort>(ort: O, session?: SessionOptions<O>)
   if (typeof ort?.InferenceSession?.create !== "function" || typeof ort.Tensor !== "function") {
     throw new TypeError(`expected the module onnxruntime-web or onnxruntime-node, got ${described(ort)}`);
   }
-  return new OrtEngine(ort, session as KnownOptions | undefined);
+  return engineOf(ort, session as KnownOptions | undefined);
 }
 
-class OrtEngine implements Engine<OrtSession> {
-  readonly name = "onnxruntime";
-  readonly gpu: EngineGpu | undefined;
-  readonly #ort: Ort;
-  readonly #options: KnownOptions | undefined;
+function engineOf(ort: Ort, options: KnownOptions = {}): Engine<OrtSession> {
+  const { InferenceSession, env } = ort;
+  const Tensor = ort.Tensor as unknown as new (...of: unknown[]) => EngineTensor;
+  const name = "onnxruntime";
+  const provider = JSON.stringify(options.executionProviders ?? "default");
+  const isWeb = env.versions?.web !== undefined;
   /** Wraps all work on the device, once that is known. */
-  #whileAlive: (<T>(work: () => Promise<T>) => Promise<T>) | undefined;
-
-  constructor(ort: Ort, options: KnownOptions | undefined) {
-    this.#ort = ort;
-    this.#options = options;
-    if (!onWebgpu(options)) return;
-    this.gpu = {
-      device: () => this.#device(),
-      tensor: (buffer, dtype, dims) => bufferTensor(ort, buffer, dtype, dims),
-      exclusive: (work) => this.#inTurn(() => this.#guarded(work)),
-    };
-  }
-
-  get readsFiles(): boolean {
-    return this.#ort.env.versions?.node !== undefined;
-  }
-
-  get integers(): Engine["integers"] {
-    // onnxruntime-web's older WebGPU provider (jsep) computes something else with DequantizeLinear.
-    if (this.gpu) return ["MatMulNBits"];
-    // WebAssembly would unpack all blocks of 4 bits in each run, which takes longer than bytes do.
-    return this.#ort.env.versions?.web === undefined ? ["MatMulNBits", "DequantizeLinear"] : ["DequantizeLinear"];
-  }
-
-  get room(): number | undefined {
-    return this.gpu || this.#ort.env.versions?.web === undefined ? undefined : WASM_BYTES;
-  }
-
-  get provider(): string {
-    return JSON.stringify(this.#options?.executionProviders ?? "default");
-  }
-
-  async load({ bytes, files, folder }: DetachedModel, options: LoadOptions = {}): Promise<OrtSession> {
-    const own = optionsFor(this.#options ?? {}, options);
-    const given = folder === undefined ? { ...own, externalData: [...files] } : withFolder(own, folder);
-    try {
-      const model = this.#handsOver ? bytes.slice() : bytes;
-      return await this.#inTurn(() => this.#ort.InferenceSession.create(model, given as never));
-    } catch (cause) {
-      const { message } = cause as Error;
-      // The main entry of onnxruntime-web alone has a build for Node.
-      const hint = message.includes("Dynamic require")
-        ? "; in Node use onnxruntime-node, or import plain onnxruntime-web"
-        : "";
-      throw new BackendError(`onnxruntime cannot load the model (providers: ${this.provider}): ${message}${hint}`, {
-        backend: this.name,
-        cause,
-      });
-    }
-  }
-
-  run(session: OrtSession, feeds: Tensors, fetches: unknown, options: object = {}): Promise<Tensors> {
-    const run = () => {
-      const given = this.#handsOver ? this.#copies(feeds) : feeds;
-      return session.run(given as never, fetches as never, options as never) as Promise<Tensors>;
-    };
-    return this.#inTurn(() => this.#guarded(run));
-  }
-
-  /**
-   * True if models run in a worker of onnxruntime-web's own (`env.wasm.proxy`). Memory that goes there is handed over: the array that holds it is
-   * empty from then on, with all else that lies in the same memory.
-   */
-  get #handsOver(): boolean {
-    return this.#ort.env.wasm?.proxy === true;
-  }
-
-  #copies(feeds: Tensors): Tensors {
-    const copy = ({ type, data, dims }: EngineTensor) => this.tensor((data as Feed["data"]).slice(), dims, type);
-    return Object.fromEntries(Object.entries(feeds).map(([name, tensor]) => [name, copy(tensor)]));
-  }
-
-  tensor(data: Feed["data"], dims: readonly number[], type?: string): EngineTensor {
-    const Tensor = this.#ort.Tensor as unknown as new (...of: unknown[]) => EngineTensor;
-    return new Tensor(type ?? TYPES.get(data.constructor), data, dims);
-  }
-
-  release(session: OrtSession): Promise<void> {
-    return this.#inTurn(() => session.release());
-  }
-
-  async #device(): Promise<{ device: DeviceHandle; ignored: boolean }> {
-    const found = await findDevice(
-      this.#ort,
-      this.#options!.executionProviders![0]!,
-      (options) => new OrtEngine(this.#ort, options),
-    );
-    this.#whileAlive = whileAlive(found.device);
-    return found;
-  }
-
-  #guarded<T>(work: () => Promise<T>): Promise<T> {
-    return this.#whileAlive ? this.#whileAlive(work) : work();
-  }
-
+  let guarded = <T>(work: () => Promise<T>): Promise<T> => work();
   /**
    * onnxruntime-web overlaps nothing: in browsers a second run, creation or release fails with "Session already started", or
    * hangs the page, even of another session. All that goes through here waits for its turn.
    */
-  #inTurn<T>(work: () => Promise<T>): Promise<T> {
-    const { InferenceSession, env } = this.#ort;
-    if (env.versions?.web === undefined) return work();
+  const inTurn = <T>(work: () => Promise<T>): Promise<T> => {
+    if (!isWeb) return work();
     const queue = queues.get(InferenceSession) ?? new Queue();
     queues.set(InferenceSession, queue);
     return queue.change(work);
-  }
+  };
+  /**
+   * True if models run in a worker of onnxruntime-web's own (`env.wasm.proxy`). Memory that goes there is handed over: the array that
+   * holds it is empty from then on, with all else that lies in the same memory.
+   */
+  const handsOver = (): boolean => env.wasm?.proxy === true;
+  const tensor: Engine["tensor"] = (data, dims, type = TYPES.get(data.constructor)) => new Tensor(type, data, dims);
+  const copy = ({ type, data, dims }: EngineTensor): EngineTensor => tensor((data as Feed["data"]).slice(), dims, type);
+  const gpu: EngineGpu = {
+    async device() {
+      const found = await findDevice(ort, options.executionProviders![0]!);
+      guarded = whileAlive(found.device);
+      return found;
+    },
+    tensor: (buffer, dtype, dims) => bufferTensor(ort, buffer, dtype, dims),
+    exclusive: (work) => inTurn(() => guarded(work)),
+  };
+  const isGpu = onWebgpu(options);
+  return {
+    ...{ name, provider, tensor },
+    gpu: isGpu ? gpu : undefined,
+    readsFiles: env.versions?.node !== undefined,
+    // onnxruntime-web's older WebGPU provider (jsep) computes something else with DequantizeLinear. WebAssembly would unpack all blocks of
+    // 4 bits in each run, which takes longer than bytes do.
+    integers: isGpu ? ["MatMulNBits"] : isWeb ? ["DequantizeLinear"] : ["MatMulNBits", "DequantizeLinear"],
+    room: isGpu || !isWeb ? undefined : WASM_BYTES,
+    async load({ bytes, files, folder }, purpose = {}) {
+      const given = optionsFor(options, purpose);
+      const whole =
+        folder === undefined
+          ? { ...given, externalData: [...files] }
+          : configured(given, { model_external_initializers_file_folder_path: folder });
+      try {
+        const model = handsOver() ? bytes.slice() : bytes;
+        return await inTurn(() => InferenceSession.create(model, whole as never));
+      } catch (cause) {
+        const { message } = cause as Error;
+        // The main entry of onnxruntime-web alone has a build for Node.
+        const hint = message.includes("Dynamic require")
+          ? "; in Node use onnxruntime-node, or import plain onnxruntime-web"
+          : "";
+        throw new BackendError(`onnxruntime cannot load the model (providers: ${provider}): ${message}${hint}`, {
+          backend: name,
+          cause,
+        });
+      }
+    },
+    run(session, feeds, fetches, runOptions = {}) {
+      const run = () => {
+        const given = handsOver()
+          ? Object.fromEntries(Object.entries(feeds).map(([input, value]) => [input, copy(value)]))
+          : feeds;
+        return session.run(given as never, fetches as never, runOptions as never) as Promise<Tensors>;
+      };
+      return inTurn(() => guarded(run));
+    },
+    release: (session) => inTurn(() => session.release()),
+  };
 }
 
-/** Options with the folder that a model's files lie in. */
-function withFolder(options: { extra?: { session?: object } }, folder: string): object {
-  const session = { ...options.extra?.session, model_external_initializers_file_folder_path: folder };
-  return { ...options, extra: { ...options.extra, session } };
+/** Options with more entries of onnxruntime's own configuration; the user's come first. */
+function configured(options: object, entries: Readonly<Record<string, string>>): object {
+  const { extra } = options as { readonly extra?: { readonly session?: object } };
+  return { ...options, extra: { ...extra, session: { ...entries, ...extra?.session } } };
 }
 
 /** True if a session's options put the model on WebGPU. */
-function onWebgpu(options: KnownOptions | undefined): boolean {
-  const [first] = options?.executionProviders ?? [];
+function onWebgpu({ executionProviders = [] }: KnownOptions): boolean {
+  const [first] = executionProviders;
   return (typeof first === "string" ? first : first?.name) === "webgpu";
 }
+
+/**
+ * Products read weights as they are. onnxruntime makes a copy of each, in the order in which a product takes them; gradients take them
+ * in another one. Products of many rows with floats are hardly slower without.
+ */
+const UNPACKED = { disable_prepacking: "1" };
 
 /** The user's options, for what a model is loaded for. */
 export function optionsFor(given: KnownOptions, { purpose, exactNodes = [] }: LoadOptions): object {
   if (purpose === "inspect") {
     const { executionProviders, preferredOutputLocation, ...rest } = given as Record<string, unknown>;
     // An arena grows by doubling, and gives nothing back while anything of it is there.
-    return unpacked({ ...rest, graphOptimizationLevel: "disabled", enableCpuMemArena: false });
+    return configured({ ...rest, graphOptimizationLevel: "disabled", enableCpuMemArena: false }, UNPACKED);
   }
   // Patterns of memory are worth little to lengths that change, and each is memory of its own, on top of the rest.
-  const options =
-    purpose === "train" ? unpacked({ enableMemPattern: false, ...given } as Record<string, unknown>) : given;
+  const options = purpose === "train" ? configured({ enableMemPattern: false, ...given }, UNPACKED) : given;
   if (!onWebgpu(given) || exactNodes.length === 0) return options;
   // Only onnxruntime-web's newer provider knows of these; the older one (jsep) reads past them.
   const executionProviders = given.executionProviders!.map((one) => {
@@ -223,15 +190,6 @@ export function optionsFor(given: KnownOptions, { purpose, exactNodes = [] }: Lo
     return { ...provider, forceCpuNodeNames: [...(provider.forceCpuNodeNames ?? []), ...exactNodes] };
   });
   return { ...options, executionProviders };
-}
-
-/**
- * Options under which products read weights as they are. onnxruntime makes a copy of each, in the order in which a product takes them;
- * gradients take them in another one. Products of many rows with floats are hardly slower without.
- */
-function unpacked(options: { readonly extra?: { readonly session?: object } } & Record<string, unknown>): object {
-  const session = { disable_prepacking: "1", ...options.extra?.session };
-  return { ...options, extra: { ...options.extra, session } };
 }
 
 function bufferTensor(ort: Ort, buffer: DeviceBuffer, dtype: "f32" | "f16", dims: readonly number[]): EngineTensor {
@@ -250,16 +208,14 @@ function bufferTensor(ort: Ort, buffer: DeviceBuffer, dtype: "f32" | "f16", dims
  * Some builds ignore the device that they are given without a word, others do not tell that they use it, and may name that of
  * another session; buffers of the wrong one would be read as zeros.
  * @param provider as the session has it
- * @param engineOf makes an engine of the same module with other options
  * @throws BackendError when onnxruntime does not tell its device
  */
 async function findDevice(
   ort: Ort,
-  provider: unknown,
-  engineOf: (options: object) => Engine<OrtSession>,
+  provider: string | { readonly name: string },
 ): Promise<{ device: DeviceHandle; ignored: boolean }> {
   const given = (provider as { device?: DeviceHandle }).device;
-  if (given && (await computesOn(engineOf, given as GPUDevice, provider))) return { device: given, ignored: false };
+  if (given && (await computesOn(ort, given as GPUDevice, provider))) return { device: given, ignored: false };
   const device = (await (ort.env.webgpu as { device?: unknown } | undefined)?.device) as DeviceHandle | undefined;
   if (device) return { device, ignored: given !== undefined };
   throw new BackendError('onnxruntime does not tell its WebGPU device; use mode "core" or "factors"', {
@@ -268,12 +224,9 @@ async function findDevice(
 }
 
 /** True if what onnxruntime computes with this provider lies on the device: asked of a session on a model of one addition. */
-async function computesOn(
-  engineOf: (options: object) => Engine<OrtSession>,
-  device: GPUDevice,
-  provider: unknown,
-): Promise<boolean> {
-  const engine = engineOf({ executionProviders: [provider], preferredOutputLocation: "gpu-buffer" });
+async function computesOn(ort: Ort, device: GPUDevice, provider: string | { readonly name: string }): Promise<boolean> {
+  const options = { executionProviders: [provider], preferredOutputLocation: "gpu-buffer" };
+  const engine = engineOf(ort, options);
   const session = await engine.load({ bytes: oneAddition(), files: [] });
   try {
     const { y } = await engine.run(session, { x: engine.tensor(new Float32Array(4), [4]) }, ["y"]);

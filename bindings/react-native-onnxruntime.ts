@@ -6,8 +6,7 @@
 import { checkOptions, checkPack, described } from "../src/arguments.ts";
 import type { Pack } from "../src/core/pack.ts";
 import { BackendError } from "../src/errors.ts";
-import type { DetachedModel } from "../src/onnx/write.ts";
-import type { Engine, EngineTensor, LoadOptions, Tensors } from "../src/session/engine.ts";
+import type { Engine } from "../src/session/engine.ts";
 import { SESSION_OPTIONS, type SessionOptions } from "../src/session/options.ts";
 import { createSession } from "../src/session/session.ts";
 import type { SourceInput } from "../src/source.ts";
@@ -48,79 +47,58 @@ export async function createEigenSession<O extends Ort>(
   const { files, session, ...options } = given;
   if (typeof files?.write !== "function" || typeof files.remove !== "function")
     throw new TypeError(`createEigenSession: files: expected { write, remove }, got ${described(files)}`);
-  return createSession(
-    new NativeEngine(ort, files, session as object | undefined),
-    model,
-    pack,
-    options as SessionOptions,
-  );
+  return createSession(nativeEngine(ort, files, session as object | undefined), model, pack, options as SessionOptions);
 }
 
-class NativeEngine implements Engine<OrtSession> {
-  readonly name = "onnxruntime-react-native";
-  readonly #ort: Ort;
-  readonly #files: ModelFiles;
-  readonly #options: object;
+function nativeEngine(ort: Ort, files: ModelFiles, options: object = {}): Engine<OrtSession> {
   /** Runs, releases and makes tensors. */
-  readonly #engine: Engine<OrtSession>;
-  readonly #paths = new WeakMap<OrtSession, string>();
-  readonly #loading = new Set<object>();
-  #count = 0;
-
-  constructor(ort: Ort, files: ModelFiles, options: object = {}) {
-    this.#ort = ort;
-    this.#files = files;
-    this.#options = options;
-    this.#engine = createEngine(ort, options as never);
-  }
-
-  get provider(): string {
-    return this.#engine.provider;
-  }
-
-  async load({ bytes, files }: DetachedModel, options: LoadOptions = {}): Promise<OrtSession> {
-    const externalData = files.map(({ path, data }) => ({ path, data: alone(data) }));
-    // Native code reads these on a thread of its own, and does not keep them alive.
-    this.#loading.add(externalData);
-    let path: string | undefined;
-    try {
-      path = await this.#files.write(`eigenlora-${Date.now()}-${this.#count++}.onnx`, bytes);
-      const given = { ...optionsFor(this.#options, options), ...(files.length > 0 && { externalData }) };
-      const session = await this.#ort.InferenceSession.create(path as never, given as never);
-      this.#paths.set(session, path);
-      return session;
-    } catch (cause) {
-      await this.#remove(path);
-      const message = `onnxruntime cannot load the model (providers: ${this.provider}): ${(cause as Error).message}`;
-      throw new BackendError(message, { backend: this.name, cause });
-    } finally {
-      this.#loading.delete(externalData);
-    }
-  }
-
-  run(session: OrtSession, feeds: Tensors, fetches: unknown, options?: object): Promise<Tensors> {
-    const own = Object.entries(feeds).map(([name, tensor]) => {
-      const { data, dims, type } = tensor;
-      const fits = !ArrayBuffer.isView(data) || alone(data as Uint8Array) === data;
-      return [name, fits ? tensor : this.#engine.tensor(alone(data as Uint8Array), dims, type)] as const;
-    });
-    return this.#engine.run(session, Object.fromEntries(own), fetches, options);
-  }
-
-  tensor(data: Parameters<Engine["tensor"]>[0], dims: readonly number[], type?: string): EngineTensor {
-    // A view is copied here once, instead of in each run.
-    return this.#engine.tensor(ArrayBuffer.isView(data) ? alone(data as Uint8Array) : data, dims, type);
-  }
-
-  async release(session: OrtSession): Promise<void> {
-    await this.#engine.release(session);
-    await this.#remove(this.#paths.get(session));
-  }
-
+  const engine = createEngine(ort, options as never);
+  const { provider } = engine;
+  const name = "onnxruntime-react-native";
+  const paths = new WeakMap<OrtSession, string>();
+  const loading = new Set<object>();
+  let count = 0;
   /** A file that cannot be deleted costs space, not answers. */
-  async #remove(path: string | undefined): Promise<void> {
-    if (path !== undefined) await this.#files.remove(path).catch(() => undefined);
-  }
+  const remove = async (path: string | undefined): Promise<void> => {
+    if (path !== undefined) await files.remove(path).catch(() => undefined);
+  };
+  return {
+    ...{ name, provider },
+    async load({ bytes, files: parts }, purpose = {}) {
+      const externalData = parts.map(({ path, data }) => ({ path, data: alone(data) }));
+      // Native code reads these on a thread of its own, and does not keep them alive.
+      loading.add(externalData);
+      let path: string | undefined;
+      try {
+        path = await files.write(`eigenlora-${Date.now()}-${count++}.onnx`, bytes);
+        const given = { ...optionsFor(options, purpose), ...(parts.length > 0 && { externalData }) };
+        const session = await ort.InferenceSession.create(path as never, given as never);
+        paths.set(session, path);
+        return session;
+      } catch (cause) {
+        await remove(path);
+        const message = `onnxruntime cannot load the model (providers: ${provider}): ${(cause as Error).message}`;
+        throw new BackendError(message, { backend: name, cause });
+      } finally {
+        loading.delete(externalData);
+      }
+    },
+    run(session, feeds, fetches, runOptions) {
+      const given = Object.entries(feeds).map(([input, tensor]) => {
+        const { data, dims, type } = tensor;
+        const fits = !ArrayBuffer.isView(data) || alone(data as Uint8Array) === data;
+        return [input, fits ? tensor : engine.tensor(alone(data as Uint8Array), dims, type)] as const;
+      });
+      return engine.run(session, Object.fromEntries(given), fetches, runOptions);
+    },
+    // A view is copied here once, instead of in each run.
+    tensor: (data, dims, type) =>
+      engine.tensor(ArrayBuffer.isView(data) ? alone(data as Uint8Array) : data, dims, type),
+    async release(session) {
+      await engine.release(session);
+      await remove(paths.get(session));
+    },
+  };
 }
 
 /** The same elements in a buffer that holds nothing else. */

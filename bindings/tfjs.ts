@@ -35,8 +35,7 @@ export function tfjsHost(tf: Tfjs, model: TfjsModel): WeightHost {
   const gpu = tf.getBackend() === "webgpu" ? (tf.backend() as Webgpu) : undefined;
   const weights = new Map<string, Weight<TfTensor>>();
   for (const [name, entry] of entriesOf(tf, model)) weights.set(name, weightOf(tf, gpu, entry));
-  const more = model instanceof Map ? (name: string) => weightOf(tf, gpu, newEntry(tf, model, name)) : undefined;
-  return frameworkHost(weights, { free: (tensor) => tensor.dispose(), more });
+  return frameworkHost(weights, (tensor) => tensor.dispose());
 }
 
 /** Kernels of convolutions are [...window, in, out] here and [out, in, ...window] in checkpoints; those of one point are matrices. */
@@ -146,7 +145,7 @@ interface Entry {
   /** Shape that the model was made with. */
   readonly shape: readonly number[];
   tensor(): TfTensor;
-  put(value: TfTensor | null): void;
+  put(value: TfTensor): void;
 }
 
 /** A model's weights of type float32, by the names that adapters use. @throws TypeError when it is no model */
@@ -186,27 +185,11 @@ function variableEntry(tf: Tfjs, own: TfVariable, show: (now: TfVariable) => voi
     tensor: () => now,
     put(value) {
       if (now !== own) now.dispose();
-      const fits = sameShape(value!.shape, own.shape);
+      const fits = sameShape(value.shape, own.shape);
       if (fits) own.assign(value as never);
       now = fits ? own : tf.variable(value as never, own.trainable);
-      value!.dispose();
-      show(now);
-    },
-  };
-}
-
-/** A variable that a map does not have yet. */
-function newEntry(tf: Tfjs, model: Map<string, TfVariable>, name: string): Entry {
-  return {
-    layout: undefined,
-    shape: [],
-    tensor: () => model.get(name)!,
-    put(value) {
-      model.get(name)?.dispose();
-      model.delete(name);
-      if (!value) return;
-      model.set(name, tf.variable(value as never));
       value.dispose();
+      show(now);
     },
   };
 }
@@ -232,13 +215,13 @@ interface Executor<Tensor> {
 function graphEntry<Tensor extends { dispose(): void }>(
   executor: Executor<Tensor>,
   name: string,
-): { tensor(): Tensor; put(value: Tensor | null): void } {
+): { tensor(): Tensor; put(value: Tensor): void } {
   const list = executor.weightMap[name]!;
   return {
     tensor: () => list[0]!,
     put(value) {
       list[0]!.dispose();
-      list[0] = value!;
+      list[0] = value;
       // It frees tensors after a run, except those that it has seen here.
       executor.weightMap = { ...executor.weightMap };
     },

@@ -1,7 +1,7 @@
 // Products with components, in both directions; any number of jobs at once, where no job reads what another one writes.
 //
 //   expand   out[i, j] = Σ_k numbers[i, k] · basis[k, j], or that much more: factors from coefficients. Sums run over k in order
-//   project  out[i, k] = Σ_j numbers[i, j] · basis[k, j]: products of vectors and components
+//   project  out[i, k] = Σ_j numbers[i, j] · basis[k, j]: products of vectors and rows
 //
 //   basis         one encoded tensor [rows, width] of SPEC.md section 5: f16 scales first where the type has them, then rows
 //   numbers, out  f32, `count` rows of them: [count, rows] on the side of k, [count, width] on the side of j

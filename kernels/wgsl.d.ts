@@ -1,6 +1,4 @@
 /** The text of kernels/*.wgsl, as `kernels/build.mjs` makes dist/kernels/wgsl.js of it. */
 export declare const components: string;
-export declare const copy: string;
 export declare const fold: string;
-export declare const fold_f16: string;
 export declare const scale: string;

@@ -1,6 +1,7 @@
 /**
- * Opens names of files in Node, Deno and Bun: `#files` of package.json is this where the condition `node` is set.
+ * Files and the GPU of Node, Deno and Bun: `#files` of package.json is this where the condition `node` is set.
  */
+/// <reference types="@webgpu/types" />
 import { openDisk } from "./disk.ts";
 import type { AbortOptions, ByteSource, FetchOptions } from "./source.ts";
 
@@ -13,4 +14,22 @@ export async function openPath(text: string, options: FetchOptions & AbortOption
   // Loaded late: most programs never ask the Hub.
   const { openHub } = await import("./http/hub.ts");
   return openHub(text, options);
+}
+
+/** Dawn's entry point, kept for the life of the process: when it is collected, drivers may crash (dawn-gpu/node-webgpu#18). */
+let dawn: object | undefined;
+
+/**
+ * The system's WebGPU: the runtime's own (Deno, newer engines), else that of the optional package `webgpu`.
+ * @throws Error when neither is there
+ */
+export async function openGpu(): Promise<object> {
+  const gpu = (globalThis.navigator as Navigator | undefined)?.gpu;
+  if (gpu) return gpu;
+  try {
+    const { create } = await import("webgpu");
+    return (dawn ??= create([]));
+  } catch (cause) {
+    throw new Error(`WebGPU needs the package "webgpu": npm install webgpu (${(cause as Error).message})`, { cause });
+  }
 }

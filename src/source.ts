@@ -112,6 +112,12 @@ export function checkRange(name: string, offset: number, length: number, size: n
   }
 }
 
+/** The address without what may be secret, and without the content of a data: URL. */
+export function nameOfUrl({ protocol, origin, pathname, search, href }: URL): string {
+  if (protocol === "data:") return "data: URL";
+  return /^(blob|hf):/.test(protocol) ? href : `${origin}${pathname}${search && "?…"}`;
+}
+
 /** Bytes by which a file says how long it is. */
 export const FIRST_BYTES = 64;
 

@@ -120,12 +120,9 @@ function createClock(device) {
 
 export const SOFTWARE = "A software adapter: its times say nothing about a GPU.";
 
-/** @param {boolean} halves whether to ask for the feature shader-f16, which changes what kernels may use */
-export async function openDevice(halves) {
+export async function openDevice() {
   const counted = await countingDevice(({ features, limits: { maxBufferSize, maxStorageBufferBindingSize } }) => ({
-    requiredFeatures: /** @type {GPUFeatureName[]} */ (["timestamp-query", ...(halves ? ["shader-f16"] : [])]).filter(
-      (name) => features.has(name),
-    ),
+    requiredFeatures: /** @type {GPUFeatureName[]} */ (["timestamp-query"]).filter((name) => features.has(name)),
     // The backend asks for the same limits on a device of its own.
     requiredLimits: { maxBufferSize, maxStorageBufferBindingSize },
   }));
@@ -164,7 +161,6 @@ export function describe({ adapter: { info, features, limits }, clock, software 
     software: software ? "yes" : "no",
     clock: clock.how,
     "timestamp-query": has("timestamp-query"),
-    "shader-f16": has("shader-f16"),
     subgroups: has("subgroups"),
     maxBufferSize: limits.maxBufferSize,
     maxStorageBufferBindingSize: limits.maxStorageBufferBindingSize,

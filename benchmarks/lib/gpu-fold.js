@@ -31,14 +31,13 @@ export async function foldsOnGpu(wanted) {
   const question = `How fast is fold on WebGPU, ${MATRICES} matrices? GB/s: read and written.`;
   let plain;
   try {
-    plain = await openDevice(false);
+    plain = await openDevice();
   } catch (error) {
     return noDevice(question, error);
   }
-  const { adapter, clock, software } = plain;
+  const { clock, software } = plain;
   const runs = wanted ?? (software ? SOFTWARE_RUNS : RUNS);
-  const halves = adapter.features.has("shader-f16") ? await openDevice(true) : undefined;
-  const rows = await measureFolds(halves ? [plain, halves] : [plain], runs);
+  const rows = await measureFolds(plain, runs);
   const switches = await measureSwitches(plain);
   const folds = {
     question,
@@ -53,7 +52,7 @@ export async function foldsOnGpu(wanted) {
     ],
   };
   const device = describe(plain);
-  for (const one of [plain, halves]) one?.close();
+  plain.close();
   return [
     [folds, ...switches.parts],
     [{ name: "copyBufferToBuffer", version: "the same device, buffers and clock, in turns" }, ...switches.peers],
@@ -61,19 +60,16 @@ export async function foldsOnGpu(wanted) {
   ];
 }
 
-/** @param {readonly Device[]} devices @param {number} runs @returns {Promise<Row[]>} */
-async function measureFolds(devices, runs) {
-  const [plain] = devices;
+/** @param {Device} plain @param {number} runs @returns {Promise<Row[]>} */
+async function measureFolds(plain, runs) {
   const rows = [];
   let perRun = 0;
-  for (const device of devices) {
-    for (const type of /** @type {const} */ (["f32", "f16"])) {
-      for (const rank of RANKS) {
-        const job = { type, rank, size: SIZE, matrices: MATRICES };
-        const seconds = await measure(device, job, runs);
-        perRun = Math.max(perRun, median(seconds.fold) + median(seconds.copy));
-        rows.push(rowOf(device, job, seconds));
-      }
+  for (const type of /** @type {const} */ (["f32", "f16"])) {
+    for (const rank of RANKS) {
+      const job = { type, rank, size: SIZE, matrices: MATRICES };
+      const seconds = await measure(plain, job, runs);
+      perRun = Math.max(perRun, median(seconds.fold) + median(seconds.copy));
+      rows.push(rowOf(job, seconds));
     }
   }
   /** @type {Job} */
@@ -90,13 +86,13 @@ async function measureFolds(devices, runs) {
  */
 async function measureLarge(device, job, runs) {
   const bytes = 2 * job.matrices * job.size ** 2 * 4;
-  const left = (/** @type {string} */ reason) => ({ ...titleOf(device, job), notRun: reason });
+  const left = (/** @type {string} */ reason) => ({ ...titleOf(job), notRun: reason });
   if (runs < 1) return left(`would take more than ${PATIENCE} s on a software adapter`);
   // A software adapter uses the machine's memory, and too much of it ends the process.
   if (device.software && freemem() < 2 * bytes)
     return left(`needs ${(bytes / 1e9).toFixed(1)} GB, half of what is free`);
   try {
-    return rowOf(device, job, await measure(device, job, runs));
+    return rowOf(job, await measure(device, job, runs));
   } catch (error) {
     const { message } = /** @type {Error} */ (error);
     if (/memory/i.test(message)) return left(message);
@@ -104,21 +100,20 @@ async function measureLarge(device, job, runs) {
   }
 }
 
-/** @param {Device} device @param {Job} job @returns {Row} */
-function titleOf({ device }, { type, rank, size }) {
-  return { name: "webgpu", "shader-f16": device.features.has("shader-f16") ? "yes" : "no", size, type, rank };
+/** @param {Job} job @returns {Row} */
+function titleOf({ type, rank, size }) {
+  return { name: "webgpu", size, type, rank };
 }
 
 /**
- * @param {Device} device
  * @param {Job} job
  * @param {import("./gpu-timing.js").Seconds} seconds
  * @returns {Row}
  */
-function rowOf(device, job, { fold, copy, nothing, rounds }) {
+function rowOf(job, { fold, copy, nothing, rounds }) {
   const gigabytes = (2 * job.matrices * job.size ** 2 * (job.type === "f32" ? 4 : 2)) / 1e9;
   return {
-    ...titleOf(device, job),
+    ...titleOf(job),
     minMs: min(fold) * 1e3,
     medianMs: median(fold) * 1e3,
     GBps: gigabytes / min(fold),

@@ -97,7 +97,7 @@ const QUESTION = "How long does a whole switch of resident tasks take, and what 
 export async function switchesOnGpu() {
   let device;
   try {
-    device = await openDevice(false);
+    device = await openDevice();
   } catch (error) {
     return noDevice(QUESTION, error);
   }

@@ -3,6 +3,7 @@ import { spawnSync } from "node:child_process";
 import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { fileURLToPath } from "node:url";
 
 /** Exits at once, since threads of a runtime would keep the process alive. */
 const CALL = `const [module, name, args] = process.argv.slice(1);
@@ -28,6 +29,18 @@ export function inFreshProcess(module, name, args) {
   );
   if (status !== 0) throw new Error(`${name}(${args.join(", ")}) failed`);
   return JSON.parse(stdout.trim().split("\n").at(-1) ?? "");
+}
+
+/** Runs `eigenlora` in a process of its own. @param {readonly string[]} args @returns {any} its report @throws Error where it failed */
+export function command(...args) {
+  const main = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
+  const how = { encoding: /** @type {const} */ ("utf8"), maxBuffer: 2 ** 28 };
+  const { status, stdout } = spawnSync(process.execPath, [main, ...args, "--json"], {
+    ...how,
+    stdio: ["ignore", "pipe", "inherit"],
+  });
+  if (status !== 0) throw new Error(`${args.join(" ")} failed`);
+  return JSON.parse(stdout);
 }
 
 /** Memory of this process after full collections. */

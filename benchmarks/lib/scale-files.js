@@ -5,9 +5,8 @@ import { mkdir } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
+import { command } from "./process.js";
 import { progress } from "./report.js";
-
-const CLI = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
 
 /** Packs by name: the adapters, what the command is told, and what it gives. */
 const PACKS = /** @type {const} */ ({
@@ -66,14 +65,7 @@ function packFile(folder, name, [adapters, options, what]) {
     packed() {
       if (existsSync(path)) return undefined;
       progress(`packing: ${what}`);
-      const args = [CLI, "pack", join(folder, adapters), "-o", path, "--json", ...options];
-      const { status, stdout } = spawnSync(process.execPath, args, {
-        encoding: "utf8",
-        stdio: ["ignore", "pipe", "inherit"],
-        maxBuffer: 2 ** 28,
-      });
-      if (status !== 0) throw new Error(`pack failed: ${what}`);
-      const { coreSeconds, peakMemoryBytes } = JSON.parse(stdout);
+      const { coreSeconds, peakMemoryBytes } = command("pack", join(folder, adapters), "-o", path, ...options);
       return { name: what, "CPU, s": coreSeconds, "peak, MB": peakMemoryBytes / 1e6 };
     },
   };

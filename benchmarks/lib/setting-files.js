@@ -1,14 +1,11 @@
 /** The adapters of a setting as files in PEFT's format, and the command line that packs them in a process of its own. */
 
-import { spawnSync } from "node:child_process";
 import { mkdir, open, writeFile } from "node:fs/promises";
 import { availableParallelism } from "node:os";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { writeSafetensors } from "../../dist/src/tensor/safetensors.js";
+import { command } from "./process.js";
 import { adaptersOf, SETTINGS } from "./settings.js";
-
-const CLI = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
 
 /**
  * Time and memory with each number of workers.
@@ -23,14 +20,7 @@ export function packingRows(name, folder, scratch, ways = [["--k", String(SETTIN
   return ways.flatMap((way) =>
     (cores > 1 ? [1, cores] : [1]).map((workers) => {
       const output = join(scratch, "setting.eigen");
-      const args = [CLI, "pack", folder, "-o", output, "--force", "--json", "--workers", String(workers), ...way];
-      const { status, stdout } = spawnSync(process.execPath, args, {
-        encoding: "utf8",
-        stdio: ["ignore", "pipe", "inherit"],
-        maxBuffer: 2 ** 28,
-      });
-      if (status !== 0) throw new Error(`pack ${way.join(" ")} failed`);
-      const made = JSON.parse(stdout);
+      const made = command("pack", folder, "-o", output, "--force", "--workers", String(workers), ...way);
       return {
         name: `pack ${way.join(" ") || "(default)"}, workers ${workers}`,
         "adapters, MB": made.adapterBytes / 1e6,

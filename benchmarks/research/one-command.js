@@ -4,20 +4,17 @@
  * each task are the text; with `--ratio` the size is given. The pack is then asked the test rows, 240 of each task at most, and so are
  * the adapters as PEFT answers them. Bytes are those of whole files; of adapters those of their numbers in f32.
  */
-import { spawnSync } from "node:child_process";
 import { readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { mean, sum } from "simple-statistics";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";
 import { model, readTask } from "../../examples/minilm.js";
 import { bytesOfAdapter, folderOf, SUITES, testTexts } from "../lib/adapters.js";
 import { choice, number, readArguments } from "../lib/arguments.js";
-import { inScratch } from "../lib/process.js";
+import { command, inScratch } from "../lib/process.js";
 import { print } from "../lib/report.js";
 import { Suite } from "../lib/suite.js";
 
-const CLI = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
 const QUESTION = "What does one command make of a suite?";
 const given = readArguments(QUESTION, {
   suite: choice(SUITES, "adapters of the repository", "hub"),
@@ -29,18 +26,13 @@ await inScratch(async (scratch) => {
   const [file, text] = [join(scratch, "suite.eigen"), join(scratch, "lines.txt")];
   if (given.texts > 0) await writeFile(text, (await textsOf(suite)).join("\n"));
   const options = [
-    ...["--model", model, "--tokens", "32", "--json"],
+    ...["--model", model, "--tokens", "32"],
     ...(given.texts > 0 ? ["--text", text] : []),
     ...(given.ratio === undefined ? [] : ["--bytes", `1/${given.ratio}`]),
   ];
   const started = performance.now();
-  const { status, stdout } = spawnSync(process.execPath, [CLI, "pack", folderOf(given.suite), "-o", file, ...options], {
-    encoding: "utf8",
-    stdio: ["ignore", "pipe", "inherit"],
-  });
-  if (status !== 0) throw new Error(`eigenlora pack failed with ${status}`);
+  const found = command("pack", folderOf(given.suite), "-o", file, ...options);
   const seconds = (performance.now() - started) / 1000;
-  const found = JSON.parse(stdout);
   const pack = new Uint8Array(await readFile(file));
   const numbers = sum(suite.adapters.map(bytesOfAdapter));
   const answers = (await suite.answers([pack])).map(({ id, right, same, peft }) => ({

@@ -7,9 +7,19 @@
 
 import { checkArgument, checkList } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
+import { checkEntry } from "../format/encode.ts";
 import type { Layout, ParameterRole, TaskMetadata } from "../format/format.ts";
+import { wrongKind } from "../format/kind.ts";
+import { openSource } from "../open-source.ts";
 import { pacer } from "../pace.ts";
+import type { ByteSource, SourceInput } from "../source.ts";
 import { encodeTensor } from "../tensor/encode.ts";
+import {
+  openSafetensors as readSafetensors,
+  type SafetensorsEntry,
+  type SafetensorsFile,
+} from "../tensor/safetensors.ts";
+import type { TensorFile } from "../tensor/tensor-file.ts";
 import type { Term } from "../tensor/term.ts";
 
 /** An adapted layer of the base model. */
@@ -68,11 +78,109 @@ export interface Adapter {
   close(): Promise<void>;
 }
 
+// The files of an adapter, whatever its format: tensors from a path, URL, Blob, buffer or ByteSource, and task.json.
+
+/**
+ * Opens a file with one of the readers of src/tensor; closes its source if that fails.
+ * @param expected kind of file, for messages
+ */
+export async function openFile<F>(
+  input: SourceInput,
+  read: (source: ByteSource) => Promise<F>,
+  expected: string,
+): Promise<F & Pick<Adapter, "close">> {
+  const source = await openSource(input);
+  const close = async (): Promise<void> => source.close?.();
+  try {
+    return { ...(await read(source)), close };
+  } catch (error) {
+    const refused = await wrongKind(error, source, expected);
+    await close();
+    throw refused;
+  }
+}
+
+export const openSafetensors = (input: SourceInput): Promise<SafetensorsFile & Pick<Adapter, "close">> =>
+  openFile(input, readSafetensors, "a safetensors file");
+
+/** Parts of an adapter that a reader finds in an open file; the rest has defaults. */
+type Found = Pick<Adapter, "modules" | "saved"> & Partial<Pick<Adapter, "baseModel" | "metadata" | "warnings">>;
+
+/**
+ * Reads an adapter from one file of tensors: the common frame of the readers of all formats. Closes the file if `read` fails.
+ * @param open opens the file
+ * @param read reads the adapter; `metadata` is that of task.json
+ * @throws errors of `open` and `read`; AdapterError for an invalid task.json
+ */
+export async function readAdapterFile<F extends TensorFile & { close(): Promise<void> }>(
+  {
+    id,
+    file,
+    tensors,
+    task,
+  }: Pick<Adapter, "id" | "file"> & { readonly tensors: SourceInput; readonly task?: unknown },
+  open: (input: SourceInput) => Promise<F>,
+  read: (found: F, metadata: TaskMetadata) => Found | Promise<Found>,
+): Promise<Adapter> {
+  const metadata = readTaskMetadata(task, `${file}/task.json`);
+  const found = await open(tensors);
+  const { byteLength, close } = found;
+  try {
+    return {
+      id,
+      file,
+      byteLength,
+      baseModel: undefined,
+      metadata,
+      warnings: [],
+      ...(await read(found, metadata)),
+      close,
+    };
+  } catch (error) {
+    await close();
+    throw error;
+  }
+}
+
+// Reads `task.json`, the file next to an adapter with facts that tensors do not tell: class names, licence, origin. All its plain values
+// become the task's metadata. It is not the adapter's own configuration.
+
+/** Metadata is read with a pack's directory, before any task: it must stay small. */
+const MAX_METADATA_BYTES = 64 * 1024;
+
+/**
+ * Checks the contents of a task.json.
+ * @param task parsed JSON; undefined when there is no such file
+ * @param file its path, for messages
+ * @throws AdapterError naming the field that a pack does not hold
+ */
+export function readTaskMetadata(task: unknown, file: string): TaskMetadata {
+  if (task === undefined) return {};
+  if (typeof task !== "object" || task === null || Array.isArray(task))
+    throw new AdapterError(`is not a JSON object; write {"labels": [...]} or remove it`, { file });
+  const metadata: TaskMetadata = { ...task };
+  try {
+    checkEntry({ id: "task", adapterBytes: 0, metadata, brings: [] }, file);
+  } catch (cause) {
+    const message = (cause as Error).message.replace(/^.*?, task: (tasks\[0\]\.metadata\.?)?/s, "");
+    throw new AdapterError(`${message}; correct or remove it`, { file, field: /^\w*/.exec(message)![0], cause });
+  }
+  const { length } = new TextEncoder().encode(JSON.stringify(task));
+  if (length > MAX_METADATA_BYTES)
+    throw new AdapterError(`has ${length} bytes, ${MAX_METADATA_BYTES} at most are kept; shorten it`, { file });
+  return metadata;
+}
+
 // Modules that several adapters, or parts made of adapters, have in common: a layer must be the same in all of them.
 
 /** Compares by code units, so that the order is the same on every machine. */
 export function compare(a: string, b: string): number {
   return a < b ? -1 : a > b ? 1 : 0;
+}
+
+/** The first few names, and the number of others. */
+export function listed(names: readonly string[]): string {
+  return names.slice(0, 5).join(", ") + (names.length > 5 ? `, and ${names.length - 5} more` : "");
 }
 
 /** An owner of modules, and its file. */
@@ -151,9 +259,6 @@ interface Based {
   readonly baseModel: string | undefined;
 }
 
-/** Adapters of one base model that a message lists. */
-const LISTED = 3;
-
 /**
  * Refuses adapters of different base models, which cannot share a pack. One model goes by several names, as a hub's id and as a folder,
  * so names with the same end count as one. An adapter without a name fits any.
@@ -169,13 +274,9 @@ export function refuseBases(adapters: readonly Based[], anyBase = false): void {
   }
   if (anyBase || byEnd.size < 2) return;
   const groups = [...byEnd.values()].sort((a, b) => b.length - a.length);
-  const listed = groups.map((group) => {
-    const ids = group.slice(0, LISTED).map(({ id }) => id);
-    const more = group.length > LISTED ? ` and ${group.length - LISTED} more` : "";
-    return `${group[0]!.baseModel} (${ids.join(", ")}${more})`;
-  });
+  const named = groups.map((group) => `${group[0]!.baseModel} (${listed(group.map(({ id }) => id))})`);
   throw new AdapterError(
-    `the adapters name different base models: ${listed.join("; ")}. Take those of one model; if these are names of one, pass ` +
+    `the adapters name different base models: ${named.join("; ")}. Take those of one model; if these are names of one, pass ` +
       "anyBase: true",
     { file: groups.at(-1)![0]!.file, field: "base_model_name_or_path" },
   );
@@ -249,6 +350,12 @@ export type Add = (name: string, shape: readonly number[], values: Float32Array)
 
 export function f32Bytes(values: Float32Array): Uint8Array {
   return encodeTensor("f32", values, 1, values.length);
+}
+
+/** A tensor of f32 to write into a safetensors file. */
+export function f32Entry(name: string, shape: readonly number[], values: Float32Array): SafetensorsEntry {
+  const bytes = f32Bytes(values);
+  return { name, dtype: "F32", shape: [...shape], read: () => bytes };
 }
 
 /** @throws AdapterError when an adapter brings more than factors, which the format cannot hold */

@@ -5,8 +5,8 @@
  * are read in folder.ts.
  */
 
+import { isPlain } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
-import type { TaskMetadata } from "../format/format.ts";
 import type { SafetensorsEntry, SafetensorsFile } from "../tensor/safetensors.ts";
 import { parseJson, type TensorFile } from "../tensor/tensor-file.ts";
 import {
@@ -15,21 +15,24 @@ import {
   type Add,
   checkAdapter,
   type Exportable,
-  f32Bytes,
+  f32Entry,
   factorsOf,
+  openSafetensors,
+  readAdapterFile,
   refuseModule,
   refuseSaved,
 } from "./adapter.ts";
-import { openSafetensors, readAdapterFile } from "./adapter-file.ts";
 import { assembleLora, type LoraKey, type LoraParts, readAlphas, refuser, sortTensors } from "./named-lora.ts";
-import { type KeyRole, type PeftFiles, parsePeftKeys } from "./peft.ts";
+import { type KeyRole, type PeftFiles, parsePeftKey } from "./peft.ts";
 import { CONVERT, type PeftConfig, readPeftConfig, withoutBase } from "./peft-config.ts";
 
 /** The file of one LoRA of diffusers; `tensors` is pytorch_lora_weights.safetensors. */
 export type DiffusersFiles = Omit<PeftFiles, "config" | "base">;
 
-/** Fields of the header. The second is an argument of diffusers' functions; in files, tensors named "….alpha" hold it. */
-const [METADATA, ALPHAS] = ["lora_adapter_metadata", "network_alphas"];
+/** Field of the header with configurations. */
+const METADATA = "lora_adapter_metadata";
+/** An argument of diffusers' functions, and no field: in files, tensors named "….alpha" hold it. */
+const ALPHAS = "network_alphas";
 
 /**
  * Opens an adapter: checks its header and the names, shapes and dtypes of all tensors, and reads the alphas. Other values are read,
@@ -46,15 +49,20 @@ export async function readDiffusers(files: DiffusersFiles): Promise<Adapter> {
     const parse = (name: string): LoraKey | undefined => parseDiffusersKey(name, bare);
     const parts = sortTensors(tensors, parse, expectedOf, foreignName);
     const configs = configsOf(tensors, new Set([...parts.values()].map(({ prefix }) => prefix)));
-    if (configs.size > 0) refuseAlphas(tensors, parts);
+    for (const { alpha } of configs.size > 0 ? parts.values() : []) {
+      if (alpha === undefined) continue;
+      const both = `the file has ${alpha}, and ${METADATA} in its header: which is meant? Save it with one of them`;
+      throw refuser(tensors)(alpha, both);
+    }
     checkDora(tensors, parts);
     const alphas = await readAlphas(tensors, parts);
     const scaleOf = (name: string, rank: number): number => (alphas.get(name) ?? rank) / rank;
     const named = [...configs];
+    const revision = common(named.map(([, config]) => config.revision));
     return {
       ...assembleLora(tensors, parts, scaleOf, ({ prefix }) => configs.get(prefix)),
       baseModel: common(named.map(([, { baseModel }]) => baseModel)),
-      metadata: withRevision(metadata, common(named.map(([, { revision }]) => revision))),
+      metadata: { ...metadata, ...(revision !== undefined && { revision }) },
       warnings: named.flatMap(([prefix, { warnings }]) =>
         warnings.map((text) => (prefix ? `${prefix}: ${text}` : text)),
       ),
@@ -62,25 +70,11 @@ export async function readDiffusers(files: DiffusersFiles): Promise<Adapter> {
   });
 }
 
-/** @throws AdapterError for an alpha where the header has all of them */
-function refuseAlphas(file: TensorFile, parts: ReadonlyMap<string, LoraParts>): void {
-  for (const { alpha: key } of parts.values()) {
-    if (key === undefined) continue;
-    throw refuser(file)(
-      key,
-      `the file has ${key}, and ${METADATA} in its header: which is meant? Save it with one of them`,
-    );
-  }
-}
-
 /** The only value; undefined where there are several, or none. */
 function common(values: readonly (string | undefined)[]): string | undefined {
   const found = new Set(values.filter((value) => value !== undefined));
   return found.size === 1 ? [...found][0] : undefined;
 }
-
-const withRevision = (metadata: TaskMetadata, revision: string | undefined): TaskMetadata =>
-  revision === undefined ? metadata : { ...metadata, revision };
 
 /** Says what names should be instead of these. */
 function expectedOf(keys: readonly string[]): string {
@@ -95,25 +89,21 @@ function expectedOf(keys: readonly string[]): string {
 /** Configurations in the header, by prefix of their tensors; empty where the header has none. */
 function configsOf(file: SafetensorsFile, prefixes: ReadonlySet<string>): Map<string, PeftConfig> {
   const refuse = refuser(file);
-  if (file.metadata.has(ALPHAS!)) {
+  if (file.metadata.has(ALPHAS)) {
     throw refuse(
-      ALPHAS!,
+      ALPHAS,
       `the header has ${ALPHAS}; save each as a tensor of its own, "module.alpha", and leave it out`,
     );
   }
-  const text = file.metadata.get(METADATA!);
+  const text = file.metadata.get(METADATA);
   if (!text) return new Map();
   let json: unknown;
   try {
     json = parseJson(text);
+    if (!isPlain(json)) throw new SyntaxError("is not a JSON object");
   } catch (cause) {
-    throw new AdapterError(`${METADATA} ${(cause as Error).message}; save the adapter again`, {
-      file: file.name,
-      cause,
-    });
-  }
-  if (typeof json !== "object" || json === null || Array.isArray(json)) {
-    throw refuse(METADATA!, `${METADATA} is not a JSON object; save the adapter again`);
+    const message = `${METADATA} ${(cause as Error).message}; save the adapter again`;
+    throw new AdapterError(message, { file: file.name, field: METADATA, cause });
   }
   const fields = new Map<string, Map<string, unknown>>([...prefixes].map((prefix) => [prefix, new Map()]));
   for (const [name, value] of Object.entries(json)) {
@@ -124,18 +114,11 @@ function configsOf(file: SafetensorsFile, prefixes: ReadonlySet<string>): Map<st
     [...fields].map(([prefix, found]) => {
       const where = `${file.name}, ${METADATA}${prefix && ` of ${prefix}`}`;
       const config = readPeftConfig({ peft_type: "LORA", ...Object.fromEntries(found) }, where);
-      if (config.start) {
-        const field = "init_lora_weights";
-        throw new AdapterError(`${withoutBase(config.start)}. ${CONVERT}`, { file: where, field });
-      }
+      if (config.start)
+        throw new AdapterError(`${withoutBase(config.start)}. ${CONVERT}`, { file: where, field: "init_lora_weights" });
       if (config.tokenRows.length > 0) {
-        throw new AdapterError(
-          "trainable_token_indices is set, but there are no rows in the file; save the adapter again",
-          {
-            file: where,
-            field: "trainable_token_indices",
-          },
-        );
+        const message = "trainable_token_indices is set, but there are no rows in the file; save the adapter again";
+        throw new AdapterError(message, { file: where, field: "trainable_token_indices" });
       }
       return [prefix, config];
     }),
@@ -231,10 +214,8 @@ function parseDiffusersKey(name: string, bare: string | undefined): LoraKey | un
 }
 
 function parsePart(name: string, prefix: string, model: string): LoraKey | undefined {
-  const modern = modernName(name, model);
-  const key = parsePeftKeys([modern]).get(modern)!;
-  if (key.kind !== "part" || COPIES.has(key.part)) return undefined;
-  const { module: local, part } = key;
+  const { name: local = "", part } = parsePeftKey(modernName(name, model)) ?? {};
+  if (part === undefined || COPIES.has(part)) return undefined;
   return { prefix, local, module: `${model}.${withTextModel(local, model)}`, part };
 }
 
@@ -340,10 +321,7 @@ export async function tensorsOf(
   checkAdapter(where, adapter);
   refuseSaved(adapter, format);
   const tensors: SafetensorsEntry[] = [];
-  const add: Add = (name, shape, values) => {
-    const bytes = f32Bytes(values);
-    tensors.push({ name, dtype: "F32", shape: [...shape], read: () => bytes });
-  };
+  const add: Add = (name, shape, values) => void tensors.push(f32Entry(name, shape, values));
   const bare = bareModel(adapter.modules.keys());
   for (const module of adapter.modules.values()) {
     const { name, layout } = module;

@@ -6,15 +6,21 @@
 import { basename, dirname, extname, join, relative, resolve, sep } from "node:path";
 import { checkList, checkOptions, nearest } from "../arguments.ts";
 import type { WeightHost } from "../core/base.ts";
-import { openDisk, refuseOtherKinds } from "../disk.ts";
+import { openDisk } from "../disk.ts";
 import { AdapterError, TaskError } from "../errors.ts";
 import { isTaskId } from "../format/directory.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import type { HubOptions } from "../http/hub.ts";
 import { type ByteSource, FETCH_OPTIONS } from "../source.ts";
 import { openGguf } from "../tensor/gguf.ts";
-import { type Adapter, type AdapterModule, type BaseFacts, compare } from "./adapter.ts";
-import { openSafetensors, readTaskMetadata } from "./adapter-file.ts";
+import {
+  type Adapter,
+  type AdapterModule,
+  type BaseFacts,
+  compare,
+  openSafetensors,
+  readTaskMetadata,
+} from "./adapter.ts";
 import { foreignName, holdsLora, MODELS, readDiffusers, withTextModel } from "./diffusers.ts";
 import { readGguf } from "./gguf.ts";
 import { isKohyaName, readKohya } from "./kohya.ts";
@@ -48,13 +54,8 @@ export interface ReadAdaptersOptions extends HubOptions {
 export async function readAdapters(paths: readonly string[], options: ReadAdaptersOptions = {}): Promise<Adapter[]> {
   checkOptions("readAdapters", options, ["rename", "base", "onProgress", "signal", ...FETCH_OPTIONS]);
   checkList("readAdapters", paths, "paths");
-  const { base } = options;
   const locations = rename(await findAdapters(paths, options), options.rename ?? new Map());
-  let facts: Promise<BaseFacts> | undefined;
-  const files = new Files(
-    async () => (base === undefined ? {} : (facts ??= describeBase(base, options))),
-    async () => (base === undefined ? undefined : openWeights(base, options)),
-  );
+  const files = new Files(options);
   const adapters: Adapter[] = [];
   try {
     for (const location of locations) adapters.push(await files.read(location));
@@ -67,16 +68,15 @@ export async function readAdapters(paths: readonly string[], options: ReadAdapte
 
 /** Opens the files of adapters, and keeps some open. */
 class Files {
+  readonly #options: ReadAdaptersOptions;
   readonly #sources: ByteSource[] = [];
-  readonly #base: () => Promise<BaseFacts>;
-  readonly #openWeights: () => Promise<WeightHost | undefined>;
+  #facts: Promise<BaseFacts> | undefined;
   /** The base's weights, opened for the first adapter that needs them and closed with the last. */
   #weights: Promise<WeightHost | undefined> | undefined;
   #users = 0;
 
-  constructor(base: () => Promise<BaseFacts>, openWeights: () => Promise<WeightHost | undefined>) {
-    this.#base = base;
-    this.#openWeights = openWeights;
+  constructor(options: ReadAdaptersOptions) {
+    this.#options = options;
   }
 
   async read(location: AdapterLocation): Promise<Adapter> {
@@ -89,16 +89,22 @@ class Files {
       return joinModels({ id, file: path }, read, readTaskMetadata(task, about));
     }
     const files = { id, file: path, tensors: await this.#open(file), task };
-    if (format === "peft") return this.#peft({ ...files, config: await readJson(join(path, CONFIG)) });
-    if (format === "mlx") return readMlx({ ...files, config: await readJson(join(path, CONFIG)) });
-    if (format === "kohya") return readKohya({ ...files, base: await this.#base() });
-    if (format === "gguf") return readGguf({ ...files, base: await this.#base() });
-    return format === "onnx_adapter" ? readOnnxAdapter(files) : readDiffusers(files);
+    if (format === "diffusers") return readDiffusers(files);
+    if (format === "onnx_adapter") return readOnnxAdapter(files);
+    if (format === "kohya" || format === "gguf") {
+      const { base } = this.#options;
+      const facts = base === undefined ? {} : await (this.#facts ??= describeBase(base, this.#options));
+      return (format === "kohya" ? readKohya : readGguf)({ ...files, base: facts });
+    }
+    const config = await readJson(join(path, CONFIG));
+    return format === "mlx" ? readMlx({ ...files, config }) : this.#peft({ ...files, config });
   }
 
   async #peft(files: PeftFiles): Promise<Adapter> {
     if (readPeftConfig(files.config, `${files.file}/${CONFIG}`).start === undefined) return readPeft(files);
-    const base = await (this.#weights ??= this.#openWeights());
+    const { base: given } = this.#options;
+    if (given !== undefined) this.#weights ??= openWeights(given, this.#options);
+    const base = await this.#weights;
     const adapter = await readPeft({ ...files, base });
     this.#users++;
     const close = async (): Promise<void> => {
@@ -301,6 +307,9 @@ function onHub(location: AdapterLocation, { hub }: Tree): AdapterLocation {
   return { ...location, id, hub: [hub.name.repository, ...inside].filter(Boolean).join("/") };
 }
 
+/** Folders below the given one that are searched. */
+const DEPTH = 2;
+
 /** Looks for adapters in a tree. */
 class Search {
   readonly #tree: Tree;
@@ -311,40 +320,39 @@ class Search {
 
   async at(path: string): Promise<AdapterLocation[]> {
     if ((await this.#tree.kind(path)) === "file") return [await this.#file(path)];
-    const own = await this.#folder(path);
-    if (own !== undefined) return [own];
-    const adapters = await this.#looseFiles(path);
-    for (const child of await this.#subFolders(path)) {
-      const inside = await this.#in(child);
-      if (inside.length > 0) adapters.push(...inside);
-      else for (const inner of await this.#subFolders(child)) adapters.push(...(await this.#in(inner)));
-    }
-    if (adapters.length === 0) throw await this.#nothing(path);
-    return adapters;
-  }
-
-  async #nothing(folder: string): Promise<AdapterError> {
+    const adapters = await this.#search(path, 0);
+    if (adapters.length > 0) return adapters;
     const looked =
       `holds no adapter; looked for ${CONFIG} and ${PEFT}, ${DIFFUSERS} and other LoRAs in safetensors, gguf and ` +
       "onnx_adapter files, in it and in its sub-folders";
-    return this.#error([looked, ...(await this.#foundInstead(folder))].join(". "), folder);
+    const names = await this.#visible(path);
+    const archive = names.find((name) => ARCHIVE.test(name));
+    const model = names.find((name) => WHOLE_MODEL.test(name));
+    const instead = archive ? `. It holds ${archive}: unpack that` : model ? `. It holds ${model}. ${NO_MODEL}` : "";
+    throw this.#error(looked + instead, path);
   }
 
-  /** Names what a folder without adapters holds, and what to do with that. */
-  async #foundInstead(folder: string): Promise<string[]> {
-    const names = (await this.#visible(folder)).map((path) => basename(path));
-    const archive = names.find((name) => ARCHIVE.test(name));
-    if (archive !== undefined) return [`It holds ${archive}: unpack that`];
-    const model = names.find((name) => WHOLE_MODEL.test(name));
-    return model === undefined ? [] : [`It holds ${model}. ${NO_MODEL}`];
+  /** @param depth of the folder below the one that was given */
+  async #search(folder: string, depth: number): Promise<AdapterLocation[]> {
+    const adapter = await this.#folder(folder);
+    if (adapter) return [adapter];
+    const names = await this.#visible(folder);
+    const adapters: AdapterLocation[] = [];
+    for (const name of names) {
+      const path = join(folder, name);
+      const format = (await this.#tree.kind(path)) === "file" ? await this.#looseFormat(path) : undefined;
+      if (format) adapters.push(loraFile(path, format));
+    }
+    if (depth === DEPTH || (depth > 0 && adapters.length > 0)) return adapters;
+    for (const name of names) {
+      const path = join(folder, name);
+      if ((await this.#tree.kind(path)) === "folder") adapters.push(...(await this.#search(path, depth + 1)));
+    }
+    return adapters;
   }
 
   #error(message: string, path: string): AdapterError {
     return new AdapterError(message, { file: this.#tree.nameOf(path) });
-  }
-
-  async #has(folder: string, name: string): Promise<boolean> {
-    return (await this.#tree.kind(join(folder, name))) === "file";
   }
 
   /** Takes a named file as an adapter; its reader reports what it lacks. */
@@ -353,8 +361,8 @@ class Search {
     const folder = dirname(path);
     if (/\.(bin|pt|pth|ckpt)$/.test(name)) throw this.#pickle(path);
     if (name === PEFT || name === CONFIG) return this.#configured(folder);
-    if (name === MLX && (await this.#has(folder, CONFIG))) return mlxFolder(folder);
-    if (name === DIFFUSERS) return { ...loraFile(path, "diffusers"), id: basename(folder), path: folder };
+    if (name === MLX && (await this.#names(folder)).has(CONFIG)) return inFolder(folder, MLX, "mlx");
+    if (name === DIFFUSERS) return inFolder(folder, DIFFUSERS, "diffusers");
     const format = ENDINGS.get(extname(path));
     if (format) return loraFile(path, format);
     if (ARCHIVE.test(name)) throw this.#error("is an archive; unpack it, and give its folder", path);
@@ -375,90 +383,64 @@ class Search {
     return [...file.tensors.keys()];
   }
 
-  async #in(folder: string): Promise<AdapterLocation[]> {
-    const own = await this.#folder(folder);
-    return own === undefined ? this.#looseFiles(folder) : [own];
-  }
-
   /** Takes a folder as an adapter if any of an adapter's files is in it, so that missing files are reported instead of passed over. */
   async #folder(folder: string): Promise<AdapterLocation | undefined> {
-    const has = (name: string): Promise<boolean> => this.#has(folder, name);
-    const peft = (await has(CONFIG)) || (await has(PEFT)) || (await has(PEFT_PICKLE));
-    const diffusers = await has(DIFFUSERS);
-    if (peft && diffusers) {
+    const names = await this.#names(folder);
+    const diffusers = names.has(DIFFUSERS);
+    if ([CONFIG, PEFT, PEFT_PICKLE].some((name) => names.has(name))) {
       const message = `holds files of PEFT and ${DIFFUSERS}: which adapter is meant? Give the path of its tensor file`;
-      throw this.#error(message, folder);
+      if (diffusers) throw this.#error(message, folder);
+      return this.#configured(folder);
     }
-    if (peft) return this.#configured(folder);
-    if (diffusers) return this.#file(join(folder, DIFFUSERS));
-    if (await has(DIFFUSERS_PICKLE)) throw this.#pickle(join(folder, DIFFUSERS_PICKLE));
-    return this.#pipeline(folder);
-  }
-
-  /** Takes a folder of PEFT, or of MLX LM, whose configuration has the same name. */
-  async #configured(folder: string): Promise<AdapterLocation> {
-    const has = (name: string): Promise<boolean> => this.#has(folder, name);
-    return (await has(MLX)) && (await has(CONFIG)) && !(await has(PEFT)) ? mlxFolder(folder) : this.#peft(folder);
-  }
-
-  /** Takes PEFT folders with the names of a pipeline's models as one adapter. */
-  async #pipeline(folder: string): Promise<AdapterLocation | undefined> {
+    if (diffusers) return inFolder(folder, DIFFUSERS, "diffusers");
+    if (names.has(DIFFUSERS_PICKLE)) throw this.#pickle(join(folder, DIFFUSERS_PICKLE));
+    // PEFT folders with the names of a pipeline's models are one adapter.
     const models = new Map<string, AdapterLocation>();
     for (const model of MODELS) {
       const path = join(folder, model);
-      if (await this.#has(path, CONFIG)) models.set(model, await this.#peft(path));
+      if (names.has(model) && (await this.#tree.kind(join(path, CONFIG))) === "file")
+        models.set(model, await this.#configured(path));
     }
     const [first] = models.values();
     return first && { id: basename(folder), path: folder, tensors: first.tensors, format: "pipeline", models };
   }
 
-  /** @throws AdapterError unless both of an adapter's files are in the folder */
-  async #peft(folder: string): Promise<AdapterLocation> {
-    for (const [name, other] of [
-      [PEFT, CONFIG],
-      [CONFIG, PEFT],
-    ] as const) {
-      if (await this.#has(folder, name)) continue;
-      if (name === PEFT && (await this.#has(folder, PEFT_PICKLE))) throw this.#pickle(join(folder, PEFT_PICKLE));
-      await refuseOtherKinds(join(folder, name), "a file");
-      throw this.#error(`has no ${name} beside ${other}; copy it from where the adapter was saved`, folder);
-    }
-    return { id: basename(folder), path: folder, tensors: join(folder, PEFT), format: "peft" };
+  /**
+   * Takes a folder of PEFT, or of MLX LM, whose configuration has the same name.
+   * @throws AdapterError unless both of an adapter's files are in the folder
+   */
+  async #configured(folder: string): Promise<AdapterLocation> {
+    const names = await this.#names(folder);
+    if (names.has(PEFT) && names.has(CONFIG)) return inFolder(folder, PEFT, "peft");
+    if (names.has(MLX) && names.has(CONFIG)) return inFolder(folder, MLX, "mlx");
+    if (!names.has(PEFT) && names.has(PEFT_PICKLE)) throw this.#pickle(join(folder, PEFT_PICKLE));
+    const [missing, other] = names.has(PEFT) ? [CONFIG, PEFT] : [PEFT, CONFIG];
+    throw this.#error(`has no ${missing} beside ${other}; copy it from where the adapter was saved`, folder);
   }
 
-  /** Finds files in a folder that hold a LoRA, and not a model or something else. */
-  async #looseFiles(folder: string): Promise<AdapterLocation[]> {
-    const found: AdapterLocation[] = [];
-    for (const path of await this.#visible(folder)) {
-      if ((await this.#tree.kind(path)) !== "file") continue;
-      const format = ENDINGS.get(extname(path));
-      if (format === "onnx_adapter" || (format === "gguf" && (await this.#isGgufAdapter(path))))
-        found.push(loraFile(path, format));
-      const names = extname(path) === ".safetensors" ? await this.#namesIn(path) : [];
-      if (holdsLora(names)) found.push(loraFile(path, formatOf(names)));
+  /** The format of a file in a folder of adapters; undefined for a model or something else. */
+  async #looseFormat(path: string): Promise<AdapterFormat | undefined> {
+    const ending = extname(path);
+    if (ending === ".safetensors") {
+      const names = await this.#namesIn(path);
+      return holdsLora(names) ? formatOf(names) : undefined;
     }
-    return found;
-  }
-
-  /** Tells whether a GGUF file holds an adapter; models are GGUF files too. */
-  async #isGgufAdapter(path: string): Promise<boolean> {
+    if (ending !== ".gguf") return ENDINGS.get(ending);
     const source = await this.#tree.open(path);
     try {
-      return (await openGguf(source)).fields.get("general.type") === "adapter";
+      // Models are GGUF files too.
+      return (await openGguf(source)).fields.get("general.type") === "adapter" ? "gguf" : undefined;
     } finally {
       await source.close?.();
     }
   }
 
-  async #visible(folder: string): Promise<string[]> {
-    const names = (await this.#tree.names(folder)).filter((name) => !name.startsWith(".")).sort();
-    return names.map((name) => join(folder, name));
+  async #names(folder: string): Promise<Set<string>> {
+    return new Set(await this.#tree.names(folder));
   }
 
-  async #subFolders(folder: string): Promise<string[]> {
-    const paths = await this.#visible(folder);
-    const kinds = await Promise.all(paths.map((path) => this.#tree.kind(path)));
-    return paths.filter((_, i) => kinds[i] === "folder");
+  async #visible(folder: string): Promise<string[]> {
+    return (await this.#tree.names(folder)).filter((name) => !name.startsWith(".")).sort();
   }
 
   #pickle(path: string): AdapterError {
@@ -481,6 +463,6 @@ function loraFile(path: string, format: AdapterFormat): AdapterLocation {
   return { id: basename(path, extname(path)), path, tensors: path, format };
 }
 
-function mlxFolder(folder: string): AdapterLocation {
-  return { id: basename(folder), path: folder, tensors: join(folder, MLX), format: "mlx" };
+function inFolder(folder: string, tensors: string, format: AdapterFormat): AdapterLocation {
+  return { id: basename(folder), path: folder, tensors: join(folder, tensors), format };
 }

@@ -14,10 +14,11 @@ import {
   type Exportable,
   f32Bytes,
   factorsOf,
+  openFile,
+  readAdapterFile,
   refuseModule,
   refuseSaved,
 } from "./adapter.ts";
-import { openFile, readAdapterFile } from "./adapter-file.ts";
 import { assembleLora, type LoraKey, refuser, sortTensors } from "./named-lora.ts";
 import type { PeftFiles } from "./peft.ts";
 
@@ -97,16 +98,10 @@ function alphaOf(file: GgufFile): number {
   );
 }
 
-const SIDES: ReadonlyMap<string, "A" | "B"> = new Map([
-  [".weight.lora_a", "A"],
-  [".weight.lora_b", "B"],
-]);
-
 /** The weight that a tensor belongs to, and its factor. */
-function split(key: string): { weight: string; side: "A" | "B" } | undefined {
-  const at = key.lastIndexOf(".weight.");
-  const side = SIDES.get(key.slice(at));
-  return at < 1 || side === undefined ? undefined : { weight: key.slice(0, at), side };
+function split(key: string): { weight: string; factor: "A" | "B" } | undefined {
+  const [, weight = "", factor] = /^(.+)\.weight\.lora_([ab])$/.exec(key) ?? [];
+  return factor === undefined ? undefined : { weight, factor: factor === "a" ? "A" : "B" };
 }
 
 function parseKey(key: string, { modules }: GgufArchitecture): LoraKey | undefined {
@@ -115,19 +110,19 @@ function parseKey(key: string, { modules }: GgufArchitecture): LoraKey | undefin
   const { pattern, layer } = generic(found.weight);
   const module = modules.get(pattern)?.replace("N", layer ?? "N");
   if (module === undefined) return undefined;
-  const part = found.weight === EMBEDDING ? (`embedding${found.side}` as const) : found.side;
-  return { prefix: "", local: module, module, part };
+  const part = found.weight === EMBEDDING ? (`embedding${found.factor}` as const) : found.factor;
+  return { module, part };
 }
 
 /** Gives a file the orientation and the order of rows that its weights have in transformers. */
 function asTransformers(file: GgufFile, name: string, { permuted }: GgufArchitecture, base: BaseFacts): GgufFile {
   const derived = new Map<string, Derived>();
   for (const [key, { dtype, shape }] of file.tensors) {
-    const { weight = "", side } = split(key) ?? {};
+    const { weight = "", factor } = split(key) ?? {};
     // An embedding's rows are tokens, which are looked up: [vocabulary, r].
-    if (weight === EMBEDDING && side === "A" && shape.length === 2) derived.set(key, transposed(file, key));
+    if (weight === EMBEDDING && factor === "A" && shape.length === 2) derived.set(key, transposed(file, key));
     const which = permuted.get(generic(weight).pattern);
-    if (side !== "B" || which === undefined) continue;
+    if (factor !== "B" || which === undefined) continue;
     const heads = base[which];
     const [out = 0] = shape;
     if (heads === undefined || out % (2 * heads) !== 0) {
@@ -138,9 +133,11 @@ function asTransformers(file: GgufFile, name: string, { permuted }: GgufArchitec
       const how = "Give the base (--base, or base): its folder, config.json or GGUF file";
       throw refuser(file)(key, `${key}: llama.cpp orders the rows of ${name} by heads, and ${why}. ${how}`);
     }
-    const read: Derived["read"] = async (options) =>
-      permuteRows(await file.readF32(key, options), out, heads, "out of pairs");
-    derived.set(key, { dtype, shape, read });
+    derived.set(key, {
+      dtype,
+      shape,
+      read: async (options) => permuteRows(await file.readF32(key, options), out, heads, true),
+    });
   }
   return withDerived(file, derived);
 }
@@ -158,6 +155,11 @@ interface GgufArchitecture {
 
 /** GGUF's name of the embedding, whose two factors are swapped. */
 const EMBEDDING = "token_embd";
+
+const BY_HEADS: GgufArchitecture["permuted"] = new Map([
+  ["blk.N.attn_q", "heads"],
+  ["blk.N.attn_k", "kvHeads"],
+]);
 
 const LLAMA = {
   [EMBEDDING]: "model.embed_tokens",
@@ -188,25 +190,22 @@ const BERT = {
   "blk.N.ffn_down": "encoder.layer.N.output.dense",
 };
 
-const architecture = (modules: Readonly<Record<string, string>>, permuted = false): GgufArchitecture => ({
-  modules: new Map(Object.entries(modules)),
-  permuted: new Map(
-    permuted
-      ? [
-          ["blk.N.attn_q", "heads"],
-          ["blk.N.attn_k", "kvHeads"],
-        ]
-      : [],
-  ),
-});
-
 /** Architectures by `general.architecture`. Mistral and SmolLM2 use "llama" too. */
-const ARCHITECTURES: ReadonlyMap<string, GgufArchitecture> = new Map([
-  ["llama", architecture(LLAMA, true)],
-  ...["qwen2", "qwen3", "gemma", "gemma2", "gemma3"].map((name) => [name, architecture(LLAMA)] as const),
-  ["phi3", architecture(PHI3)],
-  ["bert", architecture(BERT)],
-]);
+const ARCHITECTURES: ReadonlyMap<string, GgufArchitecture> = new Map(
+  Object.entries({
+    llama: LLAMA,
+    qwen2: LLAMA,
+    qwen3: LLAMA,
+    gemma: LLAMA,
+    gemma2: LLAMA,
+    gemma3: LLAMA,
+    phi3: PHI3,
+    bert: BERT,
+  }).map(([name, modules]) => [
+    name,
+    { modules: new Map(Object.entries(modules)), permuted: name === "llama" ? BY_HEADS : new Map() },
+  ]),
+);
 
 /** Replaces the number of the layer in a name by N. */
 function generic(name: string): { pattern: string; layer: string | undefined } {
@@ -216,25 +215,20 @@ function generic(name: string): { pattern: string; layer: string | undefined } {
 
 /**
  * Reorders rows of queries and keys of Llama's architecture as llama.cpp does (`permute` of convert_hf_to_gguf.py): rotary embedding
- * rotates pairs of rows, which transformers keeps half a head apart and llama.cpp side by side.
+ * rotates pairs of rows, which transformers keeps half a head apart and llama.cpp next to each other.
  * @param values [rows, columns], rows a multiple of 2 · heads
- * @param way "into pairs": from transformers' order to llama.cpp's; "out of pairs": back
+ * @param back from llama.cpp's order to transformers'
  */
-function permuteRows(
-  values: Float32Array,
-  rows: number,
-  heads: number,
-  way: "into pairs" | "out of pairs",
-): Float32Array<ArrayBuffer> {
+function permuteRows(values: Float32Array, rows: number, heads: number, back: boolean): Float32Array<ArrayBuffer> {
   const columns = values.length / rows;
   const half = rows / heads / 2;
   const out = new Float32Array(values.length);
   for (let row = 0; row < rows; row++) {
-    const [head, inHead] = [Math.floor(row / (2 * half)), row % (2 * half)];
+    const inHead = row % (2 * half);
     // `row` is an index in transformers' order: the `pair`-th of its head's first or second half.
-    const pair = head * 2 * half + 2 * (inHead % half) + Math.floor(inHead / half);
-    const [from, to] = way === "into pairs" ? [row, pair] : [pair, row];
-    out.set(values.subarray(from * columns, (from + 1) * columns), to * columns);
+    const pair = row - inHead + 2 * (inHead % half) + Math.floor(inHead / half);
+    const from = (back ? pair : row) * columns;
+    out.set(values.subarray(from, from + columns), (back ? row : pair) * columns);
   }
   return out;
 }
@@ -245,17 +239,12 @@ function permuteRows(
 /**
  * Makes the bytes of a GGUF file (f32), chunk by chunk. Holds one adapter in memory.
  * @param base its architecture by llama.cpp's name ("llama", "qwen2"), and for "llama" its heads
- * @param marks more fields of the header. Default: none
  * @throws AdapterError for heads, biases, DoRA, convolutions, and modules that the architecture does not have
  * @example
  * const base = { architecture: "llama", heads: 4, kvHeads: 2 }; // of the model's config.json
  * await writeFile("rhymes.gguf", await ggufFile(await taskAdapter(writing, "rhymes"), base));
  */
-export async function ggufFile(
-  adapter: Exportable,
-  base: BaseFacts,
-  marks: ReadonlyMap<string, string> = new Map(),
-): Promise<AsyncIterable<Uint8Array>> {
+export async function ggufFile(adapter: Exportable, base: BaseFacts): Promise<AsyncIterable<Uint8Array>> {
   checkAdapter("ggufFile", adapter);
   refuseSaved(adapter, "a GGUF file");
   const { architecture: name } = base;
@@ -277,7 +266,6 @@ export async function ggufFile(
     ["general.name", adapter.id],
     ["adapter.type", "lora"],
     ["adapter.lora.alpha", 0],
-    ...marks,
   ]);
   return writeGguf(fields, tensors);
 }
@@ -310,7 +298,7 @@ async function entriesOf(
   }
   // An embedding's A is [vocabulary, r], since its rows are looked up.
   const a = embedding ? transpose(A.values, rank, inputs) : A.values;
-  const b = heads ? permuteRows(B.values, out, heads, "into pairs") : B.values;
+  const b = heads ? permuteRows(B.values, out, heads, false) : B.values;
   const entry = (side: string, shape: readonly number[], values: Float32Array): GgufEntry => ({
     name: `${found.weight}.weight.lora_${side}`,
     shape,
@@ -346,22 +334,19 @@ interface GgufEntry {
 const ALIGNMENT = 32;
 const [UINT32, FLOAT32, STRING] = [4, 6, 8];
 
-/**
- * The bytes of a GGUF file, chunk by chunk.
- * @param fields of the header: strings, and numbers, which are written as f32
- */
+/** The bytes of a GGUF file, chunk by chunk. @param fields of the header: strings, and numbers, which are written as f32 */
 async function* writeGguf(
   fields: ReadonlyMap<string, string | number>,
   entries: readonly GgufEntry[],
 ): AsyncGenerator<Uint8Array, void> {
   const header: number[] = [];
-  const put = (size: number, write: (view: DataView) => void): void => {
-    const bytes = new Uint8Array(size);
-    write(new DataView(bytes.buffer));
-    header.push(...bytes);
+  const u32 = (value: number): void => {
+    for (const shift of [0, 8, 16, 24]) header.push((value >>> shift) & 255);
   };
-  const u32 = (value: number): void => put(4, (view) => view.setUint32(0, value, true));
-  const u64 = (value: number): void => put(8, (view) => view.setBigUint64(0, BigInt(value), true));
+  const u64 = (value: number): void => {
+    u32(value % 2 ** 32);
+    u32(Math.floor(value / 2 ** 32));
+  };
   const text = (value: string): void => {
     const bytes = new TextEncoder().encode(value);
     u64(bytes.length);
@@ -378,7 +363,7 @@ async function* writeGguf(
     text(name);
     u32(typeof value === "string" ? STRING : FLOAT32);
     if (typeof value === "string") text(value);
-    else put(4, (view) => view.setFloat32(0, value, true));
+    else header.push(...f32Bytes(Float32Array.of(value)));
   }
   let offset = 0;
   for (const { name, shape, bytes } of entries) {

@@ -7,8 +7,14 @@
 import { AdapterError } from "../errors.ts";
 import type { SafetensorsEntry } from "../tensor/safetensors.ts";
 import { type Derived, type TensorFile, withDerived } from "../tensor/tensor-file.ts";
-import { type Adapter, type BaseFacts, type Exportable, refuseModule } from "./adapter.ts";
-import { openSafetensors, readAdapterFile } from "./adapter-file.ts";
+import {
+  type Adapter,
+  type BaseFacts,
+  type Exportable,
+  openSafetensors,
+  readAdapterFile,
+  refuseModule,
+} from "./adapter.ts";
 import { foreignName, tensorsOf } from "./diffusers.ts";
 import { assembleLora, type LoraKey, readAlphas, refuser, sortTensors } from "./named-lora.ts";
 import type { KeyRole, PeftFiles } from "./peft.ts";
@@ -59,7 +65,7 @@ function parseKey(name: string, names: FlatNames | undefined, file: string): Lor
   if (dot < 1 || part === undefined || owner === undefined) return undefined;
   const { model, flat } = owner;
   const local = (names && named(model, flat, names, file)) ?? unflatten(flat);
-  return local === undefined ? undefined : { prefix: model, local, module: `${model}.${local}`, part };
+  return local === undefined ? undefined : { module: `${model}.${local}`, part };
 }
 
 /** The base's name, which may begin with the model; undefined where it has none, as for another model of the pipeline. */
@@ -239,21 +245,18 @@ export function flatten(module: string): string | undefined {
   return prefix + module.slice(model.length + 1).replaceAll(".", "_");
 }
 
-const SUFFIX = /\.(weight|bias)$/;
-
 /** Modules of a base by flattened name. */
-type FlatNames = ReadonlyMap<string, readonly string[]>;
+type FlatNames = ReadonlyMap<string, Iterable<string>>;
 
 /** @param names of modules or parameters */
 function flatNames(names: Iterable<string>): FlatNames {
   const found = new Map<string, Set<string>>();
   for (const name of names) {
-    const module = name.replace(SUFFIX, "");
+    const module = name.replace(/\.(weight|bias)$/, "");
     const flat = module.replaceAll(".", "_");
-    if (!found.has(flat)) found.set(flat, new Set());
-    found.get(flat)!.add(module);
+    found.set(flat, (found.get(flat) ?? new Set()).add(module));
   }
-  return new Map([...found].map(([flat, modules]) => [flat, [...modules]]));
+  return found;
 }
 
 /** The only module with a flattened name; undefined where there is none. @throws AdapterError for several */

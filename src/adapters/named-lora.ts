@@ -5,13 +5,19 @@
 
 import { AdapterError } from "../errors.ts";
 import { type Derived, show, type TensorFile, transposed, withDerived } from "../tensor/tensor-file.ts";
-import { type Adapter, type AdapterModule, compare, type SavedTensor } from "./adapter.ts";
-import { openSafetensors, readAdapterFile } from "./adapter-file.ts";
+import {
+  type Adapter,
+  type AdapterModule,
+  compare,
+  listed,
+  openSafetensors,
+  readAdapterFile,
+  type SavedTensor,
+} from "./adapter.ts";
 import {
   checkFloats,
   checkName,
   type KeyRole,
-  listed,
   type PeftFiles,
   type PeftTensors,
   peftTensors,
@@ -22,13 +28,13 @@ import type { PeftConfig } from "./peft-config.ts";
 
 /** Meaning of a tensor's name. */
 export interface LoraKey {
-  /** The model of a pipeline that it belongs to; "" where there is only one. */
-  readonly prefix: string;
-  /** The module within its model, as PEFT's patterns mean it. */
-  readonly local: string;
   /** The module, with its model in front. */
   readonly module: string;
   readonly part: KeyRole | "alpha";
+  /** The model of a pipeline that it belongs to. Default: "", where there is only one. */
+  readonly prefix?: string;
+  /** The module within its model, as PEFT's patterns mean it. Default: `module`. */
+  readonly local?: string;
 }
 
 /** The tensors of one module. */
@@ -69,7 +75,7 @@ export function sortTensors(
       continue;
     }
     checkFloats(key, dtype, refuse);
-    const { module, prefix, local, part } = parsed;
+    const { module, part, prefix = "", local = module } = parsed;
     checkName(module, refuse);
     const found: LoraParts = parts.get(module) ?? { prefix, local, keys: new Map() };
     parts.set(module, found);
@@ -134,22 +140,19 @@ export function assembleLora(
 }
 
 /** Configuration that follows from a module's tensors alone. */
-function shownBy(file: TensorFile, keys: ReadonlyMap<KeyRole, string>, scaleOf: (rank: number) => number): PeftConfig {
+function shownBy(
+  file: TensorFile,
+  keys: ReadonlyMap<KeyRole, string>,
+  scaleOf: (rank: number) => number,
+): PeftTensors["config"] {
   const factor = keys.get("A") ?? keys.get("embeddingA");
   const rank = (factor && file.tensors.get(factor)!.shape[0]) || 1;
   return {
-    baseModel: undefined,
-    revision: undefined,
-    taskType: undefined,
     fanInFanOut: false,
-    bias: "none",
     loraBias: keys.has("loraBias"),
     dora: keys.has("magnitude"),
     start: undefined,
-    modulesToSave: [],
-    tokenRows: [],
     forModule: () => ({ rank, scale: scaleOf(rank) }),
-    warnings: [],
   };
 }
 
@@ -217,5 +220,5 @@ function parseKey(name: string): LoraKey | undefined {
   const embedding = EMBEDDING.test(module);
   const part =
     what === "m" ? "magnitude" : what === "lora_a" ? (embedding ? "embeddingA" : "A") : embedding ? "embeddingB" : "B";
-  return { prefix: "", local: module, module, part };
+  return { module, part };
 }

@@ -15,12 +15,13 @@ import {
   type FactorMatrix,
   f32Bytes,
   factorsOf,
+  openFile,
+  readAdapterFile,
   refuseModule,
   refuseSaved,
 } from "./adapter.ts";
-import { openFile, readAdapterFile } from "./adapter-file.ts";
 import { assembleLora, type LoraKey, sortTensors, transposeMatrices } from "./named-lora.ts";
-import { type PeftFiles, parsePeftKeys } from "./peft.ts";
+import { type PeftFiles, parsePeftKey } from "./peft.ts";
 
 /** The file of one adapter of ONNX Runtime; `tensors` is the .onnx_adapter file. */
 export type OnnxAdapterFiles = Omit<PeftFiles, "config" | "base">;
@@ -49,9 +50,8 @@ export async function readOnnxAdapter(files: OnnxAdapterFiles): Promise<Adapter>
 }
 
 function parseKey(name: string): LoraKey | undefined {
-  const key = parsePeftKeys([name]).get(name)!;
-  if (key.kind !== "part" || (key.part !== "A" && key.part !== "B")) return undefined;
-  return { prefix: "", local: key.module, module: key.module, part: key.part };
+  const { name: module = "", part } = parsePeftKey(name) ?? {};
+  return part === "A" || part === "B" ? { module, part } : undefined;
 }
 
 // The `.onnx_adapter` format of ONNX Runtime (onnxruntime/lora/adapter_format/adapter_schema.fbs): a FlatBuffer of named tensors,
@@ -82,60 +82,37 @@ interface Parameter extends TensorInfo {
 }
 
 /** Follows offsets in a file. */
-class FlatBuffer {
-  readonly #source: ByteSource;
-  readonly #byteLength: number;
-  readonly #options: ReadOptions | undefined;
-
-  constructor(source: ByteSource, byteLength: number, options: ReadOptions | undefined) {
-    this.#source = source;
-    this.#byteLength = byteLength;
-    this.#options = options;
-  }
-
-  fail(message: string): FormatError {
-    return new FormatError(`${message}; damaged, save the adapter again`, {
-      file: this.#source.name,
-      part: "FlatBuffer",
-    });
-  }
-
-  async bytes(at: number, length: number): Promise<DataView> {
-    if (!(at >= 0 && at + length <= this.#byteLength))
-      throw this.fail(`points at byte ${at}, but the file has ${this.#byteLength}`);
-    const found = length === 0 ? new Uint8Array(0) : await this.#source.read(at, length, this.#options);
+function flatBuffer(source: ByteSource, byteLength: number, options: ReadOptions | undefined) {
+  const fail = (message: string): FormatError =>
+    new FormatError(`${message}; damaged, save the adapter again`, { file: source.name, part: "FlatBuffer" });
+  const bytes = async (at: number, length: number): Promise<DataView> => {
+    if (!(at >= 0 && at + length <= byteLength)) throw fail(`points at byte ${at}, but the file has ${byteLength}`);
+    const found = length === 0 ? new Uint8Array(0) : await source.read(at, length, options);
     return new DataView(found.buffer, found.byteOffset, found.byteLength);
-  }
-
-  async u32(at: number): Promise<number> {
-    return (await this.bytes(at, 4)).getUint32(0, true);
-  }
-
-  async follow(at: number): Promise<number> {
-    return at + (await this.u32(at));
-  }
-
+  };
+  const u32 = async (at: number): Promise<number> => (await bytes(at, 4)).getUint32(0, true);
+  const follow = async (at: number): Promise<number> => at + (await u32(at));
   /** Places of a table's fields; undefined for one that is left out. */
-  async fields(table: number): Promise<(field: number) => number | undefined> {
-    const vtable = table - (await this.bytes(table, 4)).getInt32(0, true);
-    const size = (await this.bytes(vtable, 2)).getUint16(0, true);
-    if (size < 4 || size % 2 !== 0) throw this.fail(`the table at byte ${table} has a wrong list of fields`);
-    const list = await this.bytes(vtable, size);
+  const fields = async (table: number): Promise<(field: number) => number | undefined> => {
+    const vtable = table - (await bytes(table, 4)).getInt32(0, true);
+    const size = (await bytes(vtable, 2)).getUint16(0, true);
+    if (size < 4 || size % 2 !== 0) throw fail(`the table at byte ${table} has a wrong list of fields`);
+    const list = await bytes(vtable, size);
     return (field) => {
       const at = 4 + 2 * field;
       const offset = at + 2 <= size ? list.getUint16(at, true) : 0;
       return offset === 0 ? undefined : table + offset;
     };
-  }
-
+  };
   /** A vector's elements: their number, and where the first is. */
-  async vector(at: number | undefined, size: number): Promise<{ length: number; first: number }> {
+  const vector = async (at: number | undefined, size: number): Promise<{ length: number; first: number }> => {
     if (at === undefined) return { length: 0, first: 0 };
-    const start = await this.follow(at);
-    const length = await this.u32(start);
-    if (start + 4 + length * size > this.#byteLength) throw this.fail(`a list at byte ${start} ends behind the file`);
+    const start = await follow(at);
+    const length = await u32(start);
+    if (start + 4 + length * size > byteLength) throw fail(`a list at byte ${start} ends behind the file`);
     return { length, first: start + 4 };
-  }
+  };
+  return { fail, bytes, u32, follow, fields, vector };
 }
 
 /**
@@ -144,7 +121,7 @@ class FlatBuffer {
  */
 export async function openOnnxAdapter(source: ByteSource, options?: ReadOptions): Promise<TensorFile> {
   const { name, byteLength = 0 } = source;
-  const file = new FlatBuffer(source, byteLength, options);
+  const file = flatBuffer(source, byteLength, options);
   const refuse = (part: string, message: string): FormatError => new FormatError(message, { file: name, part });
   const start = byteLength < 8 ? undefined : await file.bytes(0, 8);
   const mark = start && String.fromCharCode(...[4, 5, 6, 7].map((at) => start.getUint8(at)));
@@ -176,7 +153,7 @@ export async function openOnnxAdapter(source: ByteSource, options?: ReadOptions)
 }
 
 async function readParameter(
-  file: FlatBuffer,
+  file: ReturnType<typeof flatBuffer>,
   table: number,
   refuse: (part: string, message: string) => FormatError,
 ): Promise<[string, Parameter]> {
@@ -201,9 +178,6 @@ async function readParameter(
     );
   return [key, { dtype, shape, byteOffset: data.first, byteLength: data.length }];
 }
-
-// Writes a canonical adapter as an `.onnx_adapter` file of ONNX Runtime, for models that were exported with the factors of LoRA as
-// inputs. Scales stay in B, since the format has none.
 
 /**
  * Makes the bytes of an .onnx_adapter file (f32), chunk by chunk: `MODULE.lora_A.weight` [in, r] and `MODULE.lora_B.weight` [r, out].
@@ -230,8 +204,6 @@ function turned(name: string, { shape: [rows = 0, columns = 0], values }: Factor
   return { name, shape: [columns, rows], bytes: f32Bytes(transpose(values, rows, columns)) };
 }
 
-// Writes `.onnx_adapter` files. Readers do without it.
-
 /** A parameter of f32 to write. */
 interface OnnxAdapterEntry {
   readonly name: string;
@@ -243,80 +215,73 @@ interface OnnxAdapterEntry {
 const FLOAT = 1;
 /** FlatBuffers have signed offsets of 32 bits. */
 const MOST_BYTES = 2 ** 31 - 1;
-/** Both tables have four fields of 4 bytes: bytes of the list of their places, and of a table with the way to that list. */
+/** All tables have four fields of 4 bytes: bytes of the list of their places, and of a table with the way to that list. */
 const [VTABLE, TABLE] = [12, 20];
 
-const align = (at: number, to: number, rest = 0): number => at + ((((rest - at) % to) + to) % to);
-
-/** Where everything lies: names and dimensions of the parameters, and their values. */
-function layOut(entries: readonly OnnxAdapterEntry[], names: readonly Uint8Array[], start: number) {
-  let at = start;
-  // Elements of 8 bytes and values begin at a multiple of 8, behind a length of 4 bytes.
-  const places = entries.map(({ shape }, i) => {
-    const name = at;
-    const dims = align(name + 4 + names[i]!.length + 1, 8, 4);
-    at = align(dims + 4 + 8 * shape.length, 4);
-    return { name, dims };
-  });
-  const values = entries.map(({ bytes }) => {
-    const place = align(at, 8, 4);
-    at = place + 4 + bytes.length;
-    return place;
-  });
-  if (at > MOST_BYTES) throw new RangeError(`writeOnnxAdapter: ${at} bytes, ${MOST_BYTES} at most fit into the format`);
-  return { places, values, end: at };
-}
+/** Place of elements of 8 bytes behind a length of 4: the elements lie at a multiple of 8. */
+const align = (at: number): number => at + ((12 - (at % 8)) % 8);
 
 /**
  * The bytes of an adapter of ONNX Runtime, chunk by chunk: tables and names, then each parameter's values.
  * @throws RangeError when they take 2 GiB or more
  */
 async function* writeOnnxAdapter(entries: readonly OnnxAdapterEntry[]): AsyncGenerator<Uint8Array, void> {
-  const names = entries.map(({ name }) => new TextEncoder().encode(name));
-  // Header, list of fields and table of the root; list of parameters; list of fields and tables of the parameters.
-  const list = 8 + VTABLE + TABLE;
-  const vtable = list + 4 + 4 * entries.length;
-  const first = vtable + VTABLE;
-  const { places, values, end } = layOut(entries, names, first + TABLE * entries.length);
-
-  const head = new Uint8Array(values[0] ?? end);
-  const view = new DataView(head.buffer);
-  const u32 = (place: number, value: number): void => view.setUint32(place, value, true);
-  const fields = (place: number): void => {
-    for (const [i, value] of [VTABLE, TABLE, 4, 8, 12, 16].entries()) view.setUint16(place + 2 * i, value, true);
+  // Offset of the root, identifier, the list of fields of all tables, the root; the list of parameters, and their tables.
+  const fields = 8;
+  const root = fields + VTABLE;
+  const list = root + TABLE;
+  const tables = list + 4 + 4 * entries.length;
+  const head: number[] = Array(tables + TABLE * entries.length).fill(0);
+  const u32 = (place: number, value: number): void => {
+    for (let i = 0; i < 4; i++) head[place + i] = (value >>> (8 * i)) & 255;
   };
   /** An offset is counted from where it stands. */
   const point = (place: number, to: number): void => u32(place, to - place);
-  const root = 8 + VTABLE;
+  const padTo = (length: number): void => {
+    while (head.length < length) head.push(0);
+  };
   point(0, root);
   for (let i = 0; i < 4; i++) head[4 + i] = IDENTIFIER.charCodeAt(i);
-  fields(8);
-  u32(root, VTABLE);
-  for (const place of [4, 8, 12]) u32(root + place, 1);
+  for (const [i, value] of [VTABLE, TABLE, 4, 8, 12, 16].entries()) head[fields + 2 * i] = value;
+  u32(root, root - fields);
+  for (const place of [4, 8, 12]) u32(root + place, VERSION);
   point(root + 16, list);
   u32(list, entries.length);
-  fields(vtable);
-  for (const [i, { shape }] of entries.entries()) {
-    const table = first + TABLE * i;
-    const { name, dims } = places[i]!;
+  for (const [i, { name, shape }] of entries.entries()) {
+    const table = tables + TABLE * i;
     point(list + 4 + 4 * i, table);
-    u32(table, table - vtable);
-    point(table + 4, name);
-    point(table + 8, dims);
+    u32(table, table - fields);
+    const text = new TextEncoder().encode(name);
+    padTo(4 * Math.ceil(head.length / 4));
+    point(table + 4, head.length);
+    u32(head.length, text.length);
+    head.push(...text, 0);
+    padTo(align(head.length));
+    point(table + 8, head.length);
+    u32(head.length, shape.length);
+    for (const size of shape) {
+      u32(head.length, size);
+      u32(head.length, 0);
+    }
     u32(table + 12, FLOAT);
-    point(table + 16, values[i]!);
-    u32(name, names[i]!.length);
-    head.set(names[i]!, name + 4);
-    u32(dims, shape.length);
-    for (const [d, size] of shape.entries()) view.setBigUint64(dims + 4 + 8 * d, BigInt(size), true);
   }
-  yield head;
+  const places: number[] = [];
+  let end = head.length;
+  for (const [i, { bytes }] of entries.entries()) {
+    places.push(align(end));
+    point(tables + TABLE * i + 16, places[i]!);
+    end = places[i]! + 4 + bytes.length;
+  }
+  if (end > MOST_BYTES)
+    throw new RangeError(`writeOnnxAdapter: ${end} bytes, ${MOST_BYTES} at most fit into the format`);
+  padTo(places[0] ?? end);
+  yield Uint8Array.from(head);
   for (const [i, { bytes }] of entries.entries()) {
     const length = new Uint8Array(4);
     new DataView(length.buffer).setUint32(0, bytes.length, true);
     yield length;
     yield bytes;
-    const next = values[i + 1];
-    if (next !== undefined) yield new Uint8Array(next - (values[i]! + 4 + bytes.length));
+    const behind = places[i]! + 4 + bytes.length;
+    yield new Uint8Array((places[i + 1] ?? behind) - behind);
   }
 }

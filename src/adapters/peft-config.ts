@@ -234,9 +234,6 @@ function tokenRows(value: unknown, refuse: (message: string) => AdapterError): [
 // The regular expressions by which PEFT gives modules a rank and a scale of their own (`get_pattern_key` of peft/utils/other.py:
 // `re.match(r"(.*\.)?(PATTERN)$", name)`, the first match counts). Patterns come from untrusted files, and engines backtrack, which can
 // take exponential time. So repeated groups are refused, and the ways to match what is left are counted before the engine runs.
-//
-// Supported: literals, escaped punctuation, `.`, `[…]`, `\d \w \s \D \W \S`, groups `(…)` and `(?:…)` and their `?`, `|`,
-// `* + ? {m,n}` of a character and their lazy forms, `^` and `$`, each as Python reads it in names without control characters.
 
 /** Longest pattern, in characters. Patterns of people and of PEFT are mostly names of modules. */
 const MAX_LENGTH = 1024;
@@ -248,7 +245,7 @@ type RefusePattern = (pattern: string, why: string) => Error;
 
 interface Compiled {
   readonly expression: RegExp;
-  /** Combinations of alternatives and of bounded repetitions. */
+  /** Combinations of alternatives and of bounded repetitions, at most. */
   readonly ways: number;
   /** Number of repetitions without a bound. */
   readonly unbounded: number;
@@ -306,87 +303,56 @@ const CLASSES: ReadonlyMap<string, string> = new Map([
   ["\\w", "\\p{L}\\p{N}_"],
   ["\\s", "\\p{White_Space}"],
 ]);
-/** The beginning of a group, a set, an escape, a repetition, or any other character. */
-const PIECE = /\((?:\?.?)?|\[\^?\]?(?:\\.|[^\]\\])*\]|\\.|(?:[*+?]|\{\d*,?\d*\})\??|./gsu;
-const REPETITION = /^(?:([*+?])|\{(\d*)(,?)(\d*)\})\??$/;
+/** The beginning of a group; its end, with a repetition; an alternative, a set, an escape, a repetition. */
+const PIECE = /\((?:\?.?)?|\)[*+{]?|\||\[\^?\]?(?:\\.|[^\]\\])*\]?|\\.?|[*+?]|\{(\d*)(,?)(\d*)\}/gsu;
 
-/** @param refuse makes an error of a reason */
+/** Python's expression as JavaScript writes it, which finds what else is wrong. @param refuse makes an error of a reason */
 function compile(pattern: string, refuse: (why: string) => Error): Compiled {
   if (pattern.length > MAX_LENGTH) throw refuse(`has ${pattern.length} characters, ${MAX_LENGTH} at most are read`);
-  let source = "";
+  let ways = 1;
   let unbounded = 0;
-  /** Ways of the open groups, the innermost last: those of earlier alternatives, and of this one. */
-  const open = [{ earlier: 0, ways: 1 }];
-  let before: "nothing" | "character" | "group" | "place" | "repetition" = "nothing";
-  for (const [piece] of pattern.matchAll(PIECE)) {
-    const repetition = REPETITION.exec(piece);
-    if (repetition) {
-      if (before === "nothing") throw refuse(`has nothing to repeat before "${piece[0]}"`);
-      if (before === "place") throw refuse('repeats "^" or "$"');
-      if (before === "repetition") throw refuse("repeats a repetition, or is possessive");
-      if (before === "group" && repetition[1] !== "?") throw refuse("repeats a group");
-      const [, sign, from = "", comma = "", to = ""] = repetition;
-      const least = sign === "+" ? 1 : Number(from);
-      const most = sign === "?" ? 1 : sign || (comma && !to) ? Infinity : Number(to || from);
-      if (least > most || (!sign && from + to === ""))
-        throw refuse('has a "{" that begins no repetition such as {2} or {1,3}');
-      if (most === Infinity) unbounded++;
-      else open.at(-1)!.ways *= most - least + 1;
-      // A lazy repetition matches what a greedy one does.
-      source += sign ?? `{${from || 0}${comma}${to}}`;
-      before = "repetition";
-    } else if (piece.startsWith("(")) {
+  /** Alternatives of the open groups, the innermost last. */
+  const open = [1];
+  const source = pattern.replace(PIECE, (piece: string, from = "", comma = "", to = "") => {
+    if (piece.startsWith("(")) {
       if (piece !== "(" && piece !== "(?:") throw refuse(`has a group "${piece}"`);
-      open.push({ earlier: 0, ways: 1 });
-      source += "(?:";
-      before = "nothing";
-    } else if (piece === ")") {
-      const { earlier, ways } = open.pop()!;
-      if (open.length === 0) throw refuse('has a ")" without "("');
-      open.at(-1)!.ways *= earlier + ways;
-      source += ")";
-      before = "group";
-    } else if (piece === "|") {
-      const { earlier, ways } = open.pop()!;
-      open.push({ earlier: earlier + ways, ways: 1 });
-      source += "|";
-      before = "nothing";
-    } else {
-      before = piece === "^" || piece === "$" ? "place" : "character";
-      source += before === "place" || piece === "." ? piece : characterOf(piece, refuse);
+      open.push(1);
+      return "(?:";
     }
+    if (piece.startsWith(")")) {
+      if (piece.length > 1) throw refuse("repeats a group");
+      ways *= open.pop()!;
+      if (open.length === 0) throw refuse('has a ")" without "("');
+    } else if (piece === "|") open[open.length - 1]!++;
+    else if (piece === "*" || piece === "+" || (piece.startsWith("{") && comma && !to)) unbounded++;
+    else if (piece === "?") ways *= 2;
+    else if (piece.startsWith("{")) ways *= Math.max(1, Number(to || from) - Number(from) + 1);
+    else if (piece.startsWith("[")) return setOf(piece, refuse);
+    else {
+      const members = CLASSES.get(piece.toLowerCase());
+      return members ? `[${piece === piece.toLowerCase() ? "" : "^"}${members}]` : literal(piece, refuse);
+    }
+    return piece.startsWith("{,") ? `{0${piece.slice(1)}` : piece;
+  });
+  ways *= open[0]!;
+  try {
+    return { expression: new RegExp(`(?:^|\\.)(?:${source})$`, "su"), ways, unbounded };
+  } catch (cause) {
+    throw refuse(`is no regular expression (${(cause as Error).message.split(": ").at(-1)})`);
   }
-  if (open.length > 1) throw refuse('has a "(" without ")"');
-  const [{ earlier, ways }] = open as [{ earlier: number; ways: number }];
-  return { expression: new RegExp(`(?:^|\\.)(?:${source})$`, "su"), ways: earlier + ways, unbounded };
-}
-
-/** One character or set, as JavaScript writes it. */
-function characterOf(piece: string, refuse: (why: string) => Error): string {
-  if (piece.length > 1 && piece.startsWith("[")) return setOf(piece, refuse);
-  if (piece === "[") throw refuse('has a "[" without "]"');
-  if (piece === "{") throw refuse('has a "{" that begins no repetition such as {2} or {1,3}');
-  if (piece === "\\") throw refuse("ends in a backslash");
-  const members = CLASSES.get(piece.toLowerCase());
-  return members ? `[${piece === piece.toLowerCase() ? "" : "^"}${members}]` : literal(piece, refuse);
 }
 
 /** A set in brackets. A "]" that comes first is one of its characters. */
 function setOf(piece: string, refuse: (why: string) => Error): string {
-  const [, negated = "", inside = ""] = /^\[(\^?)(.*)\]$/su.exec(piece)!;
+  const [, negated = "", inside = ""] = /^\[(\^|(?!\^))(.+)\]$/su.exec(piece) ?? [];
   if (inside === "") throw refuse('has a "[" without "]"');
-  const members = inside.replace(/(\\.|.)(?:-(\\.|.))?/gsu, (_, from: string, to?: string) => {
-    if (to === undefined) return CLASSES.get(from) ?? literal(from, refuse);
-    if (CLASSES.has(from) || CLASSES.has(to) || plain(from) > plain(to)) throw refuse("has a range that is none");
-    return `${literal(from, refuse)}-${literal(to, refuse)}`;
-  });
-  return `[${negated}${members}]`;
+  return `[${negated}${inside.replace(/\\.|[[\]]/gsu, (part) => CLASSES.get(part) ?? literal(part, refuse))}]`;
 }
 
 /** A character that may be escaped, by its number. */
 function literal(piece: string, refuse: (why: string) => Error): string {
   if (/^\\[A-Za-z\d]/.test(piece)) throw refuse(`has "${piece}"`);
-  return `\\u{${plain(piece).toString(16)}}`;
+  return piece === "\\"
+    ? piece
+    : `\\u{${piece.codePointAt(piece.length > 1 && piece.startsWith("\\") ? 1 : 0)!.toString(16)}}`;
 }
-
-const plain = (piece: string): number => piece.codePointAt(/^\\./s.test(piece) ? 1 : 0)!;

@@ -8,7 +8,7 @@ import { checkOptions } from "../arguments.ts";
 import type { BaseInput, WeightHost } from "../core/base.ts";
 import { openHost } from "../core/open-base.ts";
 import { AdapterError } from "../errors.ts";
-import { isHead, type Layout, misfitLabels, type TaskMetadata } from "../format/format.ts";
+import { isHead, type Layout, type TaskMetadata } from "../format/format.ts";
 import type { SourceInput } from "../source.ts";
 import type { SafetensorsEntry } from "../tensor/safetensors.ts";
 import { isFloatDtype, show, type TensorFile, transpose } from "../tensor/tensor-file.ts";
@@ -20,13 +20,15 @@ import {
   checkAdapter,
   compare,
   type Exportable,
-  f32Bytes,
+  f32Entry,
   factorsOf,
+  listed,
+  openSafetensors,
   rankOf,
+  readAdapterFile,
   refuseBoth,
   type SavedTensor,
 } from "./adapter.ts";
-import { openSafetensors, readAdapterFile } from "./adapter-file.ts";
 import { CONVERT, headsOf, type PeftConfig, readPeftConfig, withoutBase } from "./peft-config.ts";
 import type { BaseStart } from "./start.ts";
 
@@ -67,21 +69,13 @@ export async function readPeft(files: PeftFiles): Promise<Adapter> {
   const close = async (): Promise<void> => (base === given ? undefined : base?.close?.());
   try {
     const adapter = await readAdapterFile(others, openSafetensors, (tensors, metadata) => {
-      const { modules, saved, warnings } = assemble(peftTensors(tensors, config, base));
-      const misfit = misfitLabels(metadata.labels, saved);
-      if (misfit !== undefined) {
-        const advice = "list one name for each row, in their order";
-        throw new AdapterError(`${misfit}; ${advice}`, { file: `${files.file}/task.json`, field: "labels" });
-      }
+      const { modules, saved, warnings } = assemble(peftTensors(tensors, config, base), config);
       return {
         modules,
         saved,
         baseModel: config.baseModel,
         metadata: withIdentity(metadata, config),
-        warnings: [
-          ...[...config.warnings, ...warnings, ...labelWarnings(metadata.labels, saved)],
-          ...tieWarnings([...modules.keys()], saved),
-        ],
+        warnings: [...[...config.warnings, ...warnings], ...tieWarnings([...modules.keys()], saved)],
       };
     });
     return base === undefined ? adapter : { ...adapter, close: () => adapter.close().then(close) };
@@ -89,13 +83,6 @@ export async function readPeft(files: PeftFiles): Promise<Adapter> {
     await close();
     throw error;
   }
-}
-
-/** Warns where labels may not fit: an unknown layer need not be the head that they belong to. */
-function labelWarnings(labels: readonly string[] | undefined, saved: readonly SavedTensor[]): string[] {
-  const layers = saved.filter(({ role, shape }) => role === "saved" && shape.length === 2);
-  if (!labels || layers.length === 0 || layers.some(({ shape }) => shape[0] === labels.length)) return [];
-  return [`task.json has ${labels.length} labels, but no saved layer has as many rows: check that they are the base's`];
 }
 
 /** Embeddings that heads are tied to in many language models, and the heads, by the last part of their name. */
@@ -123,32 +110,29 @@ function withIdentity(metadata: TaskMetadata, config: PeftConfig): TaskMetadata 
 }
 
 /** Makes modules and saved tensors of a file. */
-function assemble(tensors: PeftTensors): {
-  modules: Map<string, AdapterModule>;
-  saved: SavedTensor[];
-  warnings: string[];
-} {
+function assemble(tensors: PeftTensors, config: PeftConfig): Pick<Adapter, "modules" | "saved" | "warnings"> {
   const { refuse, shape, read, file } = tensors;
-  const places = place(tensors);
+  const { parts, rows, whole, biases, warnings } = place(tensors, config);
   const modules = new Map<string, AdapterModule>();
-  for (const [name, keys] of [...places.parts].sort(([a], [b]) => compare(a, b))) {
-    const whole = places.whole.get(`${name}.weight`) ?? places.rows.get(name);
-    if (whole !== undefined) {
-      throw refuse(whole, `${whole} replaces weights of ${name}, which is also adapted; save the adapter again`);
-    }
+  for (const [name, keys] of [...parts].sort(([a], [b]) => compare(a, b))) {
+    const replaced = whole.get(`${name}.weight`) ?? rows.get(name);
+    if (replaced !== undefined)
+      throw refuse(replaced, `${replaced} replaces weights of ${name}, which is also adapted; save the adapter again`);
     modules.set(name, readModule(name, keys, tensors));
   }
   if (modules.size === 0)
     throw new AdapterError("holds no lora_A and lora_B; expected what PEFT's save_pretrained writes", {
       file: file.name,
     });
-  const saved = [...savedBiases(places, modules, tensors), ...savedRows(places, tensors)];
-  for (const [name, key] of places.whole) {
-    saved.push({ name, role: "saved", shape: shape(key), read: () => read(key) });
-  }
+  const saved = [
+    ...savedBiases(biases, parts, modules, tensors),
+    ...savedRows(rows, tensors, config),
+    ...[...whole].map(
+      ([name, key]): SavedTensor => ({ name, role: "saved", shape: shape(key), read: () => read(key) }),
+    ),
+  ].sort((a, b) => compare(a.name, b.name));
   for (const tensor of saved) checkShape(tensor, refuse);
-  saved.sort((a, b) => compare(a.name, b.name));
-  return { modules, saved, warnings: places.warnings };
+  return { modules, saved, warnings };
 }
 
 /** @throws AdapterError for a shape that a pack cannot hold (SPEC.md, section 6.2) */
@@ -160,42 +144,42 @@ function checkShape({ name, role, shape }: SavedTensor, refuse: PeftTensors["ref
 
 /** Replaced biases, and those that `lora_bias` adds. A bias that is both is read as their sum. */
 function savedBiases(
-  { parts, biases }: Places,
+  biases: ReadonlyMap<string, string>,
+  parts: Places["parts"],
   modules: ReadonlyMap<string, AdapterModule>,
   { config, shape, describe, refuse, read }: PeftTensors,
-): SavedTensor[] {
-  const saved: SavedTensor[] = [];
+): Iterable<SavedTensor> {
+  const saved = new Map<string, SavedTensor>();
+  for (const [name, key] of biases) saved.set(name, { name, role: "bias", shape: shape(key), read: () => read(key) });
   for (const [module, { out }] of modules) {
     const name = `${module}.bias`;
-    const whole = biases.get(name);
-    if (whole !== undefined && shape(whole).join() !== String(out)) {
-      throw refuse(whole, `${describe(whole)}, expected [${out}]; save the adapter again`);
+    const whole = saved.get(name);
+    if (whole && whole.shape.join() !== String(out)) {
+      const key = biases.get(name)!;
+      throw refuse(key, `${describe(key)}, expected [${out}]; save the adapter again`);
     }
     const delta = parts.get(module)!.get("loraBias");
     if (delta === undefined) continue;
-    const { scale } = config.forModule(module);
-    const readDelta = (): Promise<Float32Array> => read(delta, scale);
+    const readDelta = (): Promise<Float32Array> => read(delta, config.forModule(module).scale);
     const readSum = async (): Promise<Float32Array> => {
-      const bias = await read(whole!);
+      const bias = await whole!.read();
       const added = await readDelta();
       return bias.map((value, i) => value + added[i]!);
     };
-    if (whole === undefined) saved.push({ name, role: "bias-delta", shape: [out], read: readDelta });
-    else saved.push({ name, role: "bias", shape: [out], read: readSum });
+    saved.set(name, whole ? { ...whole, read: readSum } : { name, role: "bias-delta", shape: [out], read: readDelta });
   }
-  const summed = new Set(saved.map(({ name }) => name));
-  for (const [name, key] of biases) {
-    if (summed.has(name)) continue;
-    saved.push({ name, role: "bias", shape: shape(key), read: () => read(key) });
-  }
-  return saved;
+  return saved.values();
 }
 
 /**
  * Rows of embeddings. Despite its name, `trainable_tokens_delta` holds the new rows themselves (peft's
  * tuners/trainable_tokens/layer.py copies them in).
  */
-function savedRows({ rows }: Places, { config, shape, describe, refuse, read }: PeftTensors): SavedTensor[] {
+function savedRows(
+  rows: ReadonlyMap<string, string>,
+  { shape, describe, refuse, read }: PeftTensors,
+  config: PeftConfig,
+): SavedTensor[] {
   if (config.tokenRows.length > 0 && rows.size === 0) {
     throw refuse(
       "trainable_token_indices",
@@ -353,10 +337,13 @@ function checkExtra(
 
 // Assigns every tensor of a PEFT file to its module or parameter; a file with a tensor left over is refused. Reads no values.
 
+/** The part of a configuration that decides how a module is read. */
+type ModuleConfig = Pick<PeftConfig, "fanInFanOut" | "loraBias" | "dora" | "start" | "forModule">;
+
 /** A tensor file, its configuration, and what every check of them needs. */
 export interface PeftTensors {
   readonly file: TensorFile;
-  readonly config: PeftConfig;
+  readonly config: ModuleConfig;
   /** The base, where it was given and the adapter's training began from a changed one. */
   readonly base?: WeightHost | undefined;
   shape(key: string): readonly number[];
@@ -368,7 +355,7 @@ export interface PeftTensors {
   read(key: string, scale?: number): Promise<Float32Array<ArrayBuffer>>;
 }
 
-export function peftTensors(file: TensorFile, config: PeftConfig, base?: WeightHost): PeftTensors {
+export function peftTensors(file: TensorFile, config: ModuleConfig, base?: WeightHost): PeftTensors {
   const shape = (key: string): readonly number[] => file.tensors.get(key)!.shape;
   const refuse = (field: string, message: string): AdapterError =>
     new AdapterError(message, { file: file.name, field });
@@ -403,7 +390,7 @@ function multiplied(values: Float32Array, scale: number): number {
   return i;
 }
 
-/** Assignment of a file's tensors: keys by the name of the module or parameter. */
+/** Keys of a file's tensors by the name of the module or parameter. */
 interface Places {
   /** Tensors of adapted modules. */
   readonly parts: Map<string, Map<KeyRole, string>>;
@@ -419,44 +406,48 @@ interface Places {
 const MAX_NAME_BYTES = 1024;
 
 /** Assigns every tensor of the file. @throws AdapterError naming those that fit nowhere */
-function place({ file, config, refuse }: PeftTensors): Places {
-  const [parts, rows] = [new Map<string, Map<KeyRole, string>>(), new Map<string, string>()];
-  const named = {
-    whole: new Map<string, string>(),
-    wrapped: new Map<string, string>(),
-    biases: new Map<string, string>(),
-  };
-  const [leftover, unlisted]: string[][] = [[], []];
-
+function place({ file, refuse }: PeftTensors, config: PeftConfig): Places {
+  const parts: Places["parts"] = new Map();
+  const rows = new Map<string, string>();
+  const whole = new Map<string, string>();
+  const wrapped = new Map<string, string>();
+  const biases = new Map<string, string>();
+  const leftover: string[] = [];
+  const unlisted: string[] = [];
   /** Adds a key. Two spellings of one tensor, with and without prefix or adapter name, mean two adapters in one file. */
   const put = <K extends string>(map: Map<K, string>, name: K, key: string): void => {
     const other = map.get(name);
     if (other !== undefined) throw twice(other, key, refuse);
     map.set(name, key);
   };
-
   for (const key of file.tensors.keys()) checkName(key, refuse);
-  for (const [key, parsed] of parsePeftKeys(file.tensors.keys())) {
-    const { dtype } = file.tensors.get(key)!;
+  const adapters = adapterNames(file.tensors.keys());
+  for (const [key, { dtype }] of file.tensors) {
     checkFloats(key, dtype, refuse);
-    if (parsed.kind === "part") {
-      const { module, part } = parsed;
-      if (!parts.has(module)) parts.set(module, new Map());
-      put(parts.get(module)!, part, key);
-    } else if (parsed.kind === "rows") put(rows, parsed.module, key);
-    else if (parsed.kind === "unknown") leftover!.push(key);
-    else {
-      const where = placeOf(parsed, config);
-      if (where === undefined) leftover!.push(key);
-      else if (where !== "unused") put(named[where === "unlisted" ? "whole" : where], parsed.parameter, key);
-      if (where === "unlisted") unlisted!.push(key);
-    }
+    const parsed = parsePeftKey(key, adapters);
+    const where = parsed && placeOf(parsed, config);
+    if (!parsed || where === undefined) leftover.push(key);
+    else if (where === "part") {
+      const keys = parts.get(parsed.name) ?? new Map<KeyRole, string>();
+      parts.set(parsed.name, keys);
+      put(keys, parsed.part!, key);
+    } else if (where === "unlisted") {
+      put(whole, parsed.name, key);
+      unlisted.push(key);
+    } else if (where !== "unused") put({ rows, whole, wrapped, biases }[where], parsed.name, key);
   }
-  const { whole, wrapped, biases } = named;
   for (const [parameter, key] of wrapped) if (!whole.has(parameter)) whole.set(parameter, key);
-  const copies = withoutCopies(parts, leftover!, config, (name, key) => put(biases, name, key));
-  if (leftover!.length > 0) throw leftoverError(leftover!, refuse);
-  return { parts, rows, whole, biases, warnings: warningsOf(copies, unlisted!) };
+  const copies = withoutCopies(parts, leftover, config, (name, key) => put(biases, name, key));
+  if (leftover.length > 0) throw leftoverError(leftover, refuse);
+  const warnings: string[] = [];
+  if (copies.length > 0)
+    warnings.push(
+      `${copies.join(", ")}: copies of the base's own weights, not used. If the vocabulary was resized before ` +
+        "training, use the adapter with that resized base",
+    );
+  if (unlisted.length > 0)
+    warnings.push(`${unlisted.join(", ")}: not in modules_to_save, but replaces the base's whole, as in PEFT`);
+  return { parts, rows, whole, biases, warnings };
 }
 
 /**
@@ -466,17 +457,18 @@ function place({ file, config, refuse }: PeftTensors): Places {
 const EMBEDDINGS =
   /(^|\.)(embed_tokens|lm_head|word_embeddings|shared|wte|embed_in|embed_out|tok_embeddings)\.(weight|bias)$/;
 
-/** Role of a parameter outside adapted modules; undefined where nothing accounts for it. */
+/** The place of a tensor; undefined where nothing accounts for it. */
 function placeOf(
-  { kind, parameter }: Extract<PeftKey, { parameter: string }>,
+  { kind, name }: PeftKey,
   { modulesToSave, bias }: PeftConfig,
-): "whole" | "wrapped" | "biases" | "unlisted" | "unused" | undefined {
-  if (isSaved(parameter, modulesToSave)) return kind === "original" ? "unused" : kind === "plain" ? "whole" : "wrapped";
+): "part" | "rows" | "whole" | "wrapped" | "biases" | "unlisted" | "unused" | undefined {
+  if (kind === "part" || kind === "rows") return kind;
+  if (isSaved(name, modulesToSave)) return kind === "original" ? "unused" : kind === "plain" ? "whole" : "wrapped";
   if (kind !== "plain") return undefined;
-  if (bias !== "none" && /(^|\.)bias$/.test(parameter)) return "biases";
+  if (bias !== "none" && /(^|\.)bias$/.test(name)) return "biases";
   // Earlier versions of PEFT saved every parameter with "bias" in its name, such as T5's relative_attention_bias.weight.
-  if (bias === "all" && parameter.includes("bias")) return "whole";
-  return EMBEDDINGS.test(parameter) ? "unlisted" : undefined;
+  if (bias === "all" && name.includes("bias")) return "whole";
+  return EMBEDDINGS.test(name) ? "unlisted" : undefined;
 }
 
 /**
@@ -524,25 +516,6 @@ function withoutCopies(
   return copies;
 }
 
-function warningsOf(copies: readonly string[], unlisted: readonly string[]): string[] {
-  return [
-    ...(copies.length > 0
-      ? [
-          `${copies.join(", ")}: copies of the base's own weights, not used. If the vocabulary was resized before ` +
-            "training, use the adapter with that resized base",
-        ]
-      : []),
-    ...(unlisted.length > 0
-      ? [`${unlisted.join(", ")}: not in modules_to_save, but replaces the base's whole, as in PEFT`]
-      : []),
-  ];
-}
-
-/** The first few names, and the number of others. */
-export function listed(names: readonly string[]): string {
-  return names.slice(0, 5).join(", ") + (names.length > 5 ? `, and ${names.length - 5} more` : "");
-}
-
 /** @throws AdapterError for a tensor of no float */
 export function checkFloats(key: string, dtype: string, refuse: PeftTensors["refuse"]): void {
   if (isFloatDtype(dtype)) return;
@@ -555,40 +528,32 @@ export function twice(first: string, second: string, refuse: PeftTensors["refuse
 }
 
 function leftoverError(keys: readonly string[], refuse: PeftTensors["refuse"]): AdapterError {
-  const attention = keys.find((key) => key.includes(".base_layer.out_proj.lora_"));
-  if (attention !== undefined) {
-    return refuse(
-      "target_modules",
-      `target_modules adapts a torch.nn.MultiheadAttention (${attention}), whose weights have names of their own: ` +
-        "not supported. Adapt other modules",
-    );
-  }
   return refuse(
     keys[0]!,
     `nothing in adapter_config.json accounts for ${listed(keys)}. List the module in modules_to_save if it replaces the ` +
-      "base's, set bias if these are trained biases, or remove the tensors",
+      "base's, set bias if these are trained biases, save it with PEFT's save_pretrained, or remove the tensors",
   );
 }
 
 // Interprets the names of the tensors in PEFT's adapter_model.safetensors. Uses names only, neither shapes nor the configuration.
-// Accepted: with or without the prefix `base_model.model.`, with or without the adapter's own name after `lora_A`,
-// `modules_to_save` and the like (`lora_A.default.weight`).
+// Accepted: with or without the prefix `base_model.model.`, with or without the adapter's own name after `lora_A` and the like
+// (`lora_A.default.weight`).
 
 /** The tensors that one adapted module may have. `baseWeight` and `baseBias` are copies of the base's own. */
 export type KeyRole = "A" | "B" | "embeddingA" | "embeddingB" | "loraBias" | "magnitude" | "baseWeight" | "baseBias";
 
-/** Meaning of a tensor's name. Names of modules and parameters are those of the base model. */
-type PeftKey =
-  | { kind: "part"; module: string; part: KeyRole }
-  /** Replaced rows of an embedding. */
-  | { kind: "rows"; module: string }
-  /** A parameter by its plain name: saved whole, or a bias. */
-  | { kind: "plain"; parameter: string }
-  /** The same parameter under the wrapper's own name; PEFT prefers the plain one. */
-  | { kind: "wrapped"; parameter: string }
-  /** The base's own copy of a saved module's parameter, which PEFT does not use. */
-  | { kind: "original"; parameter: string }
-  | { kind: "unknown" };
+/** Meaning of a tensor's name. */
+interface PeftKey {
+  /**
+   * "part" of an adapted module; replaced "rows" of an embedding; a parameter by its "plain" name: saved whole, or a bias; the same
+   * "wrapped", under the wrapper's own name, where PEFT prefers the plain one; the base's "original" of it, which PEFT does not use.
+   */
+  readonly kind: "part" | "rows" | "plain" | "wrapped" | "original";
+  /** The base's name of the module, of a part and of rows, or of the parameter. */
+  readonly name: string;
+  /** Set for a part. */
+  readonly part?: KeyRole;
+}
 
 const PREFIX = "base_model.model.";
 
@@ -606,38 +571,30 @@ const PARTS: readonly (readonly [RegExp, KeyRole])[] = [
   [/^(.+)\.base_layer\.bias$/, "baseBias"],
 ];
 
-/** Sorts the names of a file's tensors. */
-export function parsePeftKeys(keys: Iterable<string>): Map<string, PeftKey> {
-  const names = [...keys];
-  const adapters = new Set(["default"]);
-  for (const name of names) {
-    const adapter = /\.lora_[AB]\.([^.]+)\.weight$/.exec(name)?.[1];
-    if (adapter !== undefined) adapters.add(adapter);
-  }
-  return new Map(names.map((name) => [name, parse(name, adapters)]));
+/** Names of the adapters in a file, which may stand in its tensors' names. */
+function adapterNames(keys: Iterable<string>): Set<string> {
+  return new Set(["default", ...[...keys].flatMap((key) => /\.lora_[AB]\.([^.]+)\.weight$/.exec(key)?.[1] ?? [])]);
 }
 
-function parse(key: string, adapters: ReadonlySet<string>): PeftKey {
-  const name = key.startsWith(PREFIX) ? key.slice(PREFIX.length) : key;
-  const known = (base: string, result: PeftKey): PeftKey => (WRAPPER.test(base) ? { kind: "unknown" } : result);
+/** Interprets a tensor's name; undefined where it is unknown. @param adapters names of the adapters in its file */
+export function parsePeftKey(key: string, adapters: ReadonlySet<string> = adapterNames([key])): PeftKey | undefined {
+  const parsed = parse(key.startsWith(PREFIX) ? key.slice(PREFIX.length) : key, adapters);
+  return WRAPPER.test(parsed.name) ? undefined : parsed;
+}
 
+function parse(name: string, adapters: ReadonlySet<string>): PeftKey {
   for (const [pattern, part] of PARTS) {
     const module = pattern.exec(name)?.[1];
-    if (module !== undefined) return known(module, { kind: "part", module, part });
+    if (module !== undefined) return { kind: "part", name: module, part };
   }
   const module = /^(.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$/.exec(name)?.[1];
-  if (module !== undefined) return known(module, { kind: "rows", module });
-
+  if (module !== undefined) return { kind: "rows", name: module };
   const [, owner, wrapper, rest] = /^(.+)\.(modules_to_save|original_module)\.(.+)$/.exec(name) ?? [];
-  if (owner === undefined || rest === undefined) return known(name, { kind: "plain", parameter: name });
-  if (wrapper === "original_module") {
-    const parameter = `${owner}.${rest}`;
-    return known(parameter, { kind: "original", parameter });
-  }
+  if (owner === undefined || rest === undefined) return { kind: "plain", name };
+  if (wrapper === "original_module") return { kind: "original", name: `${owner}.${rest}` };
   // A first segment is the adapter's name only where it is known to be one: a saved module may have children.
   const [first = "", ...others] = rest.split(".");
-  const parameter = others.length > 0 && adapters.has(first) ? `${owner}.${others.join(".")}` : `${owner}.${rest}`;
-  return known(parameter, { kind: "wrapped", parameter });
+  return { kind: "wrapped", name: `${owner}.${others.length > 0 && adapters.has(first) ? others.join(".") : rest}` };
 }
 
 // Writes a canonical adapter as the two files that PEFT loads, with the same weights. Scales stay in B, so every module's alpha equals its
@@ -653,10 +610,7 @@ export async function peftFiles(adapter: Exportable): Promise<{ config: object; 
   checkAdapter("peftFiles", adapter);
   refuseBoth({ ...adapter, file: adapter.id });
   const tensors: SafetensorsEntry[] = [];
-  const add: Add = (name, shape, values) => {
-    const bytes = f32Bytes(values);
-    tensors.push({ name: PREFIX + name, dtype: "F32", shape: [...shape], read: () => bytes });
-  };
+  const add: Add = (name, shape, values) => void tensors.push(f32Entry(PREFIX + name, shape, values));
   const dora: string[] = [];
   for (const module of adapter.modules.values()) if (await addModule(module, add)) dora.push(module.name);
   const config = configOf(adapter, dora, await addSaved(adapter, add));

@@ -4,19 +4,18 @@
  */
 
 import { readdir, readFile, stat } from "node:fs/promises";
-import { basename, dirname, extname, join, relative, resolve, sep } from "node:path";
+import { dirname, extname, join, relative, resolve, sep } from "node:path";
 import { described } from "../arguments.ts";
 import type { WeightHost } from "../core/base.ts";
 import { openHost } from "../core/open-base.ts";
 import { openDisk, refuseOtherKinds } from "../disk.ts";
 import { AdapterError } from "../errors.ts";
-import type { HubOptions, Snapshot, SnapshotOptions } from "../http/hub.ts";
+import type { HubOptions, SnapshotOptions } from "../http/hub.ts";
 import { type HubName, hubName, isInside } from "../http/hub-name.ts";
 import type { ByteSource } from "../source.ts";
 import { openGguf } from "../tensor/gguf.ts";
 import { parseJson } from "../tensor/tensor-file.ts";
-import type { BaseFacts } from "./adapter.ts";
-import { openSafetensors } from "./adapter-file.ts";
+import { type BaseFacts, openSafetensors } from "./adapter.ts";
 import { MODELS } from "./diffusers.ts";
 
 type PathKind = "file" | "folder" | undefined;
@@ -72,21 +71,13 @@ export async function treeAt(given: string, options: SnapshotOptions = {}): Prom
 async function treeOnHub(name: HubName, options: SnapshotOptions): Promise<{ tree: Tree; path: string }> {
   const { openSnapshot } = await import("../http/hub.ts");
   const snapshot = await openSnapshot(name, options);
-  const tree = treeOf(snapshot, name);
-  const path = join(snapshot.folder, name.path);
-  if ((await tree.kind(path)) !== undefined) return { tree, path };
-  const has = (await tree.names(snapshot.folder)).join(", ") || "nothing";
-  throw new AdapterError(`there is no such file or folder; the repository has ${has}`, { file: tree.nameOf(path) });
-}
-
-function treeOf(snapshot: Snapshot, name: HubName): Tree {
   const { folder: root, files } = snapshot;
   const within = (path: string): string => relative(root, path).split(sep).join("/");
   const below = (path: string): string[] => {
     const start = path === root ? "" : `${within(path)}/`;
     return [...files.keys()].filter((file) => file.startsWith(start)).map((file) => file.slice(start.length));
   };
-  return {
+  const tree: Tree = {
     async kind(path) {
       return files.has(within(path)) ? "file" : below(path).length > 0 ? "folder" : undefined;
     },
@@ -96,6 +87,10 @@ function treeOf(snapshot: Snapshot, name: HubName): Tree {
     nameOf: (path) => snapshot.nameOf(within(path)),
     hub: { name, root },
   };
+  const path = join(root, name.path);
+  if ((await tree.kind(path)) !== undefined) return { tree, path };
+  const has = (await tree.names(root)).join(", ") || "nothing";
+  throw new AdapterError(`there is no such file or folder; the repository has ${has}`, { file: tree.nameOf(path) });
 }
 
 // Reads JSON files of adapters and models.
@@ -103,8 +98,9 @@ function treeOf(snapshot: Snapshot, name: HubName): Tree {
 /** Room for a pattern for each of 100 000 modules; a larger file is no configuration, and would fill the memory. */
 const MAX_JSON_BYTES = 16 * 1024 * 1024;
 
-/** @throws AdapterError when there is no such file, it is too large, or holds what `parseJson` refuses */
+/** @throws SourceError for a pipe or a device; AdapterError when there is no such file, it is too large, or holds what `parseJson` refuses */
 export async function readJson(path: string): Promise<unknown> {
+  await refuseOtherKinds(path, "a file");
   const bytes = (await stat(path).catch(() => undefined))?.size ?? 0;
   if (bytes > MAX_JSON_BYTES) {
     throw new AdapterError(`has ${bytes} bytes, ${MAX_JSON_BYTES} at most are read; shorten it`, { file: path });
@@ -188,12 +184,20 @@ const CONFIG = "config.json";
  */
 export async function describeBase(given: string, options: HubOptions = {}): Promise<BaseFacts> {
   const { tree, path } = await treeAt(given, { ...options, stage: "model" });
+  const ending = extname(path);
   if ((await tree.kind(path)) === "folder") return describeFolder(path, tree);
-  if (extname(path) === ".gguf") return describeGguf(path, tree);
-  if (extname(path) === ".json") return describeJson(path, tree);
-  if (extname(path) === ".safetensors") return { names: await namesIn(path, tree), ...(await factsBeside(path, tree)) };
+  if (ending === ".gguf") return describeGguf(path, tree);
+  if (ending === ".safetensors") return { names: await namesIn(path, tree), ...(await factsIn(dirname(path), tree)) };
+  if (ending === ".json") {
+    const json = await jsonAt(path, tree);
+    if (Array.isArray(json) && json.every((name) => typeof name === "string")) return { names: json };
+    const map = (json as { weight_map?: unknown } | null)?.weight_map;
+    if (typeof map === "object" && map) return { names: Object.keys(map), ...(await factsIn(dirname(path), tree)) };
+    const facts = factsOfConfig(json);
+    if (facts) return facts;
+  }
   const expected =
-    "expected its folder, config.json, a list of names in JSON, a safetensors file, its index, or a GGUF file";
+    "expected its folder, a config.json with num_attention_heads, a list of names in JSON, a safetensors file, its index, or a GGUF file";
   throw new AdapterError(`says nothing of a base model; ${expected}`, { file: tree.nameOf(path) });
 }
 
@@ -227,23 +231,9 @@ async function factsIn(folder: string, tree: Tree): Promise<BaseFacts | undefine
   return (await tree.kind(config)) === "file" ? factsOfConfig(await jsonAt(config, tree)) : undefined;
 }
 
-const factsBeside = async (path: string, tree: Tree): Promise<BaseFacts> => (await factsIn(dirname(path), tree)) ?? {};
-
 async function jsonAt(path: string, tree: Tree): Promise<unknown> {
   await tree.get([path]);
   return readJson(path);
-}
-
-/** Reads config.json, the index of a model in several files, or a list of names. */
-async function describeJson(path: string, tree: Tree): Promise<BaseFacts> {
-  const json = await jsonAt(path, tree);
-  if (Array.isArray(json) && json.every((name) => typeof name === "string")) return { names: json };
-  const map = (json as { weight_map?: unknown } | null)?.weight_map;
-  if (typeof map === "object" && map !== null) return { names: Object.keys(map), ...(await factsBeside(path, tree)) };
-  const facts = factsOfConfig(json);
-  if (facts) return facts;
-  const expected = "expected num_attention_heads, weight_map, or a list of names";
-  throw new AdapterError(`${basename(path)} says nothing of a base model; ${expected}`, { file: path });
 }
 
 async function describeGguf(path: string, tree: Tree): Promise<BaseFacts> {

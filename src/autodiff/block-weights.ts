@@ -6,8 +6,8 @@
  * lower ones are w − 16 · u. Either side of a product can take that difference, so that they are never unpacked; it costs a digit of f32.
  */
 import { FLOAT, UINT8 } from "../onnx/linear.ts";
-import { attribute, type Graph } from "../onnx/model.ts";
-import { CONTRIBUTED, PREFIX } from "../onnx/nodes.ts";
+import { type Graph, intOf } from "../onnx/model.ts";
+import { CONTRIBUTED, NodeEdits, PREFIX } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/protobuf.ts";
 import { Emitter } from "./emit.ts";
 
@@ -26,30 +26,29 @@ export interface BlockWeight {
   readonly scales: string;
   /** Dimensions of the scales: [N · count] or [N, count]. */
   readonly shape: readonly (number | undefined)[];
-  /** Zeros of the blocks: bytes packed as the weight, row by row, or floats. Undefined where all are the middle, 2^(bits − 1). */
-  readonly zeros: { readonly name: string; readonly bytes: boolean } | undefined;
+  /** Zeros of the blocks: bytes packed as the weight, row by row. Undefined where all are the middle, 2^(bits − 1). */
+  readonly zeros: string | undefined;
 }
 
 /** An int64 vector that becomes available during the run. Runtimes would copy weights when they load them, or unpack all of them first. */
 type Late = (numbers: readonly number[]) => string;
 
-/**
- * @param known a weight's dimensions, and whether it is of bytes
- * @returns what a MatMulNBits multiplies by, or why it is not known here
- */
+/** @returns the weight that a MatMulNBits multiplies by, or why it is not known here */
 export function blocksOf(
   node: NodeProto,
   known: (value: string) => { readonly dims: readonly (number | undefined)[]; readonly bytes: boolean },
 ): BlockWeight | string {
-  const int = (name: string, otherwise = 0): number => Number(attribute(node, name)?.i ?? otherwise);
   const [, packed, scales, zeros = "", order = ""] = node.input as [string, string, string, string?, string?];
   if (order !== "") return "has its columns in another order (g_idx)";
-  const bits = int("bits", 4);
+  const bits = intOf(node, "bits", 4);
   if (bits !== 4 && bits !== 8) return `has weights of ${bits} bits`;
-  const [K, N, block] = [int("K"), int("N"), int("block_size")];
+  if (zeros !== "" && !known(zeros).bytes) return "has zero points that are no bytes";
+  const K = intOf(node, "K");
+  const N = intOf(node, "N");
+  const block = intOf(node, "block_size");
   return {
     ...{ N, K, bits, block, count: Math.ceil(K / block), packed, scales, shape: known(scales).dims },
-    zeros: zeros === "" ? undefined : { name: zeros, bytes: known(zeros).bytes },
+    zeros: zeros || undefined,
   };
 }
 
@@ -61,61 +60,42 @@ export function inParts<T>({ N, K }: BlockWeight, take: (from: number, to: numbe
   return last;
 }
 
-/**
- * Unpacks rows of a weight. Zeros that are bytes are taken off; those that are floats count as the middle, and `offsetsOf` has the rest.
- * @returns bytes, and for 4 bits their upper halves: [to − from, count · bytes of a block] each
- */
+/** Unpacks rows of a weight. @returns bytes, and for 4 bits their upper halves: [to − from, count · bytes of a block] each */
 export function unpacked(emit: Emitter, blocks: BlockWeight, from: number, to: number, late: Late): readonly string[] {
   const { N, bits, block, count } = blocks;
   const [rows, width] = [to - from, (block * bits) / 8];
   const part = rows < N;
-  const some = part ? emit.op("Slice", [blocks.packed, late([from]), emit.ints([to]), emit.ints([0])]) : blocks.packed;
+  const some = part ? emit.op("Slice", blocks.packed, late([from]), [to], [0]) : blocks.packed;
   // A block is a row, so that bytes, zero and scale become floats in one pass.
-  const bytes = emit.op("Reshape", [some, late([-1, width])]);
-  const all = scalesOf(emit, blocks, [N * count]);
+  const bytes = emit.reshape(some, late([-1, width]));
+  const all = String(blocks.shape) === String(N * count) ? blocks.scales : emit.reshape(blocks.scales, [N * count]);
   const scales = part ? emit.slice(all, 0, from * count, to * count) : all;
   const floats = (values: string, each: number): string => {
     const of = zerosOf(emit, blocks, each, rows);
-    const zeros = part && blocks.zeros?.bytes ? emit.slice(of, 0, from * count, to * count) : of;
-    const made = emit.op("DequantizeLinear", [values, scales, zeros], { axis: 0 });
-    return emit.op("Reshape", [made, late([-1, count * width])]);
+    const zeros = part && blocks.zeros ? emit.slice(of, 0, from * count, to * count) : of;
+    const made = emit.op("DequantizeLinear", values, scales, zeros, { axis: 0 });
+    return emit.reshape(made, late([-1, count * width]));
   };
   // A byte's zero is 16 · z + z.
   return bits === 8 ? [floats(bytes, 1)] : [floats(bytes, 17), floats(upperHalves(emit, bytes), 1)];
 }
 
-/**
- * Zeros of blocks as bytes, `each` times. Those that are floats are taken for the middle.
- * @returns [N · count]; [rows · count] of middles
- */
+/** Zeros of blocks as bytes, `each` times. @returns [N · count]; [rows · count] of middles */
 function zerosOf(emit: Emitter, { N, count, bits, zeros }: BlockWeight, each: number, rows: number): string {
-  if (!zeros?.bytes) return emit.op("Expand", [emit.byte(each * 2 ** (bits - 1)), emit.ints([rows * count])]);
-  if (bits === 8) return emit.op("Reshape", [zeros.name, emit.ints([N * count])]);
+  if (!zeros) return emit.op("Expand", emit.byte(each * 2 ** (bits - 1)), [rows * count]);
+  if (bits === 8) return emit.reshape(zeros, [N * count]);
   // Runtimes compute this when they load it, which they do not with QLinearAdd.
-  const bytes = emit.toFloat(emit.op("Reshape", [zeros.name, emit.ints([N, Math.ceil(count / 2), 1])]));
-  const upper = emit.op("Floor", [emit.mul(bytes, 1 / 16)]);
+  const bytes = emit.toFloat(emit.reshape(zeros, [N, Math.ceil(count / 2), 1]));
+  const upper = emit.op("Floor", emit.mul(bytes, 1 / 16));
   const both = emit.concat([emit.sub(bytes, emit.mul(16, upper)), upper], 2);
-  const own = emit.slice(emit.op("Flatten", [both], { axis: 1 }), 1, 0, count);
-  return emit.op("Reshape", [emit.op("Cast", [emit.mul(each, own)], { to: UINT8 }), emit.ints([N * count])]);
+  const own = emit.slice(emit.op("Flatten", both, { axis: 1 }), 1, 0, count);
+  return emit.reshape(emit.cast(emit.mul(each, own), UINT8), [N * count]);
 }
 
 /** Upper halves of bytes: (w − 7.5) / 16, rounded, which is exact. BitShift takes five times as long. */
 function upperHalves(emit: Emitter, bytes: string): string {
   const [zero, fifteen] = [emit.byte(0), emit.byte(15)];
-  return emit.op("QLinearAdd", [bytes, 1, zero, zero, 0.5, fifteen, 16, zero], {}, CONTRIBUTED);
-}
-
-/** Scales in another shape. */
-function scalesOf(emit: Emitter, { scales, shape }: BlockWeight, to: readonly number[]): string {
-  return String(shape) === String(to) ? scales : emit.op("Reshape", [scales, emit.ints(to)]);
-}
-
-/** The amount that zeros that are floats add to all weights of a block: f32 [N, count]; undefined for others. */
-export function offsetsOf(emit: Emitter, blocks: BlockWeight): string | undefined {
-  const { N, count, bits, zeros } = blocks;
-  if (!zeros || zeros.bytes) return undefined;
-  const values = emit.toFloat(emit.op("Reshape", [zeros.name, emit.ints([N, count])]));
-  return emit.mul(emit.sub(2 ** (bits - 1), values), scalesOf(emit, blocks, [N, count]));
+  return emit.op(`${CONTRIBUTED}.QLinearAdd`, bytes, 1, zero, zero, 0.5, fifteen, 16, zero);
 }
 
 /** Makes vectors of scales that only such products read, in place. They take both shapes; reshaped ones would be second copies. */
@@ -133,8 +113,6 @@ export function flattenScales({ proto: main, initializers, consumers }: Graph): 
 /**
  * Writes products with weights in blocks as products with floats, in place. onnxruntime's own make a second copy of each weight, and
  * gradients need the first one too. Without that copy they unpack a whole vocabulary at once, and take one and a half times as long.
- * @param graph indexed in its current state
- * @param rankOf number of dimensions of a value; undefined where it is not known
  */
 export function unpackProducts(
   { proto: main, initializers }: Graph,
@@ -142,31 +120,26 @@ export function unpackProducts(
   rankOf: (value: string) => number | undefined,
 ): void {
   const emit = new Emitter(main, opset, `${PREFIX}/unpacked`);
-  main.node = main.node.flatMap((node) => {
-    if (node.opType !== "MatMulNBits" || node.domain !== CONTRIBUTED) return [node];
-    const typeOf = (value: string): number | undefined => initializers.get(value)?.dataType;
+  const edits = new NodeEdits();
+  const typeOf = (value: string): number | undefined => initializers.get(value)?.dataType;
+  for (const node of main.node) {
+    if (node.opType !== "MatMulNBits" || node.domain !== CONTRIBUTED) continue;
     const blocks = blocksOf(node, (value) => ({
       dims: initializers.get(value)?.dims.map(Number) ?? [],
       bytes: typeOf(value) === UINT8,
     }));
-    if (typeof blocks === "string" || typeOf(blocks.scales) !== FLOAT) return [node];
-    if (blocks.zeros && ![UINT8, FLOAT].includes(typeOf(blocks.zeros.name) ?? 0)) return [node];
-    const written = emit.nodes.length;
-    const [x] = node.input as [string];
+    if (typeof blocks === "string" || typeOf(blocks.scales) !== FLOAT) continue;
+    const [x, , , , , bias = ""] = node.input as [string, ...string[]];
     const rank = rankOf(x);
-    const made = rank === undefined ? productOfRows(emit, x, blocks) : product(emit, x, rank, blocks);
-    const bias = node.input[5] ?? "";
-    const result = bias === "" ? made : emit.add(made, bias);
-    const fresh = emit.nodes.slice(written);
-    // An earlier product may be the same.
-    return [...fresh, ...emit.rename(result, node.output[0]!, fresh)];
-  });
-}
-
-/** The same where the rank of x is not known. */
-function productOfRows(emit: Emitter, x: string, blocks: BlockWeight): string {
-  const shape = emit.concat([emit.slice(emit.op("Shape", [x]), 0, 0, -1), emit.ints([blocks.N])], 0);
-  return emit.op("Reshape", [product(emit, emit.rows(x), 2, blocks), shape]);
+    emit.replace(edits, main, node, () => {
+      const made =
+        rank === undefined
+          ? emit.unrows(product(emit, emit.rows(x), 2, blocks), x, [blocks.N])
+          : product(emit, x, rank, blocks);
+      return bias === "" ? made : emit.add(made, bias);
+    });
+  }
+  edits.apply();
 }
 
 /** The product of x, of some rank, with a weight: [… , N]. */
@@ -174,25 +147,20 @@ function product(emit: Emitter, x: string, rank: number, blocks: BlockWeight): s
   const { K, block, bits, count } = blocks;
   const missing = count * block - K;
   const before = Array<number>(rank - 1).fill(0);
-  const all = missing > 0 ? emit.op("Pad", [x, emit.ints([...before, 0, ...before, missing])]) : x;
+  const all = missing > 0 ? emit.op("Pad", x, [...before, 0, ...before, missing]) : x;
   const sides = bits === 8 ? [all] : pairs(emit, all, count * block);
   const by = (side: string, weight: string): string =>
-    emit.op("FusedMatMul", [side, weight], { transB: 1 }, CONTRIBUTED);
+    emit.op(`${CONTRIBUTED}.FusedMatMul`, side, weight, { transB: 1 });
   const parts = inParts<readonly string[]>(blocks, (from, to, before = []) => {
     const weights = unpacked(emit, blocks, from, to, (numbers) => emit.late(numbers, before.at(-1) ?? x));
     return [...before, weights.map((weight, i) => by(sides[i]!, weight)).reduce((a, b) => emit.add(a, b))];
   });
-  const product = emit.concat(parts, -1);
-  const offsets = offsetsOf(emit, blocks);
-  if (offsets === undefined) return product;
-  const sums = emit.sum(emit.op("Reshape", [all, emit.ints([...before, count, block])]), [rank], false);
-  return emit.add(product, by(sums, offsets));
+  return emit.concat(parts, -1);
 }
 
 /** Operands of x for bytes, and for upper halves: l · x + u · y = w · x + u · (y − 16 · x) for columns x and y. */
 function pairs(emit: Emitter, x: string, K: number): readonly string[] {
-  const column = (from: number): string =>
-    emit.op("Slice", [x, emit.ints([from]), emit.ints([K]), emit.ints([-1]), emit.ints([2])]);
+  const column = (from: number): string => emit.op("Slice", x, [from], [K], [-1], [2]);
   const [even, odd] = [column(0), column(1)];
   return [even, emit.sub(odd, emit.mul(16, even))];
 }

@@ -4,10 +4,10 @@
  */
 
 import { INT64 } from "../onnx/linear.ts";
-import { attribute, type Graph, indexGraph, type OnnxModel } from "../onnx/model.ts";
+import { dimsOf, type Graph, indexGraph, intOf, type OnnxModel, Ranks } from "../onnx/model.ts";
 import { PREFIX } from "../onnx/nodes.ts";
 import { create, GraphProtoSchema, ModelProtoSchema, type NodeProto } from "../onnx/protobuf.ts";
-import { Emitter } from "./emit.ts";
+import { Emitter, OperatorNode } from "./emit.ts";
 
 // Attention over all heads at once: onnxruntime's operators written as products, a mask and a softmax. Training has no past, so there are
 // as many keys as queries; a graph with more keys has shapes that do not fit, and its run fails.
@@ -36,33 +36,33 @@ function attend(emit: Emitter, { q, k, v, heads, kvHeads, scale, softcap = 0, bi
   /** Repeats keys or values for each head where several share one. */
   const all = (value: string): string => {
     if (groups === 1) return value;
-    const repeated = emit.op("Expand", [emit.unsqueeze(value, [3]), emit.ints([1, 1, 1, groups, 1])]);
-    return emit.op("Reshape", [repeated, emit.ints([0, 0, heads, -1])]);
+    const repeated = emit.op("Expand", emit.unsqueeze(value, [3]), [1, 1, 1, groups, 1]);
+    return emit.reshape(repeated, [0, 0, heads, -1]);
   };
-  const queries = emit.op("Transpose", [emit.mul(q, scale)], { perm: [0, 2, 1, 3] });
-  const keys = emit.op("Transpose", [all(k)], { perm: [0, 2, 3, 1] });
-  const values = emit.op("Transpose", [all(v)], { perm: [0, 2, 1, 3] });
-  let scores = emit.op("MatMul", [queries, keys]);
-  if (softcap !== 0) scores = emit.mul(emit.op("Tanh", [emit.mul(scores, 1 / softcap)]), softcap);
+  const queries = emit.transpose(emit.mul(q, scale), [0, 2, 1, 3]);
+  const keys = emit.transpose(all(k), [0, 2, 3, 1]);
+  const values = emit.transpose(all(v), [0, 2, 1, 3]);
+  let scores = emit.matMul(queries, keys);
+  if (softcap !== 0) scores = emit.mul(emit.op("Tanh", emit.mul(scores, 1 / softcap)), softcap);
   for (const one of bias) scores = emit.add(scores, one);
-  const context = emit.op("MatMul", [emit.op("Softmax", [scores], { axis: -1 }), values]);
-  return emit.op("Reshape", [emit.op("Transpose", [context], { perm: [0, 2, 1, 3] }), emit.ints([0, 0, -1])]);
+  const context = emit.matMul(emit.op("Softmax", scores, { axis: -1 }), values);
+  return emit.reshape(emit.transpose(context, [0, 2, 1, 3]), [0, 0, -1]);
 }
 
 /**
  * Causal mask for `length` (an int64 scalar) rows and columns: a row sees no column behind it, and only the last `window` up to itself.
  */
 function causal(emit: Emitter, length: string, window = -1): string {
-  const places = emit.op("Range", [emit.int(0), length, emit.int(1)]);
-  const [rows, columns] = [emit.unsqueeze(places, [1]), emit.unsqueeze(places, [0])];
-  let seen = emit.op("LessOrEqual", [columns, rows]);
-  if (window > 0) seen = emit.op("And", [seen, emit.op("Less", [emit.sub(rows, columns), emit.int(window)])]);
-  return emit.op("Where", [seen, 0, MASKED]);
+  const places = emit.range(length);
+  const rows = emit.unsqueeze(places, [1]);
+  const columns = emit.unsqueeze(places, [0]);
+  let seen = emit.op("LessOrEqual", columns, rows);
+  if (window > 0) seen = emit.op("And", seen, emit.op("Less", emit.sub(rows, columns), emit.int(window)));
+  return emit.op("Where", seen, 0, MASKED);
 }
 
-/** Turns a value with one element into an int64 scalar. */
 function scalar(emit: Emitter, value: string): string {
-  return emit.op("Reshape", [emit.op("Cast", [value], { to: INT64 }), emit.ints([])]);
+  return emit.reshape(emit.cast(value, INT64), []);
 }
 
 /** Factor of the scores: the node's attribute, or 1 / √(width of a head). */
@@ -83,7 +83,8 @@ const UNKNOWN_INPUTS = [
 
 const groupQueryAttention: Define = (node) => {
   const { emit } = node;
-  const [heads, kvHeads] = [node.int("num_heads"), node.int("kv_num_heads")];
+  const heads = node.int("num_heads");
+  const kvHeads = node.int("kv_num_heads");
   for (const [input, what] of UNKNOWN_INPUTS) if (node.has(input)) return `has ${what}, which gradients do not pass`;
   if (node.int("smooth_softmax") > 0) return "has a smooth softmax, which gradients do not pass";
   const sides = heads + 2 * kvHeads;
@@ -92,17 +93,20 @@ const groupQueryAttention: Define = (node) => {
   const whole = output !== undefined ? output / heads : (node.width(node.x(0)) ?? NaN) / (packed ? sides : heads);
   const scale = scaleOf(node, node.declared(node.x(3), 3) ?? whole);
   if (scale === undefined) return NO_WIDTH;
-  const split = (value: string, into: number): string => emit.op("Reshape", [value, emit.ints([0, 0, into, -1])]);
+  const split = (value: string, into: number): string => emit.reshape(value, [0, 0, into, -1]);
   const apart = packed
     ? emit.split(split(node.x(0), sides), 2, [heads + kvHeads, kvHeads])
     : [emit.concat([split(node.x(0), heads), split(node.x(1), kvHeads)], 2), split(node.x(2), kvHeads)];
   let [both, v] = apart as [string, string];
   const length = scalar(emit, node.x(6));
   if (node.int("do_rotary") !== 0) {
-    const places = node.has(9) ? node.x(9) : emit.op("Range", [emit.int(0), length, emit.int(1)]);
-    const rotary = rotaryOf(node, node.x(7), node.x(8), places, whole);
-    if (typeof rotary === "string") return rotary;
-    both = rotated(emit, both, { ...rotary, interleaved: node.int("rotary_interleaved") !== 0 });
+    const places = node.has(9) ? node.x(9) : emit.range(length);
+    const turned = 2 * (node.weight(node.x(7))?.at(-1) ?? NaN);
+    if (Number.isNaN(turned)) return NO_TABLES;
+    both = rotated(emit, both, {
+      ...{ cos: node.x(7), sin: node.x(8), places, turned, rest: whole > turned },
+      interleaved: node.int("rotary_interleaved") !== 0,
+    });
   }
   const [q, k] = emit.split(both, 2, [heads, kvHeads]) as [string, string];
   const bias = [causal(emit, length, node.int("local_window_size", -1)), ...(node.has(10) ? [node.x(10)] : [])];
@@ -111,30 +115,17 @@ const groupQueryAttention: Define = (node) => {
   return undefined;
 };
 
-/** Gives keys and values as the cache of the next run. */
 function givePresent(node: Fused, k: string, v: string): void {
   for (const [output, value] of [k, v].entries())
-    if (node.wants(output + 1)) node.give(output + 1, node.emit.op("Transpose", [value], { perm: [0, 2, 1, 3] }));
+    if (node.wants(output + 1)) node.give(output + 1, node.emit.transpose(value, [0, 2, 1, 3]));
 }
 
 /** Biases of the scores that mask padded keys, from a mask [batch, keys]. */
 function padding(node: Fused, mask: string): string {
   const { emit } = node;
-  const seen = emit.op("Greater", [emit.op("Cast", [mask], { to: INT64 }), emit.int(0)]);
-  const scores = emit.op("Where", [seen, 0, node.float("mask_filter_value", -10000)]);
+  const seen = emit.op("Greater", emit.cast(mask, INT64), emit.int(0));
+  const scores = emit.op("Where", seen, 0, node.float("mask_filter_value", -10000));
   return emit.unsqueeze(scores, [1, 2]);
-}
-
-/** Biases of the scores: the padding mask, the given biases, and the causal mask. */
-function biases(node: Fused, mask: number, added: number, q: string): readonly string[] {
-  const { emit } = node;
-  const all: string[] = [];
-  if (node.has(mask)) all.push(padding(node, node.x(mask)));
-  if (node.has(added)) all.push(node.x(added));
-  if (node.int("unidirectional") !== 0) {
-    all.push(causal(emit, emit.op("Gather", [emit.op("Shape", [q]), emit.int(1)], { axis: 0 })));
-  }
-  return all;
 }
 
 const PACKED = "takes queries, keys and values packed for another device, which gradients do not pass";
@@ -156,63 +147,30 @@ const multiHeadAttention: Define = (node) => {
       return "does not tell the parts of its bias";
     for (const [i, part] of emit.split(node.x(3), 0, each).entries()) sides[i] = emit.add(sides[i]!, part);
   }
-  const { k, v } = giveAttention(node, sides, heads, scale, 4);
+  const [q, k, v] = sides.map((side) => emit.reshape(side, [0, 0, heads, -1])) as [string, string, string];
+  const bias: string[] = [];
+  if (node.has(4)) bias.push(padding(node, node.x(4)));
+  if (node.has(5)) bias.push(node.x(5));
+  if (node.int("unidirectional") !== 0) bias.push(causal(emit, emit.gather(emit.shapeOf(node.x(0)), emit.int(1))));
+  node.give(0, attend(emit, { q, k, v, heads, kvHeads: heads, scale, bias }));
   givePresent(node, k, v);
   return undefined;
 };
 
-/** Attention of queries, keys and values [batch, length, heads · width]. @param mask its input; added biases are input 5 */
-function giveAttention(node: Fused, sides: readonly string[], heads: number, scale: number, mask: number) {
-  const { emit } = node;
-  const split = (side: string): string => emit.op("Reshape", [side, emit.ints([0, 0, heads, -1])]);
-  const [q, k, v] = sides.map(split) as [string, string, string];
-  node.give(0, attend(emit, { q, k, v, heads, kvHeads: heads, scale, bias: biases(node, mask, 5, node.x(0)) }));
-  return { k, v };
-}
-
-/** Attention with the projections inside the operator. */
-const attention: Define = (node) => {
-  const { emit } = node;
-  const heads = node.int("num_heads");
-  const columns = node.weight(node.x(1))?.[1];
-  if (columns === undefined) return "has projections that are no weights";
-  if (node.int("do_rotary") !== 0) return "turns positions itself, which gradients do not pass";
-  if (node.has(4)) return "has a past, which gradients do not pass";
-  if (node.has(3) && node.rank(node.x(3), 2) !== 2) return "has a mask other than [batch, keys], which is not known";
-  const given = node.ints("qkv_hidden_sizes");
-  const sizes = given.length === 3 ? given : [columns / 3, columns / 3, columns / 3];
-  const scale = scaleOf(node, sizes[0]! / heads);
-  if (scale === undefined) return NO_WIDTH;
-  const product = emit.op("MatMul", [node.x(0), node.x(1)]);
-  const parts = emit.split(node.has(2) ? emit.add(product, node.x(2)) : product, 2, sizes);
-  giveAttention(node, parts, heads, scale, 3);
-  return node.wants(1) ? "is used by more than its first output, which gradients do not come back from" : undefined;
-};
-
-const ATTENTIONS: readonly (readonly [string, Define])[] = [
-  ["com.microsoft.GroupQueryAttention", groupQueryAttention],
-  ["com.microsoft.MultiHeadAttention", multiHeadAttention],
-  ["com.microsoft.Attention", attention],
-];
-
 // Operators that combine a sum with one other operator: a sum with a bias, or with a residual.
 
-/** Adds those of the inputs that are present. */
 function sum(node: Fused, inputs: readonly number[]): string {
   const there = inputs.filter((input) => node.has(input)).map((input) => node.x(input));
   return there.reduce((a, b) => node.emit.add(a, b));
 }
 
-/**
- * @param weights inputs of the weights of the norm behind the sum
- * @param bias input of the bias of the sum
- */
+/** @param weights inputs of the weights of the norm behind the sum @param bias input of the bias of the sum */
 function skipped(opType: string, weights: readonly number[], bias: number): Define {
   return (node) => {
     const whole = sum(node, [0, 1, bias]);
     const given = weights.filter((input) => node.has(input)).map((input) => node.x(input));
     const epsilon = { float: node.float("epsilon", 1e-12) };
-    node.give(0, node.emit.op(opType, [whole, ...given], { axis: -1, epsilon }));
+    node.give(0, node.emit.op(opType, whole, ...given, { axis: -1, epsilon }));
     node.give(3, whole);
     return node.wants(1) || node.wants(2)
       ? "gives out what it has computed on the way, which gradients do not come back from"
@@ -223,7 +181,7 @@ function skipped(opType: string, weights: readonly number[], bias: number): Defi
 const biased =
   (opType: string): Define =>
   (node) => {
-    node.give(0, node.emit.op(opType, [sum(node, [0, 1])], {}, "com.microsoft"));
+    node.give(0, node.emit.op(`com.microsoft.${opType}`, sum(node, [0, 1])));
     return undefined;
   };
 
@@ -231,79 +189,45 @@ const quickGelu: Define = (node) => {
   const { emit } = node;
   const alpha = node.float("alpha", 1.702);
   const inner = alpha === 1 ? node.x(0) : emit.mul(node.x(0), alpha);
-  node.give(0, emit.mul(node.x(0), emit.op("Sigmoid", [inner])));
+  node.give(0, emit.mul(node.x(0), emit.op("Sigmoid", inner)));
   return undefined;
 };
 
-const SUMS: readonly (readonly [string, Define])[] = [
-  ["com.microsoft.SkipSimplifiedLayerNormalization", skipped("SimplifiedLayerNormalization", [2], 3)],
-  ["com.microsoft.SkipLayerNormalization", skipped("LayerNormalization", [2, 3], 4)],
-  ["com.microsoft.BiasGelu", biased("Gelu")],
-  // FastGelu without a bias has a rule.
-  ["com.microsoft.FastGelu", (node) => (node.has(1) ? biased("FastGelu")(node) : undefined)],
-  ["com.microsoft.QuickGelu", quickGelu],
-];
-
 // Rotary position embeddings: pairs of elements of a head are rotated by an angle that depends on the position.
 
+const NO_TABLES = "has tables of positions that are no weights";
+
 interface Rotary {
-  /** Cosines and sines, broadcast to [batch, positions, heads, turned / 2]. */
+  /** Tables of cosines and sines, [all positions, turned / 2]. */
   readonly cos: string;
   readonly sin: string;
+  /** int64 [positions] or [batch, positions]. */
+  readonly places: string;
   /** Number of elements of a head that are rotated; the others behind them stay. */
   readonly turned: number;
   /** True where some elements stay. */
   readonly rest: boolean;
-}
-
-/**
- * Looks up the angles of positions.
- * @param places int64 [positions] or [batch, positions]
- * @param width of a head, where it is known; all of it is rotated where it is not
- * @returns the reason where it cannot be done
- */
-function rotaryOf(
-  node: Fused,
-  cosCache: string,
-  sinCache: string,
-  places: string,
-  width: number | undefined,
-  turned: number | undefined = node.weight(cosCache)?.at(-1),
-): Rotary | string {
-  const { emit } = node;
-  if (turned === undefined) return "has tables of positions that are no weights";
-  const at = (table: string): string => emit.unsqueeze(emit.op("Gather", [table, places], { axis: 0 }), [-2]);
-  return {
-    cos: at(cosCache),
-    sin: at(sinCache),
-    turned: 2 * turned,
-    rest: width !== undefined && width > 2 * turned,
-  };
+  readonly interleaved: boolean;
 }
 
 /** @param x [batch, positions, heads, width] */
-function rotated(
-  emit: Emitter,
-  x: string,
-  { cos, sin, turned, rest, interleaved }: Rotary & { interleaved: boolean },
-): string {
+function rotated(emit: Emitter, x: string, rotary: Rotary): string {
+  const { places, turned, rest, interleaved } = rotary;
+  const [cos, sin] = [rotary.cos, rotary.sin].map((table) => emit.unsqueeze(emit.gather(table, places), [-2]));
   const front = rest ? emit.slice(x, 3, 0, turned) : x;
   const behind = rest ? [emit.slice(x, 3, turned, 2 ** 31)] : [];
   const turn = (a: string, b: string): readonly [string, string] => [
-    emit.sub(emit.mul(a, cos), emit.mul(b, sin)),
-    emit.add(emit.mul(b, cos), emit.mul(a, sin)),
+    emit.sub(emit.mul(a, cos!), emit.mul(b, sin!)),
+    emit.add(emit.mul(b, cos!), emit.mul(a, sin!)),
   ];
   if (!interleaved) {
     const [a, b] = emit.split(front, 3, [turned / 2, turned / 2]) as [string, string];
     return emit.concat([...turn(a, b), ...behind], 3);
   }
-  const pairs = emit.op("Reshape", [front, emit.ints([0, 0, 0, turned / 2, 2])]);
-  const [a, b] = emit.split(pairs, 4, [1, 1]).map((one) => emit.op("Squeeze", [one, emit.ints([4])]));
-  const mixed = emit.concat(
-    turn(a!, b!).map((one) => emit.unsqueeze(one, [4])),
-    4,
-  );
-  return emit.concat([emit.op("Reshape", [mixed, emit.ints([0, 0, 0, turned])]), ...behind], 3);
+  const pairs = emit.reshape(front, [0, 0, 0, turned / 2, 2]);
+  const [a, b] = emit.split(pairs, 4, [1, 1]).map((half) => emit.op("Squeeze", half, [4]));
+  const halves = turn(a!, b!).map((half) => emit.unsqueeze(half, [4]));
+  return emit.concat([emit.reshape(emit.concat(halves, 4), [0, 0, 0, turned]), ...behind], 3);
 }
 
 /** @param inputs indices of the tables and the positions */
@@ -316,48 +240,48 @@ function embedding(inputs: { readonly cos: number; readonly sin: number; readonl
     const places = node.x(inputs.places);
     if (node.rank(places, 2) !== 2) return "has positions other than [batch, positions], which is not known";
     const part = node.int("rotary_embedding_dim");
-    const half = part > 0 ? part / 2 : node.weight(node.x(inputs.cos))?.at(-1);
-    const all = node.width(node.x(0)) ?? NaN;
+    const cos = node.x(inputs.cos);
+    const turned = part > 0 ? part : 2 * (node.weight(cos)?.at(-1) ?? NaN);
     const heads = node.int("num_heads");
-    const width = part > 0 && rank === 3 ? all / heads : undefined;
+    const width = part > 0 && rank === 3 ? (node.width(node.x(0)) ?? NaN) / heads : undefined;
     if (part > 0 && (rank !== 3 || !Number.isInteger(width))) return "does not tell how wide a head is";
-    const rotary = rotaryOf(
-      node,
-      node.x(inputs.cos),
-      node.x(inputs.sin),
-      emit.op("Cast", [places], { to: INT64 }),
-      width,
-      half,
-    );
-    if (typeof rotary === "string") return rotary;
-    const interleaved = node.int("interleaved") !== 0;
+    if (Number.isNaN(turned)) return NO_TABLES;
+    const rotary: Rotary = {
+      ...{ cos, sin: node.x(inputs.sin), places: emit.cast(places, INT64), turned },
+      rest: width !== undefined && width > turned,
+      interleaved: node.int("interleaved") !== 0,
+    };
     if (rank === 4) {
-      const perm = { perm: [0, 2, 1, 3] };
-      const turned = rotated(emit, emit.op("Transpose", [node.x(0)], perm), { ...rotary, interleaved });
-      node.give(0, emit.op("Transpose", [turned], perm));
+      const perm = [0, 2, 1, 3];
+      node.give(0, emit.transpose(rotated(emit, emit.transpose(node.x(0), perm), rotary), perm));
     } else {
-      const split = heads > 0 ? [0, 0, heads, -1] : [0, 0, -1, rotary.turned];
-      const apart = emit.op("Reshape", [node.x(0), emit.ints(split)]);
-      node.give(0, emit.op("Reshape", [rotated(emit, apart, { ...rotary, interleaved }), emit.ints([0, 0, -1])]));
+      const split = heads > 0 ? [0, 0, heads, -1] : [0, 0, -1, turned];
+      node.give(0, emit.reshape(rotated(emit, emit.reshape(node.x(0), split), rotary), [0, 0, -1]));
     }
     return undefined;
   };
 }
 
-const ROTARIES: readonly (readonly [string, Define])[] = [
-  ["com.microsoft.RotaryEmbedding", embedding({ places: 1, cos: 2, sin: 3 })],
-  ["RotaryEmbedding", embedding({ cos: 1, sin: 2, places: 3 })],
-];
-
 /** Definitions by operator, with the domain in front where it is not the standard one. */
-export const DEFINITIONS: ReadonlyMap<string, Define> = new Map([...ATTENTIONS, ...ROTARIES, ...SUMS]);
+export const DEFINITIONS: ReadonlyMap<string, Define> = new Map(
+  Object.entries({
+    "com.microsoft.GroupQueryAttention": groupQueryAttention,
+    "com.microsoft.MultiHeadAttention": multiHeadAttention,
+    "com.microsoft.RotaryEmbedding": embedding({ places: 1, cos: 2, sin: 3 }),
+    RotaryEmbedding: embedding({ cos: 1, sin: 2, places: 3 }),
+    "com.microsoft.SkipSimplifiedLayerNormalization": skipped("SimplifiedLayerNormalization", [2], 3),
+    "com.microsoft.SkipLayerNormalization": skipped("LayerNormalization", [2, 3], 4),
+    "com.microsoft.BiasGelu": biased("Gelu"),
+    // FastGelu without a bias has a rule.
+    "com.microsoft.FastGelu": (node) => (node.has(1) ? biased("FastGelu")(node) : undefined),
+    "com.microsoft.QuickGelu": quickGelu,
+  } satisfies Record<string, Define>),
+);
 
 interface Shadow {
   /** The shadow, which shares the model's weights; the model itself where nothing is fused. */
   readonly model: OnnxModel;
-  /** Reasons why nodes stay fused. */
   readonly refused: ReadonlyMap<NodeProto, string>;
-  /** Ranks that definitions have assumed, by value. */
   readonly ranks: ReadonlyMap<string, number>;
 }
 
@@ -371,81 +295,46 @@ export function shadowOf(model: OnnxModel): Shadow {
   shadow.output = [...graph.proto.output];
   shadow.initializer = [...graph.proto.initializer];
   const emit = new Emitter(shadow, model.opset, `${PREFIX}/defined`);
+  const known = new Ranks(model);
   for (const node of graph.proto.node) {
     const written = emit.nodes.length;
-    const fused = defined(node, graph, emit);
+    const define = DEFINITIONS.get(operatorOf(node));
+    const fused = define && new Fused(node, emit, graph, known, ranks);
+    const refusal = fused && define(fused);
     // Nodes that a refused definition has written stay: the next definition may use them.
     const fresh = emit.nodes.slice(written);
     shadow.node.push(...fresh);
-    if (typeof fused === "string") refused.set(node, fused);
-    if (!(fused instanceof Fused)) {
-      shadow.node.push(node);
-      continue;
-    }
-    for (const [name, value] of fused.given) shadow.node.push(...emit.rename(value, name, fresh));
-    for (const [value, rank] of fused.ranks) ranks.set(value, rank);
+    if (refusal !== undefined) refused.set(node, refusal);
+    if (!fused || refusal !== undefined || fused.given.length === 0) shadow.node.push(node);
+    else for (const [name, value] of fused.given) shadow.node.push(...emit.rename(value, name, fresh));
   }
   if (emit.nodes.length === 0) return { model, refused, ranks };
   const proto = create(ModelProtoSchema, { ...model.proto, graph: shadow });
   return { model: { ...model, proto, graph: indexGraph(shadow, model.name) }, refused, ranks };
 }
 
-/** Defines a node. @returns the reason if it is refused, undefined where it is not fused */
-function defined(node: NodeProto, graph: Graph, emit: Emitter): Fused | string | undefined {
-  const define = DEFINITIONS.get(operatorOf(node));
-  if (!define) return undefined;
-  const fused = new Fused(node, graph, emit);
-  return define(fused) ?? (fused.given.length > 0 ? fused : undefined);
-}
-
-/** Name of an operator of any domain. */
 export function operatorOf({ domain, opType }: NodeProto): string {
   return domain === "" || domain === "ai.onnx" ? opType : `${domain}.${opType}`;
 }
 
 // One fused node on its way to a definition: what the definition can ask about it, and where it puts the nodes it writes.
 
-/**
- * Writes nodes that compute the same as a fused one, from the same inputs.
- * @returns why this node cannot be written so, as the end of a message that begins with the operator's name
- */
+/** Writes nodes that compute the same as a fused one. @returns the reason if it cannot: the end of a message */
 type Define = (node: Fused) => string | undefined;
 
-/** Most nodes that are followed to find a rank. */
-const FARTHEST = 64;
-
-class Fused {
-  readonly proto: NodeProto;
-  readonly emit: Emitter;
+class Fused extends OperatorNode {
+  /** Outputs that have a definition. */
+  readonly given: [name: string, value: string][] = [];
   /** Ranks that were assumed, by value; a run checks them. */
-  readonly ranks: Map<string, number> = new Map();
+  readonly assumed: Map<string, number>;
   readonly #graph: Graph;
-  readonly #given: [name: string, value: string][] = [];
+  readonly #ranks: Ranks;
 
-  constructor(proto: NodeProto, graph: Graph, emit: Emitter) {
-    this.proto = proto;
-    this.emit = emit;
+  constructor(proto: NodeProto, emit: Emitter, graph: Graph, ranks: Ranks, assumed: Map<string, number>) {
+    super(proto, emit);
     this.#graph = graph;
-  }
-
-  x(input: number): string {
-    return this.proto.input[input]!;
-  }
-
-  has(input: number): boolean {
-    return (this.proto.input[input] ?? "") !== "";
-  }
-
-  int(name: string, otherwise = 0): number {
-    return Number(attribute(this.proto, name)?.i ?? otherwise);
-  }
-
-  ints(name: string): readonly number[] {
-    return attribute(this.proto, name)?.ints.map(Number) ?? [];
-  }
-
-  float(name: string, otherwise: number): number {
-    return attribute(this.proto, name)?.f ?? otherwise;
+    this.#ranks = ranks;
+    this.assumed = assumed;
   }
 
   wants(output: number): boolean {
@@ -456,23 +345,18 @@ class Fused {
   /** Makes a value an output of the node. */
   give(output: number, value: string): void {
     const name = this.proto.output[output] ?? "";
-    if (name !== "") this.#given.push([name, value]);
+    if (name !== "") this.given.push([name, value]);
   }
 
-  get given(): readonly (readonly [name: string, value: string])[] {
-    return this.#given;
-  }
-
-  /** Dimensions of a weight. */
   weight(value: string): readonly number[] | undefined {
     return this.#graph.initializers.get(value)?.dims.map(Number);
   }
 
   /** Size of a value that an input of the graph declares. */
   declared(value: string, axis: number): number | undefined {
-    const { type } = this.#graph.proto.input.find(({ name }) => name === value) ?? {};
-    const dim = type?.value.case === "tensorType" ? type.value.value.shape?.dim[axis]?.value : undefined;
-    return dim?.case === "dimValue" ? Number(dim.value) : undefined;
+    const input = this.#graph.proto.input.find(({ name }) => name === value);
+    const size = input && dimsOf(input)?.[axis];
+    return typeof size === "number" ? size : undefined;
   }
 
   /** Width of a value that a linear layer makes or takes. */
@@ -488,28 +372,14 @@ class Fused {
     return undefined;
   }
 
-  /** Rank of a value as far as the nodes before it tell, else `otherwise`; a run checks the assumption. */
+  /** Rank of a value as far as the graph tells, else `otherwise`; a run checks the assumption. */
   rank(value: string, otherwise: number): number {
-    const rank = this.#rank(value, FARTHEST) ?? otherwise;
-    this.ranks.set(value, rank);
+    const rank = this.#ranks.of(value) ?? otherwise;
+    this.assumed.set(value, rank);
     return rank;
-  }
-
-  #rank(value: string, steps: number): number | undefined {
-    const node = this.#graph.producers.get(value);
-    if (!node || steps === 0) return this.weight(value)?.length;
-    const perm = attribute(node, "perm")?.ints.length;
-    if (perm !== undefined) return perm;
-    if (node.opType === "Reshape") {
-      const shape = this.#graph.producers.get(node.input[1]!);
-      return shape?.opType === "Concat" ? shape.input.length : this.weight(node.input[1]!)?.[0];
-    }
-    if (!/^(MatMul|MatMulNBits|Add|Mul|Cast|Identity|.*LayerNormalization)$/.test(node.opType)) return undefined;
-    return this.#rank(node.input[0]!, steps - 1);
   }
 }
 
 function sizeOf(node: NodeProto, name: "K" | "N"): number | undefined {
-  const found = node.opType === "MatMulNBits" ? attribute(node, name)?.i : undefined;
-  return found === undefined ? undefined : Number(found);
+  return node.opType === "MatMulNBits" ? intOf(node, name) || undefined : undefined;
 }

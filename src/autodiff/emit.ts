@@ -1,18 +1,16 @@
-/**
- * Writes nodes of standard operators in the form that the model's opset needs. A node is never written twice. Knows nothing of gradients.
- */
+/** Writes the nodes of training graphs: helpers of rules, and values that wait for others. Knows nothing of gradients. */
 import { FLOAT, INT64, UINT8 } from "../onnx/linear.ts";
-import { type Attributes, makeFloats, makeInts, makeNode, PREFIX } from "../onnx/nodes.ts";
+import { floatOf, intOf, intsOf } from "../onnx/model.ts";
+import {
+  type Attributes,
+  Constants,
+  makeNode,
+  type NodeEdits,
+  NodeWriter,
+  type Operand,
+  PREFIX,
+} from "../onnx/nodes.ts";
 import { create, type GraphProto, type NodeProto, TensorProtoSchema } from "../onnx/protobuf.ts";
-
-/** A value by name, or a number as a constant. */
-export type Operand = string | number;
-
-/**
- * Most inputs of one Concat. WebGPU allows a shader eight storage buffers, and onnxruntime-web 1.30's older build does not
- * check it: a Concat of 24 tensors gives garbage without an error.
- */
-const CONCAT_INPUTS = 6;
 
 /** A size, or a product of sizes that inputs have. */
 export type Dimension = number | readonly { readonly input: string; readonly axis: number }[];
@@ -23,9 +21,38 @@ export interface Moment {
   readonly axis: number | undefined;
 }
 
-export class Emitter {
-  /** Nodes in the order in which they must run. */
-  readonly nodes: NodeProto[] = [];
+/** A node, and what is written about it. */
+export class OperatorNode {
+  readonly proto: NodeProto;
+  readonly emit: Emitter;
+
+  constructor(proto: NodeProto, emit: Emitter) {
+    this.proto = proto;
+    this.emit = emit;
+  }
+
+  x(input = 0): string {
+    return this.proto.input[input]!;
+  }
+
+  has(input: number): boolean {
+    return (this.proto.input[input] ?? "") !== "";
+  }
+
+  int(name: string, otherwise = 0): number {
+    return intOf(this.proto, name, otherwise);
+  }
+
+  ints(name: string): readonly number[] | undefined {
+    return intsOf(this.proto, name);
+  }
+
+  float(name: string, otherwise: number): number {
+    return floatOf(this.proto, name, otherwise);
+  }
+}
+
+export class Emitter extends NodeWriter {
   /** Nodes that belong among the model's own: shapes that nothing else tells. */
   readonly shapes: NodeProto[] = [];
   /** Moment at which each node is needed. */
@@ -35,101 +62,57 @@ export class Emitter {
   gathers = false;
   /** Factors of the dimensions of the model's own values, where they are known. */
   dimensions: ((value: string) => readonly Dimension[] | undefined) | undefined;
-  readonly #constants: GraphProto;
-  readonly #opset: number;
-  readonly #prefix: string;
-  readonly #made = new Map<string, string>();
   readonly #own = new Set<string>();
   /** Names of `shapes`. */
   readonly #asked = new Set<string>();
 
-  /**
-   * @param constants graph that gets the constants as initializers
-   * @param prefix of the names of written nodes and values
-   */
-  constructor(constants: GraphProto, opset: number, prefix = `${PREFIX}/learn`) {
-    this.#constants = constants;
-    this.#opset = opset;
-    this.#prefix = prefix;
+  /** @param graph gets the constants @param prefix of names */
+  constructor(graph: GraphProto, opset: number, prefix = `${PREFIX}/learn`) {
+    super(new Constants(graph, opset, prefix), prefix);
   }
 
-  /** Another emitter for the same graph. */
-  beside(prefix: string): Emitter {
-    return new Emitter(this.#constants, this.#opset, prefix);
-  }
-
-  op(opType: string, input: readonly Operand[], attributes: Attributes = {}, domain = ""): string {
-    return this.#write(opType, input, attributes, domain, 1)[0]!;
-  }
-
-  /** @returns the outputs of the node */
-  #write(
+  protected override write(
     opType: string,
-    input: readonly Operand[],
+    operands: readonly Operand[],
     attributes: Attributes,
-    domain: string,
     outputs: number,
   ): readonly string[] {
-    const values = input.map((one) => (typeof one === "number" ? this.float(one) : one));
-    const key = JSON.stringify([opType, values, attributes]);
-    const made = this.#made.get(key) ?? `${this.#prefix}/${opType}_${this.nodes.length}`;
-    const names = outputs === 1 ? [made] : Array.from({ length: outputs }, (_, i) => `${made}/${i}`);
-    if (!this.#made.has(key)) {
-      const node = makeNode(opType, made, values, names, attributes, domain);
-      this.nodes.push(node);
-      if (this.moment) this.moments.set(node, this.moment);
-      this.#made.set(key, made);
-      for (const name of names) this.#own.add(name);
-    }
+    const written = this.nodes.length;
+    const names = super.write(opType, operands, attributes, outputs);
+    const node = this.nodes[written];
+    if (!node) return names;
+    if (this.moment) this.moments.set(node, this.moment);
+    for (const name of names) this.#own.add(name);
     return names;
   }
 
-  /** Splits a value along one axis into pieces of these sizes. */
-  split(value: string, axis: number, sizes: readonly number[]): readonly string[] {
-    return this.#write("Split", [value, this.ints(sizes)], { axis }, "", sizes.length);
-  }
-
-  /**
-   * Gives a value another name: where one of these nodes makes it, by renaming.
-   * @returns what has to be added to them where none does
-   */
+  /** Gives a value another name. @returns nodes to add, where none of these makes it */
   rename(value: string, name: string, nodes: readonly NodeProto[]): readonly NodeProto[] {
     const maker = nodes.find(({ output }) => output.length === 1 && output[0] === value);
     if (!maker) return [makeNode("Identity", `${PREFIX}/as/${name}`, [value], name)];
     maker.output[0] = name;
     for (const { input } of nodes) for (const [i, one] of input.entries()) if (one === value) input[i] = name;
-    for (const [key, made] of this.#made) if (made === value) this.#made.delete(key);
+    for (const [key, made] of this.made) if (made === value) this.made.delete(key);
     return [];
   }
 
-  add(a: Operand, b: Operand): string {
-    return this.op("Add", [a, b]);
-  }
-
-  sub(a: Operand, b: Operand): string {
-    return this.op("Sub", [a, b]);
-  }
-
-  mul(a: Operand, b: Operand): string {
-    return this.op("Mul", [a, b]);
-  }
-
-  div(a: Operand, b: Operand): string {
-    return this.op("Div", [a, b]);
+  /** Replaces a node. @param write writes nodes that make its output */
+  replace(edits: NodeEdits, graph: GraphProto, node: NodeProto, write: () => string): void {
+    const written = this.nodes.length;
+    const result = write();
+    const fresh = this.nodes.slice(written);
+    // An earlier node may compute the same.
+    edits.insertBefore(graph, node, [...fresh, ...this.rename(result, node.output[0]!, fresh)]);
+    edits.remove(graph, node);
   }
 
   neg(a: Operand): string {
-    return this.op("Neg", [a]);
-  }
-
-  /** Reshapes [… , in] to [x, in]. */
-  rows(value: string): string {
-    return this.op("Flatten", [value], { axis: -1 });
+    return this.op("Neg", a);
   }
 
   /** Shape of a value. The model's own values are not asked, since they would have to be kept for that. */
   shape(value: string): string {
-    if (this.#own.has(value)) return this.op("Shape", [value]);
+    if (this.#own.has(value)) return this.shapeOf(value);
     const known = this.dimensions?.(value);
     if (known) return this.concat(this.#join(known), 0);
     const shape = `${PREFIX}/shape/${value}`;
@@ -139,11 +122,11 @@ export class Emitter {
   }
 
   /** Dimensions as vectors: neighbouring fixed ones together, and each one that an input tells alone. */
-  #join(dimensions: readonly Dimension[]): string[] {
-    const parts: string[] = [];
+  #join(dimensions: readonly Dimension[]): Operand[] {
+    const parts: Operand[] = [];
     let fixed: number[] = [];
     const flush = (): void => {
-      if (fixed.length > 0) parts.push(this.ints(fixed));
+      if (fixed.length > 0) parts.push(fixed);
       fixed = [];
     };
     for (const dimension of dimensions) {
@@ -152,65 +135,49 @@ export class Emitter {
         continue;
       }
       flush();
-      const factors = dimension.map(({ input, axis }) => this.slice(this.op("Shape", [input]), 0, axis, axis + 1));
+      const factors = dimension.map(({ input, axis }) => this.slice(this.shapeOf(input), 0, axis, axis + 1));
       parts.push(factors.reduce((a, b) => this.mul(a, b)));
     }
     flush();
-    return parts.length > 0 ? parts : [this.ints([])];
+    return parts.length > 0 ? parts : [[]];
   }
 
-  /** Reshapes `value` to the shape of `like`. */
   reshapeAs(value: string, like: string): string {
-    return this.op("Reshape", [value, this.shape(like)]);
+    return this.reshape(value, this.shape(like));
   }
 
   zerosLike(value: string): string {
-    return this.op("Expand", [0, this.shape(value)]);
+    return this.op("Expand", 0, this.shape(value));
   }
 
   /** Size of one dimension, an int64 scalar. */
   size(value: string, axis: number): string {
-    return this.op("Gather", [this.shape(value), this.int(axis)], { axis: 0 });
+    return this.gather(this.shape(value), this.int(axis));
   }
 
   toFloat(value: string): string {
-    return this.op("Cast", [value], { to: FLOAT });
+    return this.cast(value, FLOAT);
   }
 
   unsqueeze(value: string, axes: readonly number[]): string {
-    return axes.length === 0 ? value : this.op("Unsqueeze", [value, this.ints(axes)]);
+    return axes.length === 0 ? value : this.op("Unsqueeze", value, axes);
   }
 
   sum(value: string, axes: readonly number[], keepdims: boolean): string {
-    return axes.length === 0 ? value : this.op("ReduceSum", [value, this.ints(axes)], { keepdims: Number(keepdims) });
+    return axes.length === 0 ? value : this.op("ReduceSum", value, axes, { keepdims: Number(keepdims) });
   }
 
-  /** Mean over axes; the dimensions are kept. */
   mean(value: string, axes: readonly number[]): string {
     return this.#reduce("ReduceMean", value, axes);
   }
 
-  /** Maximum over axes; the dimensions are kept. */
   max(value: string, axes: readonly number[]): string {
     return this.#reduce("ReduceMax", value, axes);
   }
 
   #reduce(opType: string, value: string, axes: readonly number[]): string {
-    if (this.#opset >= 18) return this.op(opType, [value, this.ints(axes)], { keepdims: 1 });
-    return this.op(opType, [value], { axes, keepdims: 1 });
-  }
-
-  concat(values: readonly string[], axis: number): string {
-    let level = values;
-    while (level.length > 1) {
-      const next: string[] = [];
-      for (let i = 0; i < level.length; i += CONCAT_INPUTS) {
-        const part = level.slice(i, i + CONCAT_INPUTS);
-        next.push(part.length === 1 ? part[0]! : this.op("Concat", part, { axis }));
-      }
-      level = next;
-    }
-    return level[0]!;
+    if (this.constants.opset >= 18) return this.op(opType, value, axes, { keepdims: 1 });
+    return this.op(opType, value, { axes, keepdims: 1 });
   }
 
   /**
@@ -222,56 +189,25 @@ export class Emitter {
    * @param axis of a dimension of `value` that only the run tells, if any; it is read where `gathers` is set
    */
   late(numbers: readonly number[], value: string, axis?: number): string {
-    const zero = this.mul(this.#someNumber(value, axis), this.ints([0]));
-    return this.op("Slice", [this.ints(numbers), zero, this.ints([numbers.length]), this.ints([0])]);
+    const zero = this.mul(this.#someNumber(value, axis), [0]);
+    return this.op("Slice", numbers, zero, [numbers.length], [0]);
   }
 
   /** Any int64 scalar that is known only once `value` is there. */
   #someNumber(value: string, axis: number | undefined): string {
     // WebGPU does not compute Size, so the whole value would be copied to the processor.
-    if (!this.gathers) return this.op("Size", [value]);
-    if (axis !== undefined) return this.op("Gather", [this.op("Shape", [value]), this.int(axis)], { axis: 0 });
+    if (!this.gathers) return this.op("Size", value);
+    if (axis !== undefined) return this.gather(this.shapeOf(value), this.int(axis));
     // Where all sizes are fixed an element is read instead, since runtimes compute what they can when they load; 0 stands behind it, for
     // where there are no elements.
-    const first = this.slice(this.op("Reshape", [value, this.ints([-1])]), 0, 0, 1);
-    const orZero = this.concat([first, this.unsqueeze(this.float(0), [0])], 0);
-    return this.op("Cast", [this.op("Gather", [orZero, this.int(0)], { axis: 0 })], { to: INT64 });
+    const first = this.slice(this.reshape(value, [-1]), 0, 0, 1);
+    const orZero = this.concat([first, this.op("Unsqueeze", 0, [0])], 0);
+    return this.cast(this.gather(orZero, this.int(0)), INT64);
   }
 
-  /** Slice value[from:to] along one axis. */
-  slice(value: string, axis: number, from: number, to: number): string {
-    return this.op("Slice", [value, this.ints([from]), this.ints([to]), this.ints([axis])]);
-  }
-
-  /** A constant int64 vector. */
-  ints(values: readonly number[]): string {
-    return this.#constant(`ints/${values.join(",")}`, (name) => makeInts(name, values));
-  }
-
-  /** A constant int64 scalar. */
-  int(value: number): string {
-    return this.#constant(`int/${value}`, (name) => makeInts(name, [value], []));
-  }
-
-  /** A constant uint8 scalar. */
   byte(value: number): string {
-    return this.#constant(`byte/${value}`, (name) =>
+    return this.constants.add(`byte/${value}`, (name) =>
       create(TensorProtoSchema, { name, dataType: UINT8, rawData: Uint8Array.of(value) }),
     );
-  }
-
-  /** A constant f32 scalar. */
-  float(value: number): string {
-    return this.#constant(`float/${value}`, (name) => makeFloats(name, [value], []));
-  }
-
-  #constant(of: string, make: (name: string) => ReturnType<typeof makeInts>): string {
-    let name = this.#made.get(of);
-    if (name === undefined) {
-      name = `${this.#prefix}/${of}`;
-      this.#constants.initializer.push(make(name));
-      this.#made.set(of, name);
-    }
-    return name;
   }
 }

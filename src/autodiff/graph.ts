@@ -1,16 +1,15 @@
 /**
  * The training graph: a model that answers with any task, extended to learn one too. Inputs that `inject` has added (factors of layers,
- * heads) get gradients in a branch that runs only on demand. It uses standard operators, and for weights in blocks the
- * runtime's own, so that every build of ONNX Runtime runs it, including those for the web, which have no training of their own. Runtime and optimiser are the caller's: it runs the probes and takes
- * the steps.
+ * heads) get gradients in a branch that runs only on demand. Every build of ONNX Runtime has its operators, those for the web too, which
+ * have no training of their own. The caller runs the probes and takes the steps.
  */
 
 import { FormatError } from "../errors.ts";
 import { type Feed, knownSizes, presentNames, tinyFeeds } from "../onnx/feeds.ts";
 import type { Injected, TaskInput } from "../onnx/inject.ts";
 import { BOOL, FLOAT, INT64 } from "../onnx/linear.ts";
-import { attribute, type Graph, indexGraph, type OnnxModel } from "../onnx/model.ts";
-import { makeInts, makeNode, makeValue, PREFIX } from "../onnx/nodes.ts";
+import { type Graph, indexGraph, inOrder, intOf, type OnnxModel } from "../onnx/model.ts";
+import { makeNode, makeValue, NodeEdits, PREFIX } from "../onnx/nodes.ts";
 import {
   create,
   type GraphProto,
@@ -23,25 +22,18 @@ import type { ModelFile } from "../onnx/read.ts";
 import { flattenScales, unpackProducts } from "./block-weights.ts";
 import { operatorOf } from "./definitions.ts";
 import { Emitter, type Moment } from "./emit.ts";
-import { NodeGradient, type Walk } from "./node-gradient.ts";
 import { type ProbedPath, probePath } from "./path.ts";
-import { RULES } from "./rules.ts";
+import { NodeGradient, RULES, untransposed, type Walk } from "./rules.ts";
 import { Problems, type ShapeProbe, type Shapes } from "./shapes.ts";
 
 export interface TrainingGraphOptions {
   /** The output that holds the logits, [… , classes]. Default: "logits", or the only output. */
   readonly logits?: string | undefined;
-  /**
-   * The model answers at every position, [batch, length, classes], and learns from some of them. Targets then name a few classes
-   * of each. Default: false.
-   */
+  /** The model answers at every position, [batch, length, classes], and learns from a few classes of some. Default: false. */
   readonly tokens?: boolean | undefined;
   /** Runs the model while the graph is made, on two tiny feeds. */
   readonly probe: ShapeProbe;
-  /**
-   * The backward pass unpacks weights of 4 bits with onnxruntime's `GatherBlockQuantized`, since WebGPU lacks other operators on
-   * bytes. Default: false.
-   */
+  /** Unpacks 4-bit weights with `GatherBlockQuantized`, since WebGPU lacks other operators on bytes. Default: false. */
   readonly gathers?: boolean | undefined;
   /** Nodes of each part of the branch that learns, about. Default: those of a layer. */
   readonly part?: number | undefined;
@@ -60,7 +52,6 @@ export interface TrainingGraph {
   readonly logitsOutput: string;
   /** Dimensions of the logits: numbers, and names of free ones; the rows of the inputs are "batch". */
   readonly logitsDims: readonly (number | string)[];
-  /** f32 scalar. */
   readonly lossOutput: string;
   /** Output of the gradient for each trained input, in its shape. */
   readonly gradients: ReadonlyMap<string, string>;
@@ -126,7 +117,10 @@ export async function buildTrainingGraph(
   const { model } = file;
   const main = model.graph.proto;
   const problems = new Problems();
-  checkOpset(model, problems);
+  if (model.opset < LEAST_OPSET) {
+    const why = `its opset is ${model.opset}, at least ${LEAST_OPSET} is needed (export it again with opset_version=17)`;
+    problems.add(why);
+  }
   const logits = logitsOf(model, injected, options.logits);
   const ofTasks = new Set(injected.inputs.map(({ name }) => name));
   const own = main.input.filter(({ name }) => !ofTasks.has(name) && !model.graph.initializers.has(name));
@@ -135,7 +129,7 @@ export async function buildTrainingGraph(
   if (!options.gathers) flattenScales(indexGraph(main, model.name));
   // Declared shapes need not hold for other heads.
   main.valueInfo.length = 0;
-  const picked = options.tokens ? pickPositions(indexGraph(main, model.name), logits) : undefined;
+  const picked = options.tokens ? pickPositions(indexGraph(main, model.name), model.opset, logits) : undefined;
   const indexed: ModelFile = { ...file, model: { ...model, graph: indexGraph(main, model.name) } };
   const feeds = probeFeeds(indexed.model, own, injected, picked !== undefined, problems);
   const path = await probePath(
@@ -178,11 +172,6 @@ export async function buildTrainingGraph(
   return { ...NAMES, logitsOutput: logits, tokens, logitsDims: namedDims(path.shapes, logits, ofTasks), gradients };
 }
 
-function checkOpset({ opset }: OnnxModel, problems: Problems): void {
-  if (opset >= LEAST_OPSET) return;
-  problems.add(`its opset is ${opset}, at least ${LEAST_OPSET} is needed (export it again with opset_version=17)`);
-}
-
 /** Feeds for the runs that find shapes: two, with the model's own inputs and those of a task. */
 function probeFeeds(
   model: OnnxModel,
@@ -191,15 +180,29 @@ function probeFeeds(
   picks: boolean,
   problems: Problems,
 ): readonly ReadonlyMap<string, Feed>[] | undefined {
-  return madeUp(own, knownSizes(model, own), problems)?.map((feed, i) => {
-    const all = new Map([...feed, ...taskFeeds(inputs, TASK_SIZES[i]!)]);
-    return picks ? all.set(POSITIONS, somePositions(POSITION_COUNTS[i]!)) : all;
+  const fixed = knownSizes(model, own);
+  const present = presentNames(own);
+  const feeds = SIZES.map((sizes, i) => {
+    const known = new Map<string, number>();
+    const feed = tinyFeeds(own, fixed, (name) => {
+      const dimension = present(name);
+      const size = known.get(dimension) ?? sizes[known.size] ?? sizes.at(-1)! + 10 * known.size;
+      known.set(dimension, size);
+      return size;
+    });
+    for (const [name, value] of taskFeeds(inputs, TASK_SIZES[i]!)) feed?.set(name, value);
+    // The first position, which every text has: only shapes are wanted.
+    const count = POSITION_COUNTS[i]!;
+    if (picks) feed?.set(POSITIONS, { dataType: INT64, dims: [count], data: new BigInt64Array(count) });
+    return feed;
   });
-}
-
-/** The first position, which every feed has: only shapes are wanted. */
-function somePositions(count: number): Feed {
-  return { dataType: INT64, dims: [count], data: new BigInt64Array(count) };
+  const made = feeds.filter((feed) => feed !== undefined);
+  if (made.length === feeds.length) return made;
+  const names = own.map(({ name }) => `"${name}"`).join(", ");
+  problems.add(
+    `values cannot be made up for all of its inputs (${names}): they must be tensors of floats, integers or bools, of few numbers`,
+  );
+  return undefined;
 }
 
 /** Names the dimensions of a value by the inputs they come from. */
@@ -225,30 +228,6 @@ export function logitsOf({ name: file, graph }: OnnxModel, { probe }: Injected, 
   throw new FormatError(message, { file, part: "graph" });
 }
 
-function madeUp(
-  inputs: readonly ValueInfoProto[],
-  fixed: ReadonlyMap<string, number>,
-  problems: Problems,
-): readonly ReadonlyMap<string, Feed>[] | undefined {
-  const present = presentNames(inputs);
-  const feeds = SIZES.map((sizes) => {
-    const known = new Map<string, number>();
-    return tinyFeeds(inputs, fixed, (name) => {
-      const dimension = present(name);
-      const size = known.get(dimension) ?? sizes[known.size] ?? sizes.at(-1)! + 10 * known.size;
-      known.set(dimension, size);
-      return size;
-    });
-  });
-  const [first, second] = feeds;
-  if (first && second) return [first, second];
-  const names = inputs.map(({ name }) => `"${name}"`).join(", ");
-  problems.add(
-    `values cannot be made up for all of its inputs (${names}): they must be tensors of floats, integers or bools, of few numbers`,
-  );
-  return undefined;
-}
-
 /** Makes values of the inputs of one task: numbers for what is trained, no change for the rest. */
 function taskFeeds(inputs: readonly TaskInput[], sizes: Readonly<Record<string, number>>): [string, Feed][] {
   return inputs.map(({ name, kind, dims: declared }) => {
@@ -270,12 +249,10 @@ const PART = 300;
 /** A result of the branch: f32 of some rank, or an element of no dimensions. */
 interface BranchResult {
   readonly value: string;
-  /** Its name outside of the branch. */
   readonly as: string;
   readonly rank: number;
 }
 
-/** A value that leaves a graph of the branch. */
 interface Output {
   readonly name: string;
   readonly type: number;
@@ -285,10 +262,8 @@ interface Output {
 
 /**
  * If(learn): nodes with their results; else empty results of the same types. Without a branch every run would learn.
- * @param learn the condition
  * @param nodes in an order in which they can run; they are changed
- * @param typeOf `TensorProto.DataType` of a value from outside; undefined where it is not known
- * @param size nodes of a part, about
+ * @param typeOf type of a value from outside; undefined where it is not known
  */
 function branch(
   learn: string,
@@ -313,7 +288,6 @@ function branch(
   return choice(learn, `${PREFIX}/learn`, [...parts, ...made], outputs);
 }
 
-/** Outputs that have a name: others are left out. */
 function outputsOf({ output }: NodeProto): string[] {
   return output.filter((value) => value !== "");
 }
@@ -378,7 +352,6 @@ function partsOf(
   return [...parts, nodes.slice(from)];
 }
 
-/** Nodes with the inner names of values that leave them. */
 function renamed(nodes: NodeProto[], leaving: readonly string[]): NodeProto[] {
   const names = new Map(leaving.map((value) => [value, inner("then", value)]));
   const rename = (value: string): string => names.get(value) ?? value;
@@ -386,7 +359,6 @@ function renamed(nodes: NodeProto[], leaving: readonly string[]): NodeProto[] {
   return nodes;
 }
 
-/** Types of what nodes make. */
 function typesOf(
   nodes: readonly NodeProto[],
   typeOf: (value: string) => number | undefined,
@@ -403,7 +375,7 @@ function typesOf(
 
 function typeOfResult(node: NodeProto, at: (value?: string) => number | undefined): number | undefined {
   const { opType, input } = node;
-  if (opType === "Cast") return Number(attribute(node, "to")?.i);
+  if (opType === "Cast") return intOf(node, "to");
   if (/^(Shape|Size)$/.test(opType)) return INT64;
   if (/^(Equal|Less|Greater|LessOrEqual|And)$/.test(opType)) return BOOL;
   if (opType === "GatherBlockQuantized") return at(input[2]);
@@ -424,43 +396,31 @@ const BEHIND = /^(Add|Sub|Mul|Div|Tanh|Identity|Cast)$/;
 const PRODUCTS = /^(MatMul|Gemm|FusedMatMul|MatMulNBits)$/;
 
 /**
- * Restricts the product that gives the logits to rows at the positions, in place. At first it does so always, so that the graph can be
- * differentiated.
- * @param graph indexed in its current state
+ * Restricts the product that gives the logits to rows at the positions, in place: always, so that the graph can be differentiated.
  * @returns `choose`, which makes it a choice: all rows where no positions are given. Undefined where no product gives the logits
  */
-function pickPositions(graph: Graph, logits: string): { readonly choose: () => void } | undefined {
+function pickPositions(graph: Graph, opset: number, logits: string): { readonly choose: () => void } | undefined {
   const main = graph.proto;
   const x = rowsBefore(graph, logits);
   if (x === undefined) return undefined;
   const before = ancestors(graph, logits);
   const uses = (graph.consumers.get(x) ?? []).filter(({ node }) => before.has(node));
-  const [flat, some, picked] = [`${PICKED}/flat`, `${PICKED}/some`, `${PICKED}/picked`];
-  const nodes = [
-    makeNode("Flatten", flat, [x], flat, { axis: -1 }),
-    makeNode("Gather", some, [flat, POSITIONS], some, { axis: 0 }),
-    makeNode("Unsqueeze", picked, [some, `${PICKED}/front`], picked),
-  ];
-  main.initializer.push(makeInts(`${PICKED}/front`, [0]));
-  main.input.push(makeValue(POSITIONS, INT64, [`${PICKED}/count`]));
-  const at = Math.min(...uses.map(({ node }) => main.node.indexOf(node)));
-  main.node.splice(at, 0, ...nodes);
   const read = (value: string): void => {
     for (const { node, input } of uses) node.input[input] = value;
   };
+  const emit = new Emitter(main, opset, PICKED);
+  const picked = emit.unsqueeze(emit.gather(emit.rows(x), POSITIONS), [0]);
+  main.input.push(makeValue(POSITIONS, INT64, [`${PICKED}/count`]));
+  const at = Math.min(...uses.map(({ node }) => main.node.indexOf(node)));
+  main.node.splice(at, 0, ...emit.nodes);
   read(picked);
   const choose = (): void => {
+    const written = emit.nodes.length;
+    const any = emit.op("Greater", emit.op("Size", POSITIONS), emit.int(0));
     const rows = `${PICKED}/rows`;
-    main.initializer.push(makeInts(`${PICKED}/none`, [0], []));
-    const choice = [
-      makeNode("Size", `${PICKED}/size`, [POSITIONS], `${PICKED}/size`),
-      makeNode("Greater", `${PICKED}/any`, [`${PICKED}/size`, `${PICKED}/none`], `${PICKED}/any`),
-      makeNode("If", rows, [`${PICKED}/any`], rows, {
-        then_branch: only(picked, "some"),
-        else_branch: only(x, "all"),
-      }),
-    ];
-    main.node.splice(main.node.indexOf(nodes.at(-1)!) + 1, 0, ...choice);
+    const branches = { then_branch: only(picked, "some"), else_branch: only(x, "all") };
+    const choice = makeNode("If", rows, [any], rows, branches);
+    main.node.splice(main.node.indexOf(emit.nodes[written - 1]!) + 1, 0, ...emit.nodes.slice(written), choice);
     read(rows);
   };
   return { choose };
@@ -501,7 +461,6 @@ function isOwn({ name }: NodeProto): boolean {
   return name.startsWith(`${PREFIX}/`);
 }
 
-/** All nodes that a value depends on. */
 function ancestors({ producers }: Graph, value: string): ReadonlySet<NodeProto> {
   const found = new Set<NodeProto>();
   const pending = [value];
@@ -517,46 +476,35 @@ function ancestors({ producers }: Graph, value: string): ReadonlySet<NodeProto> 
 // Removes Transposes of weights in front of products, as with an embedding that is the last layer too. Runtimes transpose constant
 // weights at load time and hold both copies. The backward pass uses the weight as it is; after this the product does too.
 
-/**
- * Removes Transposes of weights that only products read, in place.
- * @param graph indexed in its current state
- */
+/** Removes Transposes of weights that only products read, in place. */
 function takeUntransposed(graph: Graph, opset: number): void {
   const { proto: main, consumers, outputs } = graph;
   const emit = new Emitter(main, opset, `${PREFIX}/untransposed`);
-  const gone = new Set<NodeProto>();
-  /** Nodes to put in front of a product. */
-  const before = new Map<NodeProto, readonly NodeProto[]>();
+  const edits = new NodeEdits();
   for (const node of main.node) {
     const turned = node.output[0] ?? "";
     const weight = transposedWeight(graph, node);
     const uses = consumers.get(turned) ?? [];
     if (weight === undefined || outputs.has(turned)) continue;
     if (!uses.every((use) => use.node.opType === "MatMul" && use.input === 1 && use.graph === main)) continue;
-    gone.add(node);
+    edits.remove(main, node);
     for (const { node: product } of uses) {
-      const written = emit.nodes.length;
       const [x] = product.input as [string];
-      const rows = emit.op("Gemm", [emit.rows(x), weight.name], { transB: 1 });
-      const shape = emit.concat([emit.slice(emit.op("Shape", [x]), 0, 0, -1), emit.ints([weight.rows])], 0);
-      before.set(product, emit.nodes.slice(written));
-      product.opType = "Reshape";
-      product.input = [rows, shape];
+      const rows = (): string => emit.op("Gemm", emit.rows(x), weight.name, { transB: 1 });
+      emit.replace(edits, main, product, () => emit.unrows(rows(), x, [weight.rows]));
     }
   }
-  main.node = main.node.flatMap((node) => (gone.has(node) ? [] : [...(before.get(node) ?? []), node]));
+  edits.apply();
 }
 
 /** The f32 weight [rows, columns] that a Transpose takes, also behind a Cast; undefined for other nodes. */
-function transposedWeight(
-  { initializers, producers }: Graph,
-  node: NodeProto,
-): { readonly name: string; readonly rows: number } | undefined {
-  if (node.opType !== "Transpose" || attribute(node, "perm")?.ints.join() === "0,1") return undefined;
-  const [name] = node.input as [string];
+function transposedWeight(graph: Graph, node: NodeProto): { readonly name: string; readonly rows: number } | undefined {
+  const name = untransposed(graph, node.output[0] ?? "");
+  if (name === undefined) return undefined;
+  const { initializers, producers } = graph;
   const cast = producers.get(name);
   const tensor = initializers.get(cast?.opType === "Cast" ? cast.input[0]! : name);
-  const type = cast ? Number(attribute(cast, "to")?.i ?? 0n) : tensor?.dataType;
+  const type = cast ? intOf(cast, "to") : tensor?.dataType;
   return tensor?.dims.length === 2 && type === FLOAT ? { name, rows: Number(tensor.dims[0]) } : undefined;
 }
 
@@ -566,13 +514,11 @@ function transposedWeight(
 // dloss/dlogits = (softmax(logits) · Σ_C targets − targets) / N
 // A row counts by the sum of its targets; a row of zeros counts only in N.
 
-/** Loss, and its gradient in the shape of the logits. */
 interface Loss {
   readonly loss: string;
   readonly gradient: string;
 }
 
-/** −1/N · Σ targets · logs. */
 function entropyOf(emit: Emitter, targets: string, logs: string, count: string): string {
   return emit.neg(emit.div(emit.sum(emit.mul(targets, logs), [0, 1], false), count));
 }
@@ -580,7 +526,7 @@ function entropyOf(emit: Emitter, targets: string, logs: string, count: string):
 /** exp(rows − maximum) and its sum over classes: no exponential overflows. */
 function powersOf(emit: Emitter, rows: string): { shifted: string; powers: string; total: string } {
   const shifted = emit.sub(rows, emit.max(rows, [1]));
-  const powers = emit.op("Exp", [shifted]);
+  const powers = emit.op("Exp", shifted);
   return { shifted, powers, total: emit.sum(powers, [1], true) };
 }
 
@@ -596,14 +542,14 @@ const NEVER = 1e30;
  */
 function crossEntropy(emit: Emitter, logits: string, targets: string, squares: string): Loss {
   const rows = emit.rows(logits);
-  const classes = emit.sub(emit.float(1), squares);
+  const classes = emit.sub(1, squares);
   const wanted = emit.mul(targets, classes);
-  const among = emit.sub(emit.mul(rows, classes), emit.mul(squares, emit.float(NEVER)));
+  const among = emit.sub(emit.mul(rows, classes), emit.mul(squares, NEVER));
   const { shifted, powers, total } = powersOf(emit, among);
   const count = emit.toFloat(emit.size(rows, 0));
   const off = emit.mul(emit.sub(rows, targets), squares);
-  const entropy = entropyOf(emit, wanted, emit.sub(shifted, emit.op("Log", [total])), count);
-  const halves = emit.div(emit.sum(emit.mul(off, off), [0, 1], false), emit.mul(count, emit.float(2)));
+  const entropy = entropyOf(emit, wanted, emit.sub(shifted, emit.op("Log", total)), count);
+  const halves = emit.div(emit.sum(emit.mul(off, off), [0, 1], false), emit.mul(count, 2));
   const expected = emit.mul(emit.div(powers, total), emit.sum(wanted, [1], true));
   const beyond = emit.add(emit.sub(expected, wanted), off);
   return { loss: emit.add(entropy, halves), gradient: emit.reshapeAs(emit.div(beyond, count), logits) };
@@ -617,23 +563,18 @@ function crossEntropy(emit: Emitter, logits: string, targets: string, squares: s
 function sparseCrossEntropy(emit: Emitter, logits: string, classes: string, targets: string): Loss {
   const rows = emit.rows(logits);
   const { shifted, powers, total } = powersOf(emit, rows);
-  const at = (values: string): string => emit.op("GatherElements", [values, classes], { axis: 1 });
+  const at = (values: string): string => emit.op("GatherElements", values, classes, { axis: 1 });
   const count = emit.toFloat(emit.size(rows, 0));
-  const loss = entropyOf(emit, targets, emit.sub(at(shifted), emit.op("Log", [total])), count);
+  const loss = entropyOf(emit, targets, emit.sub(at(shifted), emit.op("Log", total)), count);
   const expected = emit.mul(powers, emit.div(emit.sum(targets, [1], true), emit.mul(total, count)));
   const wanted = emit.sub(at(expected), emit.div(targets, count));
-  const rest = emit.op("ScatterElements", [expected, classes, wanted], { axis: 1 });
+  const rest = emit.op("ScatterElements", expected, classes, wanted, { axis: 1 });
   return { loss, gradient: emit.reshapeAs(rest, logits) };
 }
 
 // Reverse-mode differentiation of a graph: from the gradient of one value, with one rule per operator, to those of the trained values.
 
-/**
- * Emits the nodes that compute gradients.
- * @param end the value whose gradient `seed` emits
- * @param problems receives what gradients do not pass
- * @returns the gradients by value
- */
+/** Emits the nodes that compute gradients, from that of `end`, which `seed` emits. @returns the gradients by value */
 export function differentiate(
   { graph, nodes, active, shapes }: ProbedPath,
   end: string,
@@ -682,10 +623,7 @@ export function differentiate(
 const AGAIN: string = `${PREFIX}/again/`;
 
 /**
- * Adds the nodes that make values again.
- * @param path forward nodes
- * @param main the model's graph; receives shapes of its values, and constants of definitions
- * @param emit has written the backward nodes; their inputs are changed
+ * Adds the nodes that make values again, and to the model shapes of its values and constants of definitions.
  * @returns the backward nodes, each behind the nodes that make its values again
  */
 function recompute(path: ProbedPath, main: GraphProto, emit: Emitter): NodeProto[] {
@@ -711,7 +649,7 @@ function recompute(path: ProbedPath, main: GraphProto, emit: Emitter): NodeProto
     !makers.has(value) || (real.has(value) && (!active.has(value) || kept.has(value)));
   /** Names in the branch, by value. */
   const made = new Map<string, string>();
-  const waiting = emit.beside(`${PREFIX}/late`);
+  const waiting = new Emitter(main, emit.constants.opset, `${PREFIX}/late`);
   const nodes: NodeProto[] = [];
 
   /** Re-emits an existing value so that it becomes available only after `moment`. Reshape reuses its buffer. */
@@ -725,7 +663,7 @@ function recompute(path: ProbedPath, main: GraphProto, emit: Emitter): NodeProto
     if (rank === 0) return value;
     const written = waiting.nodes.length;
     const zeros = waiting.late(Array<number>(rank).fill(0), moment!.value, moment!.axis);
-    const again = waiting.op("Reshape", [value, zeros]);
+    const again = waiting.reshape(value, zeros);
     nodes.push(...waiting.nodes.slice(written));
     return again;
   };
@@ -737,22 +675,12 @@ function recompute(path: ProbedPath, main: GraphProto, emit: Emitter): NodeProto
     copy.attribute = node.attribute;
     nodes.push(copy);
   };
+  const done = { has: (value: string): boolean => isCaptured(value) || made.has(value) };
   /** Name under which a value is available in the branch, not before `moment`. */
-  const available = (wanted: string, moment: Moment | undefined): string => {
-    // A loop rather than recursion: models are thousands of nodes deep.
-    const pending = [wanted];
-    while (pending.length > 0) {
-      const value = pending.at(-1)!;
-      const node = isCaptured(value) || made.has(value) ? undefined : makers.get(value);
-      const missing = node?.input.filter((input) => input !== "" && !isCaptured(input) && !made.has(input)) ?? [];
-      if (missing.length > 0) {
-        pending.push(...missing);
-        continue;
-      }
-      if (node) make(node, moment);
-      pending.pop();
-    }
-    return made.get(wanted) ?? late(wanted, moment);
+  const available = (value: string, moment: Moment | undefined): string => {
+    const needs = (name: string): string[] => makers.get(name)!.input.filter((input) => input !== "");
+    inOrder(value, done, needs, (name) => make(makers.get(name)!, moment));
+    return made.get(value) ?? late(value, moment);
   };
 
   const own = new Set(backward.flatMap(({ output }) => output));

@@ -3,8 +3,8 @@
  */
 
 import type { Feed } from "../onnx/feeds.ts";
-import { attribute, type Graph, indexGraph, nestedGraphs, type OnnxModel, type Use } from "../onnx/model.ts";
-import { type Added, makeInts, makeNode, PREFIX } from "../onnx/nodes.ts";
+import { type Graph, indexGraph, intOf, intsOf, nestedGraphs, type OnnxModel, type Use } from "../onnx/model.ts";
+import { type Added, makeInts, makeNode, PREFIX, readBy } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { operatorOf, shadowOf } from "./definitions.ts";
@@ -16,19 +16,8 @@ const FLOATS: ReadonlySet<number> = new Set([1, 10, 11, 16]);
 
 const QUANTISED = /^(Quantize|Dequantize|DynamicQuantize|QLinear|MatMulInteger|ConvInteger)/;
 
-interface Path {
-  /** Nodes in the order of the graph. */
-  readonly nodes: readonly NodeProto[];
-  /** Values that have a gradient. */
-  readonly active: ReadonlySet<string>;
-}
-
 /**
  * Finds the path by the inputs through which each operator can be differentiated. Looks at operators and names, not at shapes.
- * @param graph indexed in its current state
- * @param sources trained values
- * @param end the value whose gradient is known
- * @param problems receives operators that gradients cannot pass, and sources that do not reach the end
  * @param refused why fused nodes have no definition
  */
 function findPath(
@@ -37,25 +26,25 @@ function findPath(
   end: string,
   problems: Problems,
   refused: ReadonlyMap<NodeProto, string>,
-): Path {
+): Pick<ProbedPath, "nodes" | "active"> {
   const nodes = graph.proto.node;
   const reached = new Set(sources);
   for (const node of nodes) {
-    if ([...flowing(node), ...captured(node)].some((value) => reached.has(value))) {
+    if (flowing(node).some((value) => reached.has(value))) {
       for (const output of node.output) reached.add(output);
     }
   }
   const needed = new Set([end]);
   for (const node of nodes.toReversed()) {
     if (!node.output.some((value) => needed.has(value))) continue;
-    for (const value of [...flowing(node), ...captured(node)]) needed.add(value);
+    for (const value of flowing(node)) needed.add(value);
   }
   const active = new Set([...reached].filter((value) => value !== "" && needed.has(value)));
   for (const source of sources)
     if (!active.has(source)) problems.add("what is trained does not reach the loss", source);
 
   const path = nodes.filter((node) => {
-    const enters = [...flowing(node), ...captured(node)].some((value) => active.has(value));
+    const enters = flowing(node).some((value) => active.has(value));
     return enters && node.output.some((value) => active.has(value));
   });
   for (const node of path) {
@@ -65,59 +54,44 @@ function findPath(
   return { nodes: path.filter((node) => obstacle(node) === undefined), active };
 }
 
-/** Inputs that a gradient can flow to. */
+/** Inputs that a gradient can flow to, and what graphs inside the node read. */
 function flowing(node: NodeProto): readonly string[] {
-  if (STOPS.has(node.opType) && isStandard(node)) return [];
-  if (node.opType === "Cast" && !FLOATS.has(Number(attribute(node, "to")?.i ?? 1))) return [];
+  if (STOPS.has(operatorOf(node))) return [];
+  if (node.opType === "Cast" && !FLOATS.has(intOf(node, "to", 1))) return [];
   const inputs = RULES.get(operatorOf(node))?.inputs;
-  return inputs ? inputs.map((i) => node.input[i] ?? "") : node.input;
+  return inputs ? inputs.map((i) => node.input[i] ?? "") : readBy(node);
 }
 
-/** Values from outside that the graphs inside a node read. */
-function captured(node: NodeProto): readonly string[] {
-  return nestedGraphs(node).flatMap((graph) => [
-    ...graph.node.flatMap((inner) => [...inner.input, ...captured(inner)]),
-    ...graph.output.map(({ name }) => name),
-  ]);
-}
-
-function isStandard({ domain }: NodeProto): boolean {
-  return domain === "" || domain === "ai.onnx";
-}
-
-/** Reason why a gradient cannot pass a node. */
 function obstacle(node: NodeProto): string | undefined {
-  if (nestedGraphs(node).length > 0) {
+  if (nestedGraphs(node).length > 0)
     return "is control flow, which gradients do not pass (export the model without it)";
-  }
   if (QUANTISED.test(node.opType)) return "is quantised, which gradients do not pass (pass a float export)";
-  if (RULES.has(operatorOf(node))) return undefined;
-  if (!isStandard(node)) return `is an operator of ${node.domain}, fused already (pass the unoptimised export)`;
+  const operator = operatorOf(node);
+  if (RULES.has(operator)) return undefined;
+  if (operator !== node.opType) return `is an operator of ${node.domain}, fused already (pass the unoptimised export)`;
   return "has no rule for gradients";
 }
 
-export interface ProbedPath extends Path {
+export interface ProbedPath {
+  /** Nodes in the order of the graph. */
+  readonly nodes: readonly NodeProto[];
+  /** Values that have a gradient. */
+  readonly active: ReadonlySet<string>;
   /** The graph with definitions in place of fused nodes. */
   readonly graph: Graph;
   /** Shapes of all values of the nodes. */
   readonly shapes: Shapes;
 }
 
-/** Inputs of the runs that find shapes. */
 interface Probing {
   readonly probe: ShapeProbe;
   /** Two feeds with every input; undefined when there are none, which `problems` reports. */
   readonly feeds: readonly ReadonlyMap<string, Feed>[] | undefined;
-  /** Tensors that were added to the graph. */
   readonly initializers: readonly Added[];
 }
 
 /**
- * Finds path and shapes, and takes positions early in the graph (lift.ts), in place.
- * @param file its graph indexed in its current state
- * @param sources the values whose gradients are wanted
- * @param end the value whose gradient will be known
- * @param problems found so far; receives what gradients do not pass
+ * Finds path and shapes of the gradients from `end` to `sources`, and takes positions early in the graph, in place.
  * @throws FormatError with all problems, where they prevent the runs that find shapes
  */
 export async function probePath(
@@ -155,7 +129,6 @@ export async function probePath(
 // operators need only that position of their input; keys and values are the exception. The numbers stay the same, for one position of
 // each text. The forward run saves most of a layer, the backward run work on zeros.
 
-/** Operators on each element by itself, with broadcasting. */
 const ELEMENTWISE =
   /^(Add|Sub|Mul|Div|Pow|Erf|Tanh|Sigmoid|Relu|Gelu|Sqrt|Reciprocal|Neg|Exp|Identity|Cast|Where|IsNaN)$/;
 
@@ -168,19 +141,16 @@ const SHAPES = /^(Shape|Gather|Slice|Cast|Squeeze|Unsqueeze|Concat)$/;
 /** Most Gathers of a position that are examined, each with all nodes in front of it. Classifiers have one. */
 const MOST_GATHERS = 64;
 
-/** A node that computes one position only. */
+/** Inputs of a node with positions, and their dimension of the positions. */
+type Carried = ReadonlyMap<number, number>;
+
+/** A node that computes one position only, and the dimension of the positions in its output. */
 interface Lifted {
-  /** Dimension of the positions in the output. */
   readonly at: number;
-  /** Inputs with positions, and their dimension of the positions. */
-  readonly carried: ReadonlyMap<number, number>;
+  readonly carried: Carried;
 }
 
-/**
- * Takes positions as early as shapes allow, in place.
- * @param shapes of the values that gradients flow through; updated with what changes
- * @returns the graph indexed anew; undefined where no product is saved
- */
+/** Takes positions as early as shapes allow, in place. @returns the graph indexed anew; undefined where no product is saved */
 function lift({ graph, name }: OnnxModel, shapes: Shapes): Graph | undefined {
   const nodes = graph.proto.node.filter(({ input, output }) =>
     [...input, ...output].every((value) => value === "" || shapes.has(value)),
@@ -191,7 +161,7 @@ function lift({ graph, name }: OnnxModel, shapes: Shapes): Graph | undefined {
     const [all, index] = gather.input as [string, string];
     if (shapes.constant(index)?.length !== 1 || shapes.dims(index).length > 1 || shapes.dims(all).length < 2) continue;
     if (--left < 0) break;
-    const axis = fromFront(Number(attribute(gather, "axis")?.i ?? 0n), shapes.dims(all).length);
+    const axis = fromFront(intOf(gather, "axis"), shapes.dims(all).length);
     const found = liftable(lifted ?? graph, gather, axis, nodes, shapes);
     if (![...found.keys()].some(({ opType }) => opType === "MatMul")) continue;
     takeEarly(lifted ?? graph, gather, axis, found, shapes);
@@ -200,10 +170,7 @@ function lift({ graph, name }: OnnxModel, shapes: Shapes): Graph | undefined {
   return lifted;
 }
 
-/**
- * Finds the nodes in front of a Gather of one position that need to compute no other.
- * @param nodes those with known shapes, in order
- */
+/** Finds the nodes in front of a Gather of one position that need to compute no other. @param nodes those with known shapes */
 function liftable(
   { proto: main, consumers }: Graph,
   gather: NodeProto,
@@ -297,13 +264,11 @@ function takeEarly(
   gather.input.splice(1, 1, ...(scalar ? [axes] : []));
 }
 
-/** Inputs that need only one position too if the output needs position `at`; undefined where all of an input may be needed. */
-function carriedBy(node: NodeProto, at: number, shapes: Shapes): Lifted["carried"] | undefined {
+/** Inputs that need only one position too if the output needs one along `at`; undefined where all of an input may be needed. */
+function carriedBy(node: NodeProto, at: number, shapes: Shapes): Carried | undefined {
   const { opType, input, output } = node;
   const made = shapes.sizes(output[0]!);
   const rank = made.length;
-  const ints = (name: string): readonly number[] | undefined => attribute(node, name)?.ints.map(Number);
-  const int = (name: string, otherwise: number): number => Number(attribute(node, name)?.i ?? otherwise);
   const first = shapes.sizes(input[0]!);
   if (ELEMENTWISE.test(opType)) {
     const carried = input.flatMap((value, i) => {
@@ -314,18 +279,18 @@ function carriedBy(node: NodeProto, at: number, shapes: Shapes): Lifted["carried
     return new Map(carried);
   }
   /** Reduces the first input only. */
-  const one = (along: number | undefined): Lifted["carried"] | undefined =>
+  const one = (along: number | undefined): Carried | undefined =>
     along === undefined ? undefined : new Map([[0, along]]);
-  if (ALONG.test(opType)) return one(at < fromFront(int("axis", -1), rank) ? at : undefined);
+  if (ALONG.test(opType)) return one(at < fromFront(intOf(node, "axis", -1), rank) ? at : undefined);
   switch (opType) {
     case "MatMul":
       return one(at === rank - 2 && first.length >= 2 ? first.length - 2 : undefined);
     case "Transpose":
-      return one(ints("perm")?.[at]);
+      return one(intsOf(node, "perm")?.[at]);
     case "ReduceMean": {
-      const axes = ints("axes") ?? shapes.constant(input[1] ?? "");
+      const axes = intsOf(node, "axes") ?? shapes.constant(input[1] ?? "");
       const apart = axes !== undefined && axes.length > 0 && !axes.some((axis) => fromFront(axis, rank) === at);
-      return one(apart && int("keepdims", 1) === 1 ? at : undefined);
+      return one(apart && intOf(node, "keepdims", 1) === 1 ? at : undefined);
     }
     case "Reshape": {
       // The dimension with as many elements in front of it and as many positions, so that the rest moves as a whole. One may be free.

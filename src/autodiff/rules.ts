@@ -1,13 +1,143 @@
 /**
- * All operators that gradients pass, and those at which they end.
+ * All operators that gradients pass, with a rule for each, and those at which gradients end.
  */
+import { attribute, type Graph, intsOf, type Use } from "../onnx/model.ts";
+import { CONTRIBUTED, type Operand } from "../onnx/nodes.ts";
+import type { NodeProto } from "../onnx/protobuf.ts";
+import { type BlockWeight, blocksOf, inParts, unpacked } from "./block-weights.ts";
+import { type Emitter, type Moment, OperatorNode } from "./emit.ts";
+import { type Dims, fromFront, type Problems, type Shapes } from "./shapes.ts";
 
-import { attribute, type Use } from "../onnx/model.ts";
-import { CONTRIBUTED } from "../onnx/nodes.ts";
-import { type BlockWeight, blocksOf, inParts, offsetsOf, unpacked } from "./block-weights.ts";
-import type { Emitter } from "./emit.ts";
-import { broadcast, type NodeGradient, type Rule } from "./node-gradient.ts";
-import { fromFront } from "./shapes.ts";
+/** Rule to differentiate one operator. */
+export interface Rule {
+  /** Inputs that a gradient can flow to. Default: all of them. */
+  readonly inputs?: readonly number[];
+  /** The rule uses gradients of other outputs than the first. */
+  readonly manyOutputs?: boolean;
+  readonly backward: (node: NodeGradient) => void;
+}
+
+/** Rule of an operator that broadcasts: gives the gradient of each input in the shape of the output. Inputs without an entry get none. */
+export function broadcast(derive: Readonly<Record<number, (node: NodeGradient) => string>>): Rule {
+  const inputs = Object.keys(derive).map(Number);
+  return {
+    inputs,
+    backward(node) {
+      for (const input of inputs) node.giveSummed(input, () => derive[input]!(node));
+    },
+  };
+}
+
+export interface Walk {
+  readonly graph: Graph;
+  readonly active: ReadonlySet<string>;
+  readonly shapes: Shapes;
+  readonly emit: Emitter;
+  readonly problems: Problems;
+  /** Sum of the gradients of a value so far. */
+  gradient(value: string): string | undefined;
+  add(value: string, gradient: string): void;
+}
+
+/** One node in the backward pass: what a rule can ask about it, and where it puts the gradients of the node's inputs. */
+export class NodeGradient extends OperatorNode {
+  readonly #walk: Walk;
+
+  constructor(proto: NodeProto, walk: Walk) {
+    super(proto, walk.emit);
+    this.#walk = walk;
+  }
+
+  get graph(): Graph {
+    return this.#walk.graph;
+  }
+
+  get y(): string {
+    return this.proto.output[0]!;
+  }
+
+  get g(): string {
+    return this.#walk.gradient(this.y)!;
+  }
+
+  gradient(output: string): string | undefined {
+    return this.#walk.gradient(output);
+  }
+
+  wants(input: number): boolean {
+    return this.has(input) && this.#walk.active.has(this.x(input));
+  }
+
+  dims(value: string): Dims {
+    return this.#walk.shapes.dims(value);
+  }
+
+  rank(value: string): number {
+    return this.dims(value).length;
+  }
+
+  type(value: string): string {
+    return this.#walk.shapes.type(value);
+  }
+
+  /** An int64 vector of these numbers that becomes available together with this node's gradient. */
+  late(numbers: readonly number[]): string {
+    const { value, axis } = this.moment();
+    return this.emit.late(numbers, value, axis);
+  }
+
+  /** Moment at which this node's gradient is available. */
+  moment(): Moment {
+    const value = this.proto.output.find((output) => this.gradient(output) !== undefined)!;
+    return { value: this.gradient(value)!, axis: this.#walk.shapes.freeAxis(value) };
+  }
+
+  constant(value: string): readonly number[] | undefined {
+    return this.#walk.shapes.constant(value);
+  }
+
+  text(name: string): string {
+    return new TextDecoder().decode(attribute(this.proto, name)?.s);
+  }
+
+  /** An axis of the attribute `axis`, counted from the front. */
+  axis(otherwise: number, rank: number): number {
+    return fromFront(this.int("axis", otherwise), rank);
+  }
+
+  /** Gives a gradient in the shape of the input. */
+  give(input: number, gradient: string): void {
+    if (this.wants(input)) this.#walk.add(this.x(input), gradient);
+  }
+
+  /** Gives a gradient that has the elements of the input in another shape. */
+  giveReshaped(input: number, gradient: string): void {
+    if (this.wants(input)) this.give(input, this.emit.reshapeAs(gradient, this.x(input)));
+  }
+
+  /** Gives a gradient that has the rows of y as a matrix. */
+  giveRows(input: number, gradient: string): void {
+    if (this.rank(this.y) === 2) this.give(input, gradient);
+    else this.giveReshaped(input, gradient);
+  }
+
+  /** Gives a gradient in a shape that the input was broadcast to, summed over what was repeated. */
+  giveSummed(input: number, gradient: () => string, dims: Dims = this.dims(this.y)): void {
+    if (this.wants(input)) this.give(input, this.summed(gradient(), dims, this.dims(this.x(input))));
+  }
+
+  /** Sums a value of dimensions `from` over the dimensions that broadcasting from `to` has repeated. */
+  summed(value: string, from: Dims, to: Dims): string {
+    const more = from.length - to.length;
+    const leading = from.slice(0, more).map((_, axis) => axis);
+    const repeated = to.flatMap((size, axis) => (size === 1 && from[more + axis] !== 1 ? [axis] : []));
+    return this.emit.sum(this.emit.sum(value, leading, false), repeated, true);
+  }
+
+  refuse(why: string): void {
+    this.#walk.problems.node(this.proto, why);
+  }
+}
 
 // Operators that move elements and compute nothing: their gradients move back.
 
@@ -19,7 +149,7 @@ const transpose: Rule = {
     const rank = node.rank(node.x(0));
     const perm = node.ints("perm") ?? [...Array(rank).keys()].reverse();
     const inverse = perm.map((_, axis) => perm.indexOf(axis));
-    node.give(0, node.emit.op("Transpose", [node.g], { perm: inverse }));
+    node.give(0, node.emit.transpose(node.g, inverse));
   },
 };
 
@@ -31,13 +161,13 @@ const concat: Rule = {
     let from: number | string = 0;
     for (const [input, value] of node.proto.input.entries()) {
       const size = node.dims(value)[axis];
-      const at: string = typeof from === "number" ? emit.ints([from]) : from;
+      const at: Operand = typeof from === "number" ? [from] : from;
       const to: number | string =
         typeof from === "number" && size !== undefined
           ? from + size
           : emit.add(at, emit.slice(emit.shape(value), 0, axis, axis + 1));
       if (node.wants(input)) {
-        node.give(input, emit.op("Slice", [g, at, typeof to === "number" ? emit.ints([to]) : to, emit.ints([axis])]));
+        node.give(input, emit.op("Slice", g, at, typeof to === "number" ? [to] : to, [axis]));
       }
       from = to;
     }
@@ -67,20 +197,25 @@ const gather: Rule = {
     if (!rows && dims.some((size) => size !== 1))
       return node.refuse("takes several places at once, which gradients do not come back from");
     const size = emit.size(x, axis);
-    const at = emit.op("Reshape", [emit.op("Cast", [index], { to: 7 }), emit.ints([-1])]);
-    const place = emit.op("Where", [emit.op("Less", [at, emit.int(0)]), emit.add(at, size), at]);
-    const places = emit.op("Range", [emit.int(0), size, emit.int(1)]);
+    const at = emit.reshape(emit.cast(index, 7), [-1]);
+    const place = emit.op("Where", emit.op("Less", at, emit.int(0)), emit.add(at, size), at);
+    const places = emit.range(size);
     if (rows) {
       // Each row gets the sum of the gradients of its copies.
-      const met = emit.toFloat(emit.op("Equal", [emit.unsqueeze(place, [1]), places]));
-      return node.give(0, emit.op("Gemm", [met, node.g], { transA: 1 }));
+      const met = emit.toFloat(emit.op("Equal", emit.unsqueeze(place, [1]), places));
+      return node.give(0, emit.op("Gemm", met, node.g, { transA: 1 }));
     }
-    const met = emit.toFloat(emit.op("Equal", [places, place]));
+    const met = emit.toFloat(emit.op("Equal", places, place));
     const trailing = Array.from({ length: rank - axis - 1 }, (_, i) => i + 1);
     // The index replaces one dimension by all of its own.
     let { g } = node;
     if (dims.length === 0) g = emit.unsqueeze(g, [axis]);
-    if (dims.length > 1) g = emit.op("Squeeze", [g, emit.ints(dims.slice(1).map((_, i) => axis + i))]);
+    if (dims.length > 1)
+      g = emit.op(
+        "Squeeze",
+        g,
+        dims.slice(1).map((_, i) => axis + i),
+      );
     node.give(0, emit.mul(g, emit.unsqueeze(met, trailing)));
   },
 };
@@ -112,12 +247,7 @@ const slice: Rule = {
         // Running the operator on 0, 1, 2, … shows which elements it takes.
         const all = emit.size(x, axis);
         const one = (value: string): string => emit.slice(value, 0, i, i + 1);
-        const taken = emit.op("Slice", [
-          emit.op("Range", [emit.int(0), all, emit.int(1)]),
-          one(starts),
-          one(ends),
-          emit.ints([0]),
-        ]);
+        const taken = emit.op("Slice", emit.range(all), one(starts), one(ends), [0]);
         before[axis] = emit.slice(taken, 0, 0, 1);
         after[axis] = emit.sub(emit.sub(all, emit.int(1)), emit.slice(taken, 0, -1, 2 ** 31));
       }
@@ -128,23 +258,10 @@ const slice: Rule = {
 
 function padded({ emit, g }: NodeGradient, pads: readonly (number | string)[]): string {
   if (pads.every((pad) => pad === 0)) return g;
-  if (pads.every((pad) => typeof pad === "number")) return emit.op("Pad", [g, emit.ints(pads)]);
-  const parts = pads.map((pad) => (typeof pad === "number" ? emit.ints([pad]) : pad));
-  return emit.op("Pad", [g, emit.concat(parts, 0)]);
+  if (pads.every((pad) => typeof pad === "number")) return emit.op("Pad", g, pads);
+  const parts = pads.map((pad) => (typeof pad === "number" ? [pad] : pad));
+  return emit.op("Pad", g, emit.concat(parts, 0));
 }
-
-const MOVES: readonly (readonly [string, Rule])[] = [
-  ["Reshape", reshape],
-  ["Flatten", reshape],
-  ["Squeeze", reshape],
-  ["Unsqueeze", reshape],
-  ["Transpose", transpose],
-  ["Expand", broadcast({ 0: ({ g }) => g })],
-  ["Concat", concat],
-  ["Split", split],
-  ["Gather", gather],
-  ["Slice", slice],
-];
 
 // Sums, means and maxima over dimensions.
 
@@ -156,13 +273,12 @@ function reduction(derive: (node: NodeGradient, g: string, axes: readonly number
       const axes = axesOf(node);
       if (!axes) return node.refuse("reduces over axes that depend on the input");
       if (axes.length === 0) return node.give(0, node.g);
-      const kept = node.int("keepdims") === 0 ? node.emit.unsqueeze(node.g, axes) : node.g;
+      const kept = node.int("keepdims", 1) === 0 ? node.emit.unsqueeze(node.g, axes) : node.g;
       node.give(0, derive(node, kept, axes));
     },
   };
 }
 
-/** Axes counted from the front; undefined where they are not fixed. */
 function axesOf(node: NodeGradient): readonly number[] | undefined {
   const rank = node.rank(node.x());
   const given = node.has(1) ? node.constant(node.x(1)) : (node.ints("axes") ?? []);
@@ -171,7 +287,7 @@ function axesOf(node: NodeGradient): readonly number[] | undefined {
 }
 
 function repeated(node: NodeGradient, g: string): string {
-  return node.emit.op("Expand", [g, node.emit.shape(node.x())]);
+  return node.emit.op("Expand", g, node.emit.shape(node.x()));
 }
 
 const sum = reduction(repeated);
@@ -189,16 +305,10 @@ const mean = reduction((node, g, axes) => {
 /** Shares the gradient evenly where several elements are the largest. */
 const max = reduction((node, g, axes) => {
   const { emit } = node;
-  const y = node.int("keepdims") === 0 ? emit.unsqueeze(node.y, axes) : node.y;
-  const met = emit.toFloat(emit.op("Equal", [node.x(), y]));
+  const y = node.int("keepdims", 1) === 0 ? emit.unsqueeze(node.y, axes) : node.y;
+  const met = emit.toFloat(emit.op("Equal", node.x(), y));
   return emit.mul(met, emit.div(g, emit.sum(met, axes, true)));
 });
-
-const REDUCTIONS: readonly (readonly [string, Rule])[] = [
-  ["ReduceSum", sum],
-  ["ReduceMean", mean],
-  ["ReduceMax", max],
-];
 
 // Products with weights in blocks of 4 or 8 bits.
 
@@ -210,22 +320,16 @@ const matMulNBits: Rule = {
     if (typeof blocks === "string") return node.refuse(`${blocks}, which gradients do not pass`);
     const { K, block, count } = blocks;
     const g = node.rank(node.y) === 2 ? node.g : emit.rows(node.g);
-    const product = (emit.gathers ? byGather : byBytes)(node, g, blocks);
-    const sum = withOffsets(node, g, product, blocks);
-    const own = count * block > K ? emit.slice(sum, 1, 0, K) : sum;
-    node.rank(node.y) === 2 ? node.give(0, own) : node.giveReshaped(0, own);
+    const sum = (emit.gathers ? byGather : byBytes)(node, g, blocks);
+    node.giveRows(0, count * block > K ? emit.slice(sum, 1, 0, K) : sum);
   },
 };
 
-/** Columns of g for rows of the weight. */
 function columns(emit: Emitter, g: string, { N }: BlockWeight, from: number, to: number): string {
   return to - from < N ? emit.slice(g, 1, from, to) : g;
 }
 
-/**
- * Unpacks as the forward product does, for processors.
- * @returns [rows of g, count · block]
- */
+/** Unpacks as the forward product does, for processors. @returns [rows of g, count · block] */
 function byBytes(node: NodeGradient, g: string, blocks: BlockWeight): string {
   const { emit } = node;
   const [whole, upper] = inParts<readonly string[]>(blocks, (from, to, before = []) => {
@@ -238,50 +342,36 @@ function byBytes(node: NodeGradient, g: string, blocks: BlockWeight): string {
       const gradient = columns(emit, g, blocks, from, to);
       // One after the other, where there are many: what waits for its product takes memory.
       const waits = i > 0 && gradient !== g;
-      const late = waits ? emit.op("Reshape", [gradient, emit.late([0, 0], products[i - 1]!)]) : gradient;
-      const product = emit.op("MatMul", [late, weight]);
+      const late = waits ? emit.reshape(gradient, emit.late([0, 0], products[i - 1]!)) : gradient;
+      const product = emit.matMul(late, weight);
       products.push(before[i] === undefined ? product : emit.add(before[i], product));
     }
     return products;
   }) as [string, string | undefined];
   if (upper === undefined) return whole;
   const halves = [emit.sub(whole, emit.mul(16, upper)), upper].map((half) => emit.unsqueeze(half, [0]));
-  const inPlace = emit.op("Transpose", [emit.concat(halves, 0)], { perm: [1, 2, 0] });
-  return emit.op("Flatten", [inPlace], { axis: 1 });
+  const inPlace = emit.transpose(emit.concat(halves, 0), [1, 2, 0]);
+  return emit.op("Flatten", inPlace, { axis: 1 });
 }
 
 /**
- * Unpacks with onnxruntime's operator, which knows of zeros that are bytes; for devices without other operators on bytes. On
- * processors it takes several times as long.
+ * Unpacks with onnxruntime's operator, for devices without other operators on bytes. On processors it takes several times as long.
  * @returns [rows of g, count · block]
  */
 function byGather(node: NodeGradient, g: string, blocks: BlockWeight): string {
   const { emit } = node;
   const { bits, block, count, N } = blocks;
-  const packed = emit.op("Reshape", [blocks.packed, emit.ints([N, (count * block * bits) / 8])]);
-  const scales = emit.op("Reshape", [blocks.scales, emit.ints([N, count])]);
-  const { zeros: { name, bytes } = { name: "", bytes: false } } = blocks;
-  const zeros = bytes ? [emit.op("Reshape", [name, emit.ints([N, Math.ceil((count * bits) / 8)])])] : [];
+  const packed = emit.reshape(blocks.packed, [N, (count * block * bits) / 8]);
+  const scales = emit.reshape(blocks.scales, [N, count]);
+  const zeros = blocks.zeros ? [emit.reshape(blocks.zeros, [N, Math.ceil((count * bits) / 8)])] : [];
   const attributes = { bits, block_size: block, gather_axis: 0, quantize_axis: 1 };
   return inParts<string>(blocks, (from, to, before) => {
-    const places = emit.op("Range", [emit.int(from), emit.int(to), emit.int(1)]);
+    const places = emit.op("Range", emit.int(from), emit.int(to), emit.int(1));
     const late = emit.add(places, before === undefined ? node.late([0]) : emit.late([0], before, 0));
-    const rows = emit.op("GatherBlockQuantized", [packed, late, scales, ...zeros], attributes, CONTRIBUTED);
-    return emit.op("Gemm", [columns(emit, g, blocks, from, to), rows, before ?? []].flat());
+    const rows = emit.op(`${CONTRIBUTED}.GatherBlockQuantized`, packed, late, scales, ...zeros, attributes);
+    return emit.op("Gemm", ...[columns(emit, g, blocks, from, to), rows, before ?? []].flat());
   });
 }
-
-/** Adds what zeros that are floats give, which is equal within a block. @param sum [rows of g, count · block] */
-function withOffsets(node: NodeGradient, g: string, sum: string, blocks: BlockWeight): string {
-  const { emit } = node;
-  const offsets = offsetsOf(emit, blocks);
-  if (offsets === undefined) return sum;
-  const apart = emit.op("Reshape", [sum, emit.ints([0, blocks.count, blocks.block])]);
-  const by = emit.unsqueeze(emit.op("Gemm", [g, offsets]), [2]);
-  return emit.op("Flatten", [emit.add(apart, by)], { axis: 1 });
-}
-
-const QUANTIZED: readonly (readonly [string, Rule])[] = [[`${CONTRIBUTED}.MatMulNBits`, matMulNBits]];
 
 // Softmax and the normalisations. Intermediate results that a forward operator does not return are computed again.
 
@@ -311,7 +401,7 @@ const logSoftmax: Rule = {
   backward(node) {
     const { emit, g, y } = node;
     const axes = [node.axis(-1, node.rank(y))];
-    node.give(0, emit.sub(g, emit.mul(emit.op("Exp", [y]), emit.sum(g, axes, true))));
+    node.give(0, emit.sub(g, emit.mul(emit.op("Exp", y), emit.sum(g, axes, true))));
   },
 };
 
@@ -325,7 +415,7 @@ function normalization(centred: boolean): Rule {
       const axes = Array.from({ length: rank - first }, (_, i) => first + i);
       const deviation = centred ? emit.sub(x, emit.mean(x, axes)) : x;
       const variance = emit.mean(emit.mul(deviation, deviation), axes);
-      const inverse = emit.op("Reciprocal", [emit.op("Sqrt", [emit.add(variance, node.float("epsilon", 1e-5))])]);
+      const inverse = emit.op("Reciprocal", emit.op("Sqrt", emit.add(variance, node.float("epsilon", 1e-5))));
       const normal = emit.mul(deviation, inverse);
       if (node.wants(0)) {
         const scaled = node.has(1) ? emit.mul(g, node.x(1)) : g;
@@ -338,15 +428,6 @@ function normalization(centred: boolean): Rule {
     },
   };
 }
-
-const NORMALIZATIONS: readonly (readonly [string, Rule])[] = [
-  ["Softmax", softmax],
-  ["LogSoftmax", logSoftmax],
-  ["LayerNormalization", normalization(true)],
-  ["RMSNormalization", normalization(false)],
-  // onnxruntime's own operators, which it accepts in the standard domain at any opset.
-  ["SimplifiedLayerNormalization", normalization(false)],
-];
 
 // Products of matrices. The transpose of a weight is never written as a node of its own: runtimes would fold it into a
 // second copy of the weight when they load the graph.
@@ -361,19 +442,17 @@ const matMul: Rule = {
     if (aDims.length >= 2 && (bDims.length === 2 || single)) {
       // The weight is a matrix: all rows of the other side are joined, so that no batch remains to sum over.
       const rows = (value: string): string => (node.rank(node.y) === 2 ? value : emit.rows(value));
-      const da = (): string => {
-        const matrix = single ? emit.op("Squeeze", [b, emit.ints([0])]) : gemmOf(node, b);
-        return emit.op("Gemm", [rows(g), matrix], { transB: !single && turned(node, b) ? 0 : 1 });
-      };
-      if (node.wants(0)) node.rank(node.y) === 2 ? node.give(0, da()) : node.giveReshaped(0, da());
+      if (node.wants(0)) {
+        const source = untransposed(node.graph, b);
+        const matrix = single ? emit.op("Squeeze", b, [0]) : (source ?? b);
+        node.giveRows(0, emit.op("Gemm", rows(g), matrix, { transB: single || source === undefined ? 1 : 0 }));
+      }
       const x = (): string => (aDims.length === 2 ? a : emit.rows(a));
-      const db = (): string => emit.op("Gemm", [x(), rows(g)], { transA: 1 });
+      const db = (): string => emit.op("Gemm", x(), rows(g), { transA: 1 });
       // A factor has few columns, and their number is free. Its gradient is computed through the transpose, since products are fast for
       // long rows. The order matters: runtimes would fuse the Transpose into the Gemm.
       const thin = (): string =>
-        emit.op("Transpose", [emit.unsqueeze(emit.op("Gemm", [rows(g), x()], { transA: 1 }), [0])], {
-          perm: [0, 2, 1],
-        });
+        emit.transpose(emit.unsqueeze(emit.op("Gemm", rows(g), x(), { transA: 1 }), [0]), [0, 2, 1]);
       if (node.wants(1))
         node.give(
           1,
@@ -393,8 +472,8 @@ const matMul: Rule = {
       if (node.rank(node.x(input)) === 1) node.giveReshaped(input, summed);
       else node.give(input, summed);
     };
-    if (node.wants(0)) one(0, emit.op("MatMul", [g, swapped(b, bDims.length)]), aDims);
-    if (node.wants(1)) one(1, emit.op("MatMul", [swapped(a, aDims.length), g]), bDims);
+    if (node.wants(0)) one(0, emit.matMul(g, swapped(b, bDims.length)), aDims);
+    if (node.wants(1)) one(1, emit.matMul(swapped(a, aDims.length), g), bDims);
   },
 };
 
@@ -402,22 +481,22 @@ const gemm: Rule = {
   backward(node) {
     const { emit, g } = node;
     const [a, b] = [node.x(0), node.x(1)];
-    const [transA, transB] = [node.int("transA") ?? 0, node.int("transB") ?? 0];
+    const [transA, transB] = [node.int("transA"), node.int("transB")];
     const alpha = { float: node.float("alpha", 1) };
     if (node.wants(0)) {
       node.give(
         0,
         transA
-          ? emit.op("Gemm", [b, g], { alpha, transA: transB, transB: 1 })
-          : emit.op("Gemm", [g, b], { alpha, transB: transB ? 0 : 1 }),
+          ? emit.op("Gemm", b, g, { alpha, transA: transB, transB: 1 })
+          : emit.op("Gemm", g, b, { alpha, transB: transB ? 0 : 1 }),
       );
     }
     if (node.wants(1)) {
       node.give(
         1,
         transB
-          ? emit.op("Gemm", [g, a], { alpha, transA: 1, transB: transA })
-          : emit.op("Gemm", [a, g], { alpha, transA: transA ? 0 : 1 }),
+          ? emit.op("Gemm", g, a, { alpha, transA: 1, transB: transA })
+          : emit.op("Gemm", a, g, { alpha, transA: transA ? 0 : 1 }),
       );
     }
     const beta = node.float("beta", 1);
@@ -425,25 +504,15 @@ const gemm: Rule = {
   },
 };
 
-/** Tells whether a matrix is the Transpose of another, which is then used instead. */
-function turned({ graph }: NodeGradient, value: string): boolean {
-  const node = graph.producers.get(value);
-  return node?.opType === "Transpose" && attribute(node, "perm")?.ints.join() !== "0,1";
+/** The matrix that a value is the Transpose of; undefined for other values. */
+export function untransposed({ producers }: Graph, value: string): string | undefined {
+  const node = producers.get(value);
+  return node?.opType === "Transpose" && intsOf(node, "perm")?.join() !== "0,1" ? node.input[0] : undefined;
 }
 
-function gemmOf(node: NodeGradient, matrix: string): string {
-  return turned(node, matrix) ? node.graph.producers.get(matrix)!.input[0]! : matrix;
-}
-
-/** Swaps the last two dimensions. */
 function swapLast({ emit }: NodeGradient, value: string, rank: number): string {
-  return emit.op("Transpose", [value], { perm: [...Array(rank - 2).keys(), rank - 1, rank - 2] });
+  return emit.transpose(value, [...Array(rank - 2).keys(), rank - 1, rank - 2]);
 }
-
-const PRODUCTS: readonly (readonly [string, Rule])[] = [
-  ["MatMul", matMul],
-  ["Gemm", gemm],
-];
 
 // Operators that work on each element by itself, and those that broadcast two or more inputs.
 
@@ -471,15 +540,15 @@ const pow: Rule = {
       if (e === 2) return emit.mul(g, emit.mul(x, 2));
       if (e === 3) return emit.mul(g, emit.mul(emit.mul(x, x), 3));
       if (e === 0.5) return emit.div(emit.mul(g, 0.5), y);
-      if (e !== undefined) return emit.mul(g, emit.mul(emit.op("Pow", [x, e - 1]), e));
-      return emit.mul(g, emit.mul(exponent, emit.op("Pow", [x, emit.sub(exponent, 1)])));
+      if (e !== undefined) return emit.mul(g, emit.mul(emit.op("Pow", x, e - 1), e));
+      return emit.mul(g, emit.mul(exponent, emit.op("Pow", x, emit.sub(exponent, 1))));
     });
   },
 };
 
 /** 2/√π · exp(−x²), the derivative of erf, in the fewest passes over the elements. */
 const erfSlope = (emit: Emitter, x: string): string =>
-  emit.op("Exp", [emit.sub(Math.log(2 / Math.sqrt(Math.PI)), emit.mul(x, x))]);
+  emit.op("Exp", emit.sub(Math.log(2 / Math.sqrt(Math.PI)), emit.mul(x, x)));
 
 const SQRT_2_BY_PI = Math.sqrt(2 / Math.PI);
 /** Coefficient in the approximation of GELU by a hyperbolic tangent. */
@@ -489,27 +558,29 @@ const CUBIC = 0.044715;
 const gelu = unary((emit, g, x, _, node) => {
   if (node.proto.opType !== "FastGelu" && node.text("approximate") !== "tanh") {
     const u = emit.mul(x, Math.SQRT1_2);
-    return emit.mul(emit.mul(g, 0.5), emit.add(emit.add(emit.op("Erf", [u]), emit.mul(u, erfSlope(emit, u))), 1));
+    return emit.mul(emit.mul(g, 0.5), emit.add(emit.add(emit.op("Erf", u), emit.mul(u, erfSlope(emit, u))), 1));
   }
   const square = emit.mul(x, x);
-  const t = emit.op("Tanh", [emit.mul(emit.mul(x, emit.add(emit.mul(square, CUBIC), 1)), SQRT_2_BY_PI)]);
+  const t = emit.op("Tanh", emit.mul(emit.mul(x, emit.add(emit.mul(square, CUBIC), 1)), SQRT_2_BY_PI));
   const inner = emit.mul(emit.add(emit.mul(square, 3 * CUBIC), 1), SQRT_2_BY_PI);
   const slope = emit.mul(emit.mul(x, emit.sub(1, emit.mul(t, t))), inner);
   return emit.mul(g, emit.mul(emit.add(emit.add(t, 1), slope), 0.5));
 });
 
-/** Rules by operator. Where no gradient passes it is exactly 0, never 0 · NaN. */
-const ELEMENTWISE: readonly (readonly [string, Rule])[] = [
-  ["Identity", pass],
-  ["Cast", pass],
-  ["Dropout", pass],
-  ["Add", add],
-  ["Sum", add],
-  ["Sub", broadcast({ 0: ({ g }) => g, 1: ({ emit, g }) => emit.neg(g) })],
-  ["Mul", broadcast({ 0: (node) => node.emit.mul(node.g, node.x(1)), 1: (node) => node.emit.mul(node.g, node.x(0)) })],
-  [
-    "Div",
-    broadcast({
+/**
+ * Rules by operator, with the domain in front where it is not the standard one. Where no gradient passes it is exactly 0, never
+ * 0 · NaN.
+ */
+export const RULES: ReadonlyMap<string, Rule> = new Map(
+  Object.entries({
+    Identity: pass,
+    Cast: pass,
+    Dropout: pass,
+    Add: add,
+    Sum: add,
+    Sub: broadcast({ 0: ({ g }) => g, 1: ({ emit, g }) => emit.neg(g) }),
+    Mul: broadcast({ 0: (node) => node.emit.mul(node.g, node.x(1)), 1: (node) => node.emit.mul(node.g, node.x(0)) }),
+    Div: broadcast({
       0(node) {
         // Multiplication is faster.
         const known = node.constant(node.x(1));
@@ -517,41 +588,50 @@ const ELEMENTWISE: readonly (readonly [string, Rule])[] = [
       },
       1: (node) => node.emit.neg(node.emit.div(node.emit.mul(node.g, node.y), node.x(1))),
     }),
-  ],
-  ["Pow", pow],
-  [
-    "Where",
-    broadcast({
-      1: (node) => node.emit.op("Where", [node.x(0), node.g, 0]),
-      2: (node) => node.emit.op("Where", [node.x(0), 0, node.g]),
+    Pow: pow,
+    Where: broadcast({
+      1: (node) => node.emit.op("Where", node.x(0), node.g, 0),
+      2: (node) => node.emit.op("Where", node.x(0), 0, node.g),
     }),
-  ],
-  ["Gelu", gelu],
-  ["com.microsoft.Gelu", gelu],
-  ["com.microsoft.FastGelu", gelu],
-  ["Neg", unary((emit, g) => emit.neg(g))],
-  ["Reciprocal", unary((emit, g, _, y) => emit.neg(emit.mul(g, emit.mul(y, y))))],
-  ["Sqrt", unary((emit, g, _, y) => emit.div(emit.mul(g, 0.5), y))],
-  ["Exp", unary((emit, g, _, y) => emit.mul(g, y))],
-  ["Log", unary((emit, g, x) => emit.div(g, x))],
-  ["Erf", unary((emit, g, x) => emit.mul(g, erfSlope(emit, x)))],
-  ["Tanh", unary((emit, g, _, y) => emit.mul(g, emit.sub(1, emit.mul(y, y))))],
-  ["Sigmoid", unary((emit, g, _, y) => emit.mul(g, emit.mul(y, emit.sub(1, y))))],
-  ["Softplus", unary((emit, g, x) => emit.mul(g, emit.op("Sigmoid", [x])))],
-  ["Relu", unary((emit, g, _, y) => emit.op("Where", [emit.op("Less", [0, y]), g, 0]))],
-  // The gradient passes where nothing was clipped.
-  ["Clip", unary((emit, g, x, y) => emit.op("Where", [emit.op("Equal", [x, y]), g, 0]))],
-];
-
-/** Rules by operator, with the domain in front where it is not the standard one. */
-export const RULES: ReadonlyMap<string, Rule> = new Map([
-  ...ELEMENTWISE,
-  ...PRODUCTS,
-  ...NORMALIZATIONS,
-  ...REDUCTIONS,
-  ...MOVES,
-  ...QUANTIZED,
-]);
+    Gelu: gelu,
+    "com.microsoft.Gelu": gelu,
+    "com.microsoft.FastGelu": gelu,
+    Neg: unary((emit, g) => emit.neg(g)),
+    Reciprocal: unary((emit, g, _, y) => emit.neg(emit.mul(g, emit.mul(y, y)))),
+    Sqrt: unary((emit, g, _, y) => emit.div(emit.mul(g, 0.5), y)),
+    Exp: unary((emit, g, _, y) => emit.mul(g, y)),
+    Log: unary((emit, g, x) => emit.div(g, x)),
+    Erf: unary((emit, g, x) => emit.mul(g, erfSlope(emit, x))),
+    Tanh: unary((emit, g, _, y) => emit.mul(g, emit.sub(1, emit.mul(y, y)))),
+    Sigmoid: unary((emit, g, _, y) => emit.mul(g, emit.mul(y, emit.sub(1, y)))),
+    Softplus: unary((emit, g, x) => emit.mul(g, emit.op("Sigmoid", x))),
+    Relu: unary((emit, g, _, y) => emit.op("Where", emit.op("Less", 0, y), g, 0)),
+    // The gradient passes where nothing was clipped.
+    Clip: unary((emit, g, x, y) => emit.op("Where", emit.op("Equal", x, y), g, 0)),
+    MatMul: matMul,
+    Gemm: gemm,
+    "com.microsoft.MatMulNBits": matMulNBits,
+    Softmax: softmax,
+    LogSoftmax: logSoftmax,
+    LayerNormalization: normalization(true),
+    RMSNormalization: normalization(false),
+    // onnxruntime's own operator, which it accepts in the standard domain at any opset.
+    SimplifiedLayerNormalization: normalization(false),
+    ReduceSum: sum,
+    ReduceMean: mean,
+    ReduceMax: max,
+    Reshape: reshape,
+    Flatten: reshape,
+    Squeeze: reshape,
+    Unsqueeze: reshape,
+    Transpose: transpose,
+    Expand: broadcast({ 0: ({ g }) => g }),
+    Concat: concat,
+    Split: split,
+    Gather: gather,
+    Slice: slice,
+  }),
+);
 
 /** Operators whose results do not change with small changes of their inputs. */
 export const STOPS: ReadonlySet<string> = new Set([

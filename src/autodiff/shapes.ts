@@ -5,7 +5,7 @@
 
 import { FormatError } from "../errors.ts";
 import type { Feed } from "../onnx/feeds.ts";
-import { attribute, type Graph } from "../onnx/model.ts";
+import { type Graph, inOrder, intOf, intsOf, nestedGraphs } from "../onnx/model.ts";
 import { type Added, makeNode, PREFIX } from "../onnx/nodes.ts";
 import { create, type NodeProto, ValueInfoProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
@@ -14,10 +14,8 @@ import type { Dimension } from "./emit.ts";
 
 /** The parts of an onnxruntime tensor that are used here. */
 export interface Probed {
-  /** Type: "float32", "int64", … */
   readonly type: string;
   readonly dims: readonly number[];
-  /** Undefined where it was not read. */
   readonly data: unknown;
 }
 
@@ -30,10 +28,8 @@ export type ShapeProbe = (
   feeds: readonly ReadonlyMap<string, Feed>[],
 ) => Promise<readonly Readonly<Record<string, Probed>>[]>;
 
-/** Dimensions; undefined where they are free. */
 export type Dims = readonly (number | undefined)[];
 
-/** Counts an axis from the front. */
 export function fromFront(axis: number, rank: number): number {
   return axis < 0 ? axis + rank : axis;
 }
@@ -44,11 +40,7 @@ export const LARGEST_CONSTANT = 64;
 /** Most free dimensions for which products are tabulated. */
 const MOST_FREE = 64;
 
-/**
- * Runs the model and records the values of its main graph.
- * @param feeds two, with every input
- * @param problems receives free dimensions that became 1
- */
+/** Runs the model and records the values of its main graph. @param feeds two, with every input */
 export async function probeShapes(
   file: ModelFile,
   added: readonly Added[],
@@ -64,8 +56,12 @@ export async function probeShapes(
   for (const value of asked) {
     const weight = weightOf(graph, value);
     if (weight) found.set(value, [weight, weight]);
-    const inputs = feeds.map((feed) => feed.get(value));
-    if (inputs.every((input) => input !== undefined)) found.set(value, inputs.map(probedFeed));
+    const inputs = feeds.flatMap((feed) => feed.get(value) ?? []);
+    if (inputs.length > 0)
+      found.set(
+        value,
+        inputs.map(({ dataType, dims }) => ({ type: nameOf(dataType), dims, data: undefined })),
+      );
   }
   const fetches = asked.filter((value) => !found.has(value)).map((value, i) => ({ value, as: `${PREFIX}/probe/${i}` }));
   const [outputs, nodes] = [proto.output, proto.node.length];
@@ -95,10 +91,6 @@ export async function probeShapes(
   return new Shapes(found, graph, feeds);
 }
 
-function probedFeed({ dataType, dims }: Feed): Probed {
-  return { type: nameOf(dataType), dims, data: undefined };
-}
-
 /** Runtimes' names of `TensorProto.DataType`. */
 const TYPES: ReadonlyMap<number, string> = new Map([
   [1, "float32"],
@@ -123,10 +115,10 @@ function weightOf({ initializers, producers }: Graph, value: string): Probed | u
   for (let depth = 0; depth < 4; depth++) {
     const node = producers.get(name);
     if (node?.opType !== "Transpose" && node?.opType !== "Cast") break;
-    const perm = node.opType === "Transpose" ? attribute(node, "perm")?.ints.map(Number) : [];
+    const perm = node.opType === "Transpose" ? intsOf(node, "perm") : [];
     if (!perm) break;
     if (perm.length > 0) permutations.push(perm);
-    else cast ??= Number(attribute(node, "to")?.i ?? 0n);
+    else cast ??= intOf(node, "to");
     name = node.input[0]!;
   }
   const tensor = initializers.get(name);
@@ -182,16 +174,14 @@ export class Shapes {
 
   /** Factors of a value's dimensions; undefined where one is neither an input's size nor a product of two, or is ambiguous. */
   dimensions(value: string): readonly Dimension[] | undefined {
-    const [first, second] = this.#found.get(value) ?? [];
-    const known = first?.dims.map((size, axis) => {
-      const other = second!.dims[axis]!;
+    if (!this.has(value)) return undefined;
+    const known = this.sizes(value).map(([size, other]) => {
       const [product, ...more] = size === other ? [size] : (this.#products.get(`${size},${other}`) ?? []);
       return more.length === 0 ? product : undefined;
     });
-    return known?.every((one) => one !== undefined) ? known : undefined;
+    return known.every((one) => one !== undefined) ? known : undefined;
   }
 
-  /** Sizes of each dimension in the two runs. */
   sizes(value: string): readonly (readonly [number, number])[] {
     const [first, second] = this.#found.get(value) ?? [];
     return first?.dims.map((size, axis) => [size, second!.dims[axis]!]) ?? [];
@@ -217,9 +207,8 @@ export class Shapes {
   }
 
   dims(value: string): Dims {
-    const [first, second] = this.#found.get(value) ?? [];
-    if (!first || !second) throw new Error(`"${value}" was not probed`);
-    return first.dims.map((size, axis) => (size === second.dims[axis] ? size : undefined));
+    if (!this.has(value)) throw new Error(`"${value}" was not probed`);
+    return this.sizes(value).map(([size, other]) => (size === other ? size : undefined));
   }
 
   /** An axis whose size only a run tells; undefined where there is none, or the value was not probed. */
@@ -228,12 +217,10 @@ export class Shapes {
     return free < 0 ? undefined : free;
   }
 
-  /** Number of dimensions; undefined where the probing runs did not tell. */
   rank(value: string): number | undefined {
     return this.has(value) ? this.dims(value).length : undefined;
   }
 
-  /** `TensorProto.DataType`; undefined where the probing runs did not tell. */
   dataType(value: string): number | undefined {
     const type = this.has(value) ? this.type(value) : undefined;
     return [...TYPES].find(([, name]) => name === type)?.[0];
@@ -245,32 +232,26 @@ export class Shapes {
 
   /** The elements of a value that no input changes; undefined for others. */
   constant(value: string): readonly number[] | undefined {
-    const all = (this.#found.get(value) ?? []).map(({ data }) => data as ArrayLike<number | bigint> | undefined);
-    if (!all.every((data) => data !== undefined && data.length <= LARGEST_CONSTANT)) return undefined;
-    const [first, second] = all.map((data) => Array.from(data!, Number));
-    if (first?.length !== second?.length || !first || !second) return undefined;
+    const [first, second] = (this.#found.get(value) ?? []).flatMap(({ data }) => {
+      const numbers = data as ArrayLike<number | bigint> | undefined;
+      return numbers && numbers.length <= LARGEST_CONSTANT ? [Array.from(numbers, Number)] : [];
+    });
+    if (!first || first.length !== second?.length) return undefined;
     return first.every((one, i) => Object.is(one, second[i])) && this.#isFixed(value) ? first : undefined;
   }
 
   /** Tells whether a value is made of constants and shapes: values that depend on an input's data may agree in both runs by chance. */
   #isFixed(value: string): boolean {
-    // A loop rather than recursion: models are thousands of nodes deep.
-    const pending = [value];
-    while (pending.length > 0) {
-      const name = pending.at(-1)!;
-      const node = this.#graph.producers.get(name);
-      const needed =
-        !node || node.opType === "Shape" || node.opType === "Size" ? [] : node.input.filter((input) => input !== "");
-      if (!this.#fixed.has(name)) {
-        // Assumed until proven otherwise, which ends circles; only damaged files have them.
-        const opaque = node?.attribute.some(({ g, graphs }) => g !== undefined || graphs.length > 0) ?? false;
-        this.#fixed.set(name, node ? !opaque : this.#graph.initializers.has(name));
-        for (const input of needed) pending.push(input);
-      } else {
-        this.#fixed.set(name, this.#fixed.get(name)! && needed.every((input) => this.#fixed.get(input)));
-        pending.pop();
-      }
-    }
+    const { producers, initializers } = this.#graph;
+    const needs = (name: string): readonly string[] => {
+      const node = producers.get(name);
+      return !node || /^(Shape|Size)$/.test(node.opType) ? [] : node.input.filter((input) => input !== "");
+    };
+    inOrder(value, this.#fixed, needs, (name) => {
+      const node = producers.get(name);
+      const isOpen = node ? nestedGraphs(node).length > 0 : !initializers.has(name);
+      this.#fixed.set(name, !isOpen && needs(name).every((input) => this.#fixed.get(input) ?? true));
+    });
     return this.#fixed.get(value)!;
   }
 }
@@ -281,7 +262,6 @@ export class Shapes {
 const NAMED = 3;
 
 export class Problems {
-  /** Names of affected nodes or values, by problem. */
   readonly #found = new Map<string, Set<string>>();
 
   /** Adds a problem of a node's operator. */
@@ -300,7 +280,6 @@ export class Problems {
     return this.#found.size > 0;
   }
 
-  /** @throws FormatError with all problems, if there are any */
   throwIfAny(file: string): void {
     if (!this.any) return;
     const told = [...this.#found].map(([problem, names]) => {

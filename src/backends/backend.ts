@@ -1,13 +1,13 @@
 /**
- * The interface that every backend implements: memory in blocks, and a few operations on slices of blocks; the check that jobs stay in their blocks,
- * and what backends of the CPU share. A backend knows nothing of packs, tasks, modules or hosts. CPU backends run an operation when it is
+ * The interface that every backend implements: memory in blocks, and a few operations on slices of blocks; the check that slices stay in their
+ * blocks, and what backends of the CPU share. A backend knows nothing of packs, tasks, modules or hosts. CPU backends run an operation when it is
  * called; a GPU backend records it, and `finish` submits the whole switch at once. Either way operations take effect in the order of the calls.
  *
  * All matrices are row-major. Factors are stored by rank: A as [rank, in] and B transposed, Bᵀ as [rank, out], so that
  * both sides expand from their bases in the same way and either orientation of a weight folds with the same loop.
  */
 import { atOnce } from "../pace.ts";
-import { type Dtype, type FloatDtype, rowBytes, tensorBytes } from "../tensor/dtypes.ts";
+import { type Dtype, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
 
 /** Counts bytes by what they are for, as `runtime.memory()` reports them. */
 export type Owner = "basis" | "coefficients" | "pristine" | "active" | "scratch";
@@ -73,9 +73,8 @@ export interface ProjectJob {
   readonly out: Slice;
   /** f32 [count, width]. */
   readonly x: Slice;
-  /** One encoded tensor [rows, width], as in `ExpandJob`. */
+  /** f32 [rows, width]. */
   readonly basis: Slice;
-  readonly dtype: Dtype;
   readonly count: number;
   readonly rows: number;
   readonly width: number;
@@ -162,59 +161,20 @@ export function checkLength(value: number): void {
 }
 
 /** @throws RangeError unless `byteLength` bytes from the slice lie in its block, at a multiple of `align` */
-export function checkSlice(name: string, slice: Slice, byteLength: number, align = 1): void {
-  const { byteOffset } = slice;
+export function checkSlice(name: string, { block, byteOffset }: Slice, byteLength: number, align = 1): void {
   if (!(byteOffset >= 0) || byteOffset % align !== 0) {
     throw new RangeError(`${name}.byteOffset must be a multiple of ${align} ≥ 0, got ${byteOffset}`);
   }
-  if (!(byteLength >= 0) || byteOffset + byteLength > slice.block.byteLength) {
+  if (!(byteLength >= 0) || byteOffset + byteLength > block.byteLength) {
     throw new RangeError(
-      `${name} needs ${byteLength} bytes from offset ${byteOffset}; its block has ${slice.block.byteLength}`,
+      `${name} needs ${byteLength} bytes from offset ${byteOffset}; its block has ${block.byteLength}`,
     );
   }
 }
 
-/** @throws RangeError naming the slice that is not whole */
-export function checkExpand(job: ExpandJob): void {
-  const { dtype, rank, rows, width } = job;
-  const basis = tensorBytes(dtype, rows, width);
-  checkSlices(job, { out: 4 * rank * width, coefficients: 4 * rank * rows, basis });
-}
-
-/** @throws RangeError naming the slice that is not whole */
-export function checkProject(job: ProjectJob): void {
-  const { dtype, count, rows, width } = job;
-  checkSlices(job, { out: 4 * count * rows, x: 4 * count * width, basis: tensorBytes(dtype, rows, width) });
-}
-
-/** @throws RangeError naming the slice that is not whole */
-export function checkFold(job: FoldJob): void {
-  const { rank, rows, columns } = job;
-  checkWeights(job, "out", "base");
-  checkSlices(job, { left: 4 * rank * rows, right: 4 * rank * columns, rowScale: 4 * rows, columnScale: 4 * columns });
-}
-
-/** @throws RangeError naming the slice that is not whole */
-export function checkScale(job: ScaleJob): void {
-  const { rank, rows, columns } = job;
-  const out = 4 * (job.axis === "rows" ? rows : columns);
-  checkWeights(job, "base");
-  checkSlices(job, { left: 4 * rank * rows, right: 4 * rank * columns, magnitude: out, out });
-}
-
-/** Checks weights from the first to the last element, gaps between rows included. */
-function checkWeights(job: FoldJob | ScaleJob, ...names: readonly ("out" | "base")[]): void {
-  const { dtype, rows, columns, stride } = job;
-  const size = rowBytes(dtype, 1);
-  for (const name of names) checkSlice(name, job[name], rows === 0 ? 0 : ((rows - 1) * stride + columns) * size, size);
-}
-
-/** @param sizes bytes of f32 and encoded tensors by name; those that the job lacks are absent */
-function checkSlices<Job extends object>(job: Job, sizes: { readonly [Name in keyof Job]?: number }): void {
-  for (const [name, bytes] of Object.entries(sizes)) {
-    const slice = job[name as keyof Job] as Slice | undefined;
-    if (slice) checkSlice(name, slice, bytes as number, 4);
-  }
+/** Bytes of weights from the first to the last element, gaps between rows included. */
+export function weightBytes({ dtype, rows, columns, stride }: Omit<FoldJob, "out">): number {
+  return rows === 0 ? 0 : rowBytes(dtype, (rows - 1) * stride + columns);
 }
 
 /** A tile of a matrix: its first row, how many rows, its first column, how many columns. */
@@ -237,7 +197,7 @@ function* manyTiles(rows: number, columns: number, each: number, most: number): 
     for (let j = 0; j < columns; j += wide) yield [i, Math.min(high, rows - i), j, Math.min(wide, columns - j)];
 }
 
-/** A backend whose blocks each have a `Address` in the CPU's memory. */
+/** A backend whose blocks each have an `Address` in the CPU's memory. */
 export abstract class CpuBackend<Address> implements Backend {
   abstract readonly name: "js" | "wasm";
   abstract readonly variant: string;
@@ -279,17 +239,19 @@ export abstract class CpuBackend<Address> implements Backend {
     if (held && this.#blocks.delete(block)) this.release(held.place, block.byteLength);
   }
 
-  /** @throws TypeError when the slice's block is not held */
-  protected place(name: string, { block }: Slice): Address {
-    const held = this.#blocks.get(block);
+  /**
+   * Where the block of a slice lies.
+   * @throws TypeError when the block is not held, RangeError as `checkSlice`
+   */
+  protected place(name: string, slice: Slice, byteLength: number, align = 4): Address {
+    const held = this.#blocks.get(slice.block);
     if (held === undefined) throw new TypeError(`${name}.block is not held by this backend; was it freed?`);
+    checkSlice(name, slice, byteLength, align);
     return held.place;
   }
 
-  protected bytes(name: string, slice: Slice, byteLength: number): Uint8Array {
-    const place = this.place(name, slice);
-    checkSlice(name, slice, byteLength);
-    return this.bytesAt(place, slice.byteOffset, byteLength);
+  protected bytes(name: string, slice: Slice, byteLength: number, align = 1): Uint8Array {
+    return this.bytesAt(this.place(name, slice, byteLength, align), slice.byteOffset, byteLength);
   }
 
   upload(to: Slice, source: Uint8Array): void {

@@ -8,21 +8,17 @@ import { BackendError } from "../errors.ts";
 import {
   bf16ToF32,
   decodePart,
-  decodeTensor,
   type FloatDtype,
   f16ToF32,
   f32ToBf16,
   f32ToF16,
+  rowBytes,
   tensorBytes,
 } from "../tensor/dtypes.ts";
 import {
   type Backend,
   CpuBackend,
-  checkExpand,
-  checkFold,
   checkLength,
-  checkProject,
-  checkScale,
   type ExpandJob,
   type FoldJob,
   type Owner,
@@ -30,6 +26,7 @@ import {
   type ScaleJob,
   type Slice,
   tilesOf,
+  weightBytes,
 } from "./backend.ts";
 
 const { fround } = Math;
@@ -72,18 +69,13 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
     this.#decoded = new Float32Array(0);
   }
 
-  /** Memory for a decoded basis. */
-  #room(length: number): Float32Array {
-    if (this.#decoded.length < length) this.#decoded = new Float32Array(length);
-    return this.#decoded;
-  }
-
   #floats(name: string, slice: Slice, length: number): Float32Array {
-    return new Float32Array(this.place(name, slice), slice.byteOffset, length);
+    return new Float32Array(this.place(name, slice, 4 * length), slice.byteOffset, length);
   }
 
   #elements(name: "base" | "out", slice: Slice, job: Omit<FoldJob, "out">): Elements {
-    return elements(job.dtype, this.place(name, slice), slice.byteOffset, job);
+    const size = rowBytes(job.dtype, 1);
+    return elements(job.dtype, this.bytes(name, slice, weightBytes(job), size));
   }
 
   #product(job: Omit<FoldJob, "out">): Product {
@@ -96,12 +88,12 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
   }
 
   *expanding(job: ExpandJob): Generator<void> {
-    checkExpand(job);
     const { dtype, rank, rows, width, add } = job;
     const out = this.#floats("out", job.out, rank * width);
     const coefficients = this.#floats("coefficients", job.coefficients, rank * rows);
-    const encoded = this.bytes("basis", job.basis, tensorBytes(dtype, rows, width));
-    const basis = this.#room(rows * width);
+    const encoded = this.bytes("basis", job.basis, tensorBytes(dtype, rows, width), 4);
+    if (this.#decoded.length < rows * width) this.#decoded = new Float32Array(rows * width);
+    const basis = this.#decoded;
     for (const part of tilesOf(rows, width, 0, PIECE)) {
       decodePart(dtype, encoded, rows, width, part, basis);
       yield;
@@ -122,12 +114,10 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
   }
 
   project(job: ProjectJob): void {
-    checkProject(job);
     const { count, rows, width } = job;
     const out = this.#floats("out", job.out, count * rows);
     const x = this.#floats("x", job.x, count * width);
-    const encoded = this.bytes("basis", job.basis, tensorBytes(job.dtype, rows, width));
-    const basis = decodeTensor(job.dtype, encoded, rows, width, this.#room(rows * width));
+    const basis = this.#floats("basis", job.basis, rows * width);
     for (let i = 0; i < count; i++) {
       for (let k = 0; k < rows; k++) {
         let sum = 0;
@@ -138,10 +128,9 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
   }
 
   *folding(job: FoldJob): Generator<void> {
-    checkFold(job);
     const { rows, columns, stride, rowScale, columnScale } = job;
-    const from = this.#product(job);
     const out = this.#elements("out", job.out, job);
+    const from = this.#product(job);
     const scaleOfRow = rowScale && this.#floats("rowScale", rowScale, rows);
     const scaleOfColumn = columnScale && this.#floats("columnScale", columnScale, columns);
     if (job.rank === 0 && !scaleOfRow && !scaleOfColumn) {
@@ -157,7 +146,6 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
   }
 
   *scaling(job: ScaleJob): Generator<void> {
-    checkScale(job);
     const byRow = job.axis === "rows";
     const length = byRow ? job.rows : job.columns;
     const magnitude = this.#floats("magnitude", job.magnitude, length);
@@ -184,22 +172,16 @@ interface Product extends Pick<FoldJob, "rank" | "rows" | "columns" | "stride"> 
   readonly right: Float32Array;
 }
 
-function elements(
-  type: FloatDtype,
-  buffer: ArrayBuffer,
-  byteOffset: number,
-  { rows, columns, stride }: Pick<FoldJob, "rows" | "columns" | "stride">,
-): Elements {
-  const length = rows === 0 ? 0 : (rows - 1) * stride + columns;
+function elements(type: FloatDtype, { buffer, byteOffset, byteLength }: Uint8Array): Elements {
   if (type === "f32") {
-    const raw = new Float32Array(buffer, byteOffset, length);
+    const raw = new Float32Array(buffer, byteOffset, byteLength / 4);
     return {
       raw,
       read: (at, row) => row.set(raw.subarray(at, at + row.length)),
       write: (at, row) => raw.set(row, at),
     };
   }
-  const raw = new Uint16Array(buffer, byteOffset, length);
+  const raw = new Uint16Array(buffer, byteOffset, byteLength / 2);
   const decode = type === "f16" ? f16ToF32 : bf16ToF32;
   const encode = type === "f16" ? f32ToF16 : f32ToBf16;
   return {

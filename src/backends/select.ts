@@ -17,11 +17,6 @@ export interface BackendOptions {
     | {
         /** The WebGPU device to use, for instance the one that the model runs on. Without one, the system's is requested. */
         readonly device?: DeviceHandle | undefined;
-        /**
-         * What to do when the device is lost: get a new one, the system's or the one that the function makes, and bring the
-         * active task back.
-         */
-        readonly recreate?: boolean | (() => Promise<DeviceHandle>);
         /** Milliseconds to wait for the device before it counts as lost. Default: 60 000. */
         readonly timeout?: number;
       }

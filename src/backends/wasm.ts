@@ -3,15 +3,11 @@
  * called. Of the three builds the best runs that the engine compiles.
  */
 import { BackendError } from "../errors.ts";
-import { DTYPES, type Dtype, rowBytes } from "../tensor/dtypes.ts";
+import { DTYPES, type Dtype, rowBytes, tensorBytes } from "../tensor/dtypes.ts";
 import {
   type Backend,
   CpuBackend,
-  checkExpand,
-  checkFold,
   checkLength,
-  checkProject,
-  checkScale,
   type ExpandJob,
   type FoldJob,
   type Owner,
@@ -19,6 +15,7 @@ import {
   type ScaleJob,
   type Slice,
   tilesOf,
+  weightBytes,
 } from "./backend.ts";
 
 export interface WasmOptions {
@@ -31,58 +28,15 @@ export interface WasmOptions {
   readonly module?: WebAssembly.Module;
 }
 
-/** Exports of `assembly/exports.ts`. Addresses and counts are 32-bit, unsigned; 0 stands for an absent address. */
-export interface WasmKernels {
-  variant: WebAssembly.Global;
-  expand(
-    type: number,
-    out: number,
-    coefficients: number,
-    basis: number,
-    rank: number,
-    rows: number,
-    width: number,
-    add: number,
-    from: number,
-    to: number,
-  ): void;
-  project(type: number, out: number, x: number, basis: number, count: number, rows: number, width: number): void;
-  fold(
-    type: number,
-    out: number,
-    base: number,
-    stride: number,
-    rows: number,
-    columns: number,
-    left: number,
-    right: number,
-    rank: number,
-    rowScale: number,
-    columnScale: number,
-    leftStride: number,
-    rightStride: number,
-  ): void;
-  scaleRows: ScaleKernel;
-  scaleColumns: ScaleKernel;
-}
+/** A kernel with the parameters of its namesake in `assembly/kernels.ts`: 32-bit numbers; the address 0 stands for an absent slice. */
+type Kernel = (...values: number[]) => void;
+
+type WasmKernels = Record<"expand" | "project" | "fold" | "scaleRows" | "scaleColumns", Kernel> & {
+  readonly variant: WebAssembly.Global;
+};
 
 /** Products of a piece of work: a millisecond with SIMD, five or more without. */
 const PIECE = 2 ** 22;
-
-type ScaleKernel = (
-  type: number,
-  out: number,
-  magnitude: number,
-  base: number,
-  stride: number,
-  rows: number,
-  columns: number,
-  left: number,
-  right: number,
-  rank: number,
-  leftStride: number,
-  rightStride: number,
-) => void;
 
 /** Literal specifiers, so that bundlers see them; three, so that only the build that runs is loaded. */
 const BINARIES: Binaries<WasmVariant> = {
@@ -102,113 +56,116 @@ export async function createWasmBackend(options: WasmOptions = {}): Promise<Back
 class WasmBackend extends CpuBackend<number> {
   readonly name = "wasm";
   readonly variant: WasmVariant;
-  readonly #instance: Instance<WasmKernels>;
+  readonly #run: WasmKernels;
+  readonly #memory: WebAssembly.Memory;
+  readonly #heap: Heap;
 
-  constructor(instance: Instance<WasmKernels>) {
+  constructor({ variant, kernels, memory, heap }: Instance<WasmKernels>) {
     super();
-    this.variant = instance.variant;
-    this.#instance = instance;
+    this.variant = variant;
+    this.#run = kernels;
+    this.#memory = memory;
+    this.#heap = heap;
   }
 
   protected claim(byteLength: number, owner: Owner): number {
     checkLength(byteLength);
-    const { heap, memory } = this.#instance;
-    const start = heap.allocate(byteLength);
+    const start = this.#heap.allocate(byteLength);
     if (start !== undefined) return start;
     throw new BackendError(
-      `wasm: no memory for ${byteLength} bytes (${owner}); ${memory.buffer.byteLength} are held: load fewer tasks, or use policy "reload"`,
+      `wasm: no memory for ${byteLength} bytes (${owner}); ${this.#memory.buffer.byteLength} are held: load fewer tasks, or use policy "reload"`,
       { backend: "wasm" },
     );
   }
 
   protected release(address: number, byteLength: number): void {
-    this.#instance.heap.free(address, byteLength);
+    this.#heap.free(address, byteLength);
   }
 
   protected bytesAt(address: number, byteOffset: number, byteLength: number): Uint8Array {
-    return new Uint8Array(this.#instance.memory.buffer, address + byteOffset, byteLength);
+    return new Uint8Array(this.#memory.buffer, address + byteOffset, byteLength);
   }
 
   protected beyond(blockBytes: number): number {
-    return this.#instance.memory.buffer.byteLength - blockBytes;
+    return this.#memory.buffer.byteLength - blockBytes;
   }
 
-  /** Addresses of a job's slices; 0 for one that is absent. */
-  #at<Job, const Names extends readonly (keyof Job & string)[]>(
-    job: Job,
-    ...names: Names
-  ): { -readonly [I in keyof Names]: number } {
-    return names.map((name) => {
-      const slice = job[name] as Slice | undefined;
-      return slice ? this.place(name, slice) + slice.byteOffset : 0;
-    }) as { -readonly [I in keyof Names]: number };
+  /** The address of a slice; 0 for one that is absent. */
+  #at(name: string, slice: Slice | undefined, byteLength: number, align = 4): number {
+    return slice ? this.place(name, slice, byteLength, align) + slice.byteOffset : 0;
+  }
+
+  #weight(name: "out" | "base", slice: Slice, job: Omit<FoldJob, "out">): number {
+    return this.#at(name, slice, weightBytes(job), rowBytes(job.dtype, 1));
   }
 
   *expanding(job: ExpandJob): Generator<void> {
-    checkExpand(job);
-    const { rank, rows, width, add } = job;
-    const [out, coefficients, basis] = this.#at(job, "out", "coefficients", "basis");
+    const { dtype, rank, rows, width, add } = job;
+    const out = this.#at("out", job.out, 4 * rank * width);
+    const coefficients = this.#at("coefficients", job.coefficients, 4 * rank * rows);
+    const basis = this.#at("basis", job.basis, tensorBytes(dtype, rows, width));
     // Each piece decodes its columns of the basis, for many rows but not for all: they may lie on as many pages that are new.
     const high = Math.min(rank, 256);
     const wide = 32 * Math.max(1, Math.floor(PIECE / Math.max(1, high * rows) / 32));
-    const { expand } = this.#instance.kernels;
     for (let i = 0; i < rank; i += high) {
       for (let j = 0; j < width; j += wide) {
         if (i + j > 0) yield;
-        const [to, from] = [out + 4 * i * width, coefficients + 4 * i * rows];
-        const [m, end] = [Math.min(high, rank - i), Math.min(j + wide, width)];
-        expand(code(job), to, from, basis, m, rows, width, add ? 1 : 0, j, end);
+        const to = out + 4 * i * width;
+        const from = coefficients + 4 * i * rows;
+        const end = Math.min(j + wide, width);
+        this.#run.expand(code(dtype), to, from, basis, Math.min(high, rank - i), rows, width, add ? 1 : 0, j, end);
       }
     }
   }
 
   project(job: ProjectJob): void {
-    checkProject(job);
     const { count, rows, width } = job;
-    this.#instance.kernels.project(code(job), ...this.#at(job, "out", "x", "basis"), count, rows, width);
+    const out = this.#at("out", job.out, 4 * count * rows);
+    const x = this.#at("x", job.x, 4 * count * width);
+    this.#run.project(out, x, this.#at("basis", job.basis, 4 * rows * width), count, rows, width);
   }
 
   *folding(job: FoldJob): Generator<void> {
-    checkFold(job);
-    const { stride, rows, columns, rank } = job;
-    const [out, base, left, right, rowScale, columnScale] = this.#at(
-      job,
-      ...(["out", "base", "left", "right", "rowScale", "columnScale"] as const),
-    );
-    const { fold } = this.#instance.kernels;
+    const { dtype, stride, rows, columns, rank, rowScale, columnScale } = job;
+    const out = this.#weight("out", job.out, job);
+    const base = this.#weight("base", job.base, job);
+    const left = this.#at("left", job.left, 4 * rank * rows);
+    const right = this.#at("right", job.right, 4 * rank * columns);
+    const scaleOfRow = this.#at("rowScale", rowScale, 4 * rows);
+    const scaleOfColumn = this.#at("columnScale", columnScale, 4 * columns);
     for (const [i, m, j, n] of tilesOf(rows, columns, rank, PIECE)) {
       if (i + j > 0) yield;
-      const at = (i * stride + j) * rowBytes(job.dtype, 1);
-      const [a, b] = [left + 4 * i, right + 4 * j];
-      const [r, c] = [rowScale && rowScale + 4 * i, columnScale && columnScale + 4 * j];
-      fold(code(job), out + at, base + at, stride, m, n, a, b, rank, r, c, rows, columns);
+      const at = (i * stride + j) * rowBytes(dtype, 1);
+      const factors = [left + 4 * i, right + 4 * j, rank];
+      const scales = [scaleOfRow && scaleOfRow + 4 * i, scaleOfColumn && scaleOfColumn + 4 * j];
+      this.#run.fold(code(dtype), out + at, base + at, stride, m, n, ...factors, ...scales, rows, columns);
     }
   }
 
   *scaling(job: ScaleJob): Generator<void> {
-    checkScale(job);
     const { dtype, stride, rows, columns, rank } = job;
-    const [out, magnitude, base, left, right] = this.#at(
-      job,
-      ...(["out", "magnitude", "base", "left", "right"] as const),
-    );
-    const { scaleRows, scaleColumns } = this.#instance.kernels;
     const byRow = job.axis === "rows";
+    const length = 4 * (byRow ? rows : columns);
+    const out = this.#at("out", job.out, length);
+    const magnitude = this.#at("magnitude", job.magnitude, length);
+    const base = this.#weight("base", job.base, job);
+    const left = this.#at("left", job.left, 4 * rank * rows);
+    const right = this.#at("right", job.right, 4 * rank * columns);
+    const kernel = this.#run[byRow ? "scaleRows" : "scaleColumns"];
     // A norm is made at once: tiles are whole along the other axis.
     const depth = Math.max(8, rank) * (byRow ? columns : rows);
     for (const [i, m, j, n] of tilesOf(byRow ? rows : 1, byRow ? 1 : columns, depth, PIECE)) {
       if (i + j > 0) yield;
       const from = base + (i * stride + j) * rowBytes(dtype, 1);
       const to = 4 * (i + j);
-      const [height, width] = byRow ? [m, columns] : [rows, n];
-      const kernel = byRow ? scaleRows : scaleColumns;
-      const factors = [left + 4 * i, right + 4 * j] as const;
-      kernel(code(job), out + to, magnitude + to, from, stride, height, width, ...factors, rank, rows, columns);
+      const size = byRow ? [m, columns] : [rows, n];
+      const factors = [left + 4 * i, right + 4 * j, rank];
+      kernel(code(dtype), out + to, magnitude + to, from, stride, ...size, ...factors, rows, columns);
     }
   }
 }
 
-function code({ dtype }: { readonly dtype: Dtype }): number {
+function code(dtype: Dtype): number {
   return DTYPES.indexOf(dtype);
 }
 

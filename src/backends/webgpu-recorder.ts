@@ -4,21 +4,15 @@
  */
 /// <reference types="@webgpu/types" />
 
-import { openGpu } from "#gpu";
+import { openGpu } from "#files";
 import * as shaders from "../../kernels/wgsl.ts";
 import { BackendError } from "../errors.ts";
 import { align4 } from "../tensor/dtypes.ts";
 import type { DeviceHandle } from "./backend.ts";
 
-/** A buffer and the number it goes by in keys. */
-export interface Held {
-  readonly id: number;
-  readonly buffer: GPUBuffer;
-}
-
 /** The part of a buffer that a kernel sees. */
 export interface Binding {
-  readonly held: Held;
+  readonly buffer: GPUBuffer;
   readonly offset: number;
   readonly size: number;
 }
@@ -40,6 +34,7 @@ interface BoundPipeline {
   readonly pipeline: GPUComputePipeline;
   readonly group: GPUBindGroup;
   readonly slot: Slot;
+  /** Numbers of its buffers. */
   readonly ids: readonly number[];
 }
 
@@ -70,16 +65,19 @@ export class Recorder {
   readonly #modules: ReadonlyMap<string, GPUShaderModule>;
   readonly #pipelines = new Map<string, GPUComputePipeline>();
   readonly #prepared = new Map<string, BoundPipeline>();
-  #slots: Slot[] = [];
-  #slotBuffers: GPUBuffer[] = [];
+  readonly #slots: Slot[] = [];
+  readonly #slotBuffers: GPUBuffer[] = [];
   #ownSlotBytes = 0;
+  /** Numbers that buffers go by in keys. What was prepared with a buffer that the caller drops goes with it. */
+  readonly #ids = new WeakMap<GPUBuffer, number>();
+  readonly #gone = new FinalizationRegistry<number>((id) => this.#forgetPrepared(id));
   #nextId = 1;
   #encoder: GPUCommandEncoder | undefined;
   #pass: GPUComputePassEncoder | undefined;
   /** Buffers that commands not yet submitted use. */
-  readonly #waiting = new Set<number>();
+  readonly #waiting = new Set<GPUBuffer>();
   /** Buffers that live until the next submit. */
-  #temporaries: Held[] = [];
+  #temporaries: GPUBuffer[] = [];
 
   /** Use `createRecorder`. */
   constructor(device: DeviceHandle, modules: ReadonlyMap<string, GPUShaderModule>, timeout: number | undefined) {
@@ -93,31 +91,21 @@ export class Recorder {
     return this.#faults.lost;
   }
 
-  /** True if the shader of that name can run on this device. */
-  has(shader: keyof typeof shaders): boolean {
-    return this.#modules.has(shader);
-  }
-
   /** Bytes of jobs. */
   get reserved(): number {
     return this.#slotBuffers.length * SLOTS * SLOT_BYTES + this.#ownSlotBytes;
   }
 
   /** A zeroed buffer of `size` bytes, a multiple of 4. Lack of memory is reported by `finish`, and to `refused`. */
-  create(label: string, size: number, refused?: () => void): Held {
-    return { id: this.#nextId++, buffer: this.#buffer(label, size, STORAGE | COPY_SRC | COPY_DST, refused) };
-  }
-
-  /** A buffer of the caller's. */
-  adopt(buffer: object): Held {
-    return { id: this.#nextId++, buffer: buffer as GPUBuffer };
+  create(label: string, size: number, refused?: () => void): GPUBuffer {
+    return this.#buffer(label, size, STORAGE | COPY_SRC | COPY_DST, refused);
   }
 
   /** Like `create`; the buffer lives until the commands recorded next are submitted. */
-  temporary(size: number): Held {
-    const held = this.create("eigenlora temporary", size);
-    this.#temporaries.push(held);
-    return held;
+  temporary(size: number): GPUBuffer {
+    const buffer = this.create("eigenlora temporary", size);
+    this.#temporaries.push(buffer);
+    return buffer;
   }
 
   #buffer(label: string, size: number, usage: GPUBufferUsageFlags, refused?: () => void): GPUBuffer {
@@ -128,15 +116,30 @@ export class Recorder {
     );
   }
 
-  destroy(held: Held): void {
-    this.forget(held);
-    held.buffer.destroy();
+  destroy(buffer: GPUBuffer): void {
+    this.forget(buffer);
+    buffer.destroy();
   }
 
   /** Lets go of a buffer, once what is recorded with it is submitted. */
-  forget({ id }: Pick<Held, "id">): void {
-    if (this.#waiting.has(id)) this.submit();
+  forget(buffer: GPUBuffer): void {
+    if (this.#waiting.has(buffer)) this.submit();
+    this.#forgetPrepared(this.#ids.get(buffer));
+  }
+
+  #forgetPrepared(id: number | undefined): void {
+    if (id === undefined) return;
     for (const [key, prepared] of this.#prepared) if (prepared.ids.includes(id)) this.#forget(key, prepared);
+  }
+
+  #idOf(buffer: GPUBuffer): number {
+    let id = this.#ids.get(buffer);
+    if (id === undefined) {
+      id = this.#nextId++;
+      this.#ids.set(buffer, id);
+      this.#gone.register(buffer, id);
+    }
+    return id;
   }
 
   #forget(key: string, { slot }: BoundPipeline): void {
@@ -147,8 +150,8 @@ export class Recorder {
   }
 
   /** Writes bytes at a multiple of 4, zero-padded to one, after everything recorded that uses the buffer. */
-  write({ id, buffer }: Held, offset: number, source: Uint8Array): void {
-    if (this.#waiting.has(id)) this.submit();
+  write(buffer: GPUBuffer, offset: number, source: Uint8Array): void {
+    if (this.#waiting.has(buffer)) this.submit();
     // Shared memory is refused by some implementations.
     const bytes = source.buffer instanceof ArrayBuffer ? (source as Uint8Array<ArrayBuffer>) : new Uint8Array(source);
     const whole = bytes.length - (bytes.length % 4);
@@ -160,33 +163,34 @@ export class Recorder {
   }
 
   /** Records a copy between two buffers; offsets and size are multiples of 4. */
-  copy(from: Held, fromOffset: number, to: Held, toOffset: number, size: number): void {
-    this.#commands(from.id, to.id).copyBufferToBuffer(from.buffer, fromOffset, to.buffer, toOffset, size);
+  copy(from: GPUBuffer, fromOffset: number, to: GPUBuffer, toOffset: number, size: number): void {
+    this.#commands(from, to).copyBufferToBuffer(from, fromOffset, to, toOffset, size);
   }
 
   /** Records a kernel. */
   dispatch(dispatch: Dispatch): void {
     const { count } = dispatch;
     if (count === 0) return;
-    const { pipeline, group, ids } = this.#prepare(dispatch);
+    const { pipeline, group } = this.#prepare(dispatch);
     this.#encoder ??= this.#device.createCommandEncoder({ label: "eigenlora" });
     this.#pass ??= this.#encoder.beginComputePass({ label: "eigenlora" });
-    for (const id of ids) this.#waiting.add(id);
+    for (const { buffer } of dispatch.bindings) this.#waiting.add(buffer);
     const y = Math.ceil(count / MAX_GROUPS);
     this.#pass.setPipeline(pipeline);
     this.#pass.setBindGroup(0, group);
     this.#pass.dispatchWorkgroups(Math.ceil(count / y), y);
   }
 
-  #commands(...ids: readonly number[]): GPUCommandEncoder {
+  #commands(...buffers: readonly GPUBuffer[]): GPUCommandEncoder {
     this.#pass?.end();
     this.#pass = undefined;
-    for (const id of ids) this.#waiting.add(id);
+    for (const buffer of buffers) this.#waiting.add(buffer);
     return (this.#encoder ??= this.#device.createCommandEncoder({ label: "eigenlora" }));
   }
 
   #prepare({ shader, entry, format, bindings, job }: Dispatch): BoundPipeline {
-    const places = bindings.map(({ held, offset, size }) => `${held.id}+${offset}:${size}`);
+    const ids = bindings.map(({ buffer }) => this.#idOf(buffer));
+    const places = bindings.map(({ offset, size }, i) => `${ids[i]}+${offset}:${size}`);
     const key = `${shader} ${entry} ${format} ${places.join(" ")} ${job.join(" ")}`;
     const known = this.#prepared.get(key);
     if (known) return known;
@@ -198,14 +202,13 @@ export class Recorder {
     const slot = this.#slot(4 * job.length);
     this.#device.queue.writeBuffer(slot.buffer, slot.offset, Uint32Array.from(job));
     const label = `eigenlora ${entry}`;
-    const entries = [
-      { buffer: slot.buffer, offset: slot.offset, size: 4 * job.length },
-      ...bindings.map(({ held, offset, size }) => ({ buffer: held.buffer, offset, size })),
-    ].map((resource, binding) => ({ binding, resource }));
+    const entries = [{ buffer: slot.buffer, offset: slot.offset, size: 4 * job.length }, ...bindings].map(
+      ({ buffer, offset, size }, binding) => ({ binding, resource: { buffer, offset, size } }),
+    );
     const group = this.#faults.guard(label, () =>
       this.#device.createBindGroup({ label, layout: pipeline.getBindGroupLayout(0), entries }),
     );
-    const prepared = { pipeline, group, slot, ids: bindings.map(({ held }) => held.id) };
+    const prepared = { pipeline, group, slot, ids };
     this.#prepared.set(key, prepared);
     return prepared;
   }
@@ -233,7 +236,7 @@ export class Recorder {
     const own = bytes > SLOT_BYTES;
     if (!own && this.#slots.length > 0) return this.#slots.pop()!;
     const size = own ? bytes : SLOTS * SLOT_BYTES;
-    const buffer = this.#buffer("eigenlora jobs", size, UNIFORM | STORAGE | COPY_DST, () => this.#dropSlots(buffer));
+    const buffer = this.#buffer("eigenlora jobs", size, UNIFORM | STORAGE | COPY_DST);
     if (own) {
       this.#ownSlotBytes += bytes;
       return { buffer, offset: 0, own };
@@ -241,13 +244,6 @@ export class Recorder {
     this.#slotBuffers.push(buffer);
     for (let i = SLOTS - 1; i > 0; i--) this.#slots.push({ buffer, offset: i * SLOT_BYTES, own });
     return { buffer, offset: 0, own };
-  }
-
-  /** The device had no memory for them. */
-  #dropSlots(buffer: GPUBuffer): void {
-    for (const [key, prepared] of this.#prepared) if (prepared.slot.buffer === buffer) this.#forget(key, prepared);
-    this.#slots = this.#slots.filter((slot) => slot.buffer !== buffer);
-    this.#slotBuffers = this.#slotBuffers.filter((one) => one !== buffer);
   }
 
   /** Hands everything recorded to the device, in one command buffer. */
@@ -261,7 +257,7 @@ export class Recorder {
     }
     const done = this.#temporaries;
     this.#temporaries = [];
-    for (const held of done) this.destroy(held);
+    for (const buffer of done) this.destroy(buffer);
   }
 
   /** Submits, and resolves when the device is done. @throws BackendError with what went wrong since the last call */
@@ -271,13 +267,13 @@ export class Recorder {
   }
 
   /** `size` bytes from `offset`, after everything recorded. */
-  async read(from: Held, offset: number, size: number): Promise<Uint8Array<ArrayBuffer>> {
+  async read(from: GPUBuffer, offset: number, size: number): Promise<Uint8Array<ArrayBuffer>> {
     const start = offset - (offset % 4);
     const whole = align4(offset + size - start);
     if (whole === 0) return new Uint8Array(0);
     const buffer = this.#buffer("eigenlora read", whole, MAP_READ | COPY_DST);
     try {
-      this.#commands(from.id).copyBufferToBuffer(from.buffer, start, buffer, 0, whole);
+      this.#commands(from).copyBufferToBuffer(from, start, buffer, 0, whole);
       this.submit();
       await this.#faults.wait(buffer.mapAsync(MAP_READ));
       return new Uint8Array(buffer.getMappedRange()).slice(offset - start, offset - start + size);
@@ -290,7 +286,7 @@ export class Recorder {
   close(): void {
     this.#encoder = this.#pass = undefined;
     this.#waiting.clear();
-    for (const { buffer } of this.#temporaries) buffer.destroy();
+    for (const buffer of this.#temporaries) buffer.destroy();
     for (const [key, prepared] of this.#prepared) this.#forget(key, prepared);
     for (const buffer of this.#slotBuffers) buffer.destroy();
     this.#temporaries = [];
@@ -303,19 +299,9 @@ export class Recorder {
  * @throws BackendError when the device refuses a shader
  */
 export async function createRecorder(device: DeviceHandle, timeout: number | undefined): Promise<Recorder> {
-  const halves = (device as GPUDevice).features.has("shader-f16");
   const modules = new Map<string, GPUShaderModule>();
   await Promise.all(
-    Object.entries(shaders).map(async ([name, code]) => {
-      const native = code.includes("enable f16;");
-      if (native && !halves) return;
-      try {
-        modules.set(name, await compile(device, `${name}.wgsl`, code));
-      } catch (refused) {
-        // Compilers are younger with halves than without. The kernel on words has the same results.
-        if (!native) throw refused;
-      }
-    }),
+    Object.entries(shaders).map(async ([name, code]) => modules.set(name, await compile(device, `${name}.wgsl`, code))),
   );
   return new Recorder(device, modules, timeout);
 }
@@ -326,7 +312,7 @@ export async function createRecorder(device: DeviceHandle, timeout: number | und
  */
 /// <reference types="@webgpu/types" />
 
-const ADVICE = "Make a new runtime, or let it come back by itself with webgpu: { recreate: true }";
+const ADVICE = "Make a new runtime";
 
 export interface DeviceOptions {
   /** The device to compute on, which stays the caller's. Absent: one is requested, and destroyed by `close`. */
@@ -367,12 +353,10 @@ export async function openDevice({ device: given, hardware, timeout = TIMEOUT }:
     if (hardware && adapter.info.isFallbackAdapter) {
       throw new Error(`the adapter is software (${describe(adapter.info)}); ask for it with backend: "webgpu"`);
     }
-    // Limits are raised only where they decide which weights fit: the size of a buffer, and how much of it a kernel sees. With
-    // halves as elements kernels need not write words that two of them share.
+    // Limits are raised only where they decide which weights fit: the size of a buffer, and how much of it a kernel sees.
     const { maxBufferSize, maxStorageBufferBindingSize } = adapter.limits;
     const requested = adapter.requestDevice({
       label: "eigenlora",
-      requiredFeatures: adapter.features.has("shader-f16") ? ["shader-f16"] : [],
       requiredLimits: { maxBufferSize, maxStorageBufferBindingSize },
     });
     const device = await inTime(requested, timeout, "the device");

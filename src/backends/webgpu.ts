@@ -8,13 +8,10 @@ import { BackendError } from "../errors.ts";
 import { align4, DTYPES, type Dtype, rowBytes, scaleBytes, tensorBytes } from "../tensor/dtypes.ts";
 import {
   after,
+  at,
   type Backend,
   type Block,
-  checkExpand,
-  checkFold,
   checkLength,
-  checkProject,
-  checkScale,
   checkSlice,
   type DeviceBuffer,
   type DeviceHandle,
@@ -24,15 +21,9 @@ import {
   type ProjectJob,
   type ScaleJob,
   type Slice,
+  weightBytes,
 } from "./backend.ts";
-import {
-  type Binding,
-  createRecorder,
-  type DeviceOptions,
-  type Held,
-  openDevice,
-  type Recorder,
-} from "./webgpu-recorder.ts";
+import { type Binding, createRecorder, type DeviceOptions, openDevice, type Recorder } from "./webgpu-recorder.ts";
 
 export interface WebgpuOptions extends DeviceOptions {
   /** Most bytes that a kernel sees of one buffer, if less than the device allows: larger weights are folded in parts. */
@@ -62,9 +53,6 @@ class WebgpuBackend implements Backend {
   readonly #recorder: Recorder;
   readonly #blocks: Blocks;
   readonly #batch: Batch;
-  /** Most bytes that a kernel sees of a buffer, and what offsets of bindings are multiples of. */
-  readonly #bindingBytes: number;
-  readonly #alignment: number;
   readonly #closeDevice: () => void;
 
   constructor(
@@ -77,11 +65,11 @@ class WebgpuBackend implements Backend {
     this.device = device;
     this.lost = recorder.lost;
     this.#recorder = recorder;
-    this.#bindingBytes = Math.min(bindingBytes, limits.maxStorageBufferBindingSize);
-    this.#alignment = limits.minStorageBufferOffsetAlignment;
     this.#closeDevice = close;
     this.#blocks = new Blocks(recorder, {
-      ...{ bindingBytes: this.#bindingBytes, alignment: this.#alignment, bufferBytes: limits.maxBufferSize },
+      bindingBytes: Math.min(bindingBytes, limits.maxStorageBufferBindingSize),
+      alignment: limits.minStorageBufferOffsetAlignment,
+      bufferBytes: limits.maxBufferSize,
     });
     this.#batch = new Batch(recorder, this.#blocks);
   }
@@ -105,57 +93,41 @@ class WebgpuBackend implements Backend {
     if (bytes.byteLength === 0) return;
     this.#batch.flush();
     if (wordwise(to, bytes.byteLength)) return this.#recorder.write(target, to.byteOffset, bytes);
-    for (const [start, length] of this.#pieces(bytes.byteLength)) {
-      const size = align4(length);
-      const source = this.#recorder.temporary(size);
-      this.#recorder.write(source, 0, bytes.subarray(start, start + length));
-      const from = { binding: { held: source, offset: 0, size }, at: 0 };
-      this.#copyBytes(from, this.#blocks.bind("to", after(to, start), length), length);
-    }
+    const block = this.allocate(bytes.byteLength, "scratch");
+    this.upload(at(block), bytes);
+    this.copy(at(block), to, bytes.byteLength);
+    this.free(block);
   }
 
   copy(from: Slice, to: Slice, byteLength: number): void {
     const source = this.#blocks.held("from", from);
     const target = this.#blocks.held("to", to);
-    checkSlice("from", from, byteLength);
-    checkSlice("to", to, byteLength);
+    checkSlice("from", from, byteLength, 2);
+    checkSlice("to", to, byteLength, 2);
     if (byteLength === 0) return;
     this.#batch.flush();
     if (from.byteOffset % 4 === 0 && from.block !== to.block && wordwise(to, byteLength)) {
       return this.#recorder.copy(source, from.byteOffset, target, to.byteOffset, align4(byteLength));
     }
-    for (const [start, length] of this.#pieces(byteLength)) {
-      const bound = this.#blocks.bind("from", after(from, start), length, to);
-      this.#copyBytes(bound, this.#blocks.bind("to", after(to, start), length), length);
+    // Halves of words: a fold of nothing copies them, in rows as long as a binding allows wherever they begin.
+    const { bindingBytes, alignment } = this.#blocks.limits;
+    const most = bindingBytes - alignment - 8;
+    for (let start = 0; start < byteLength; start += most) {
+      const columns = Math.min(most, byteLength - start) / 2;
+      const base = after(from, start);
+      const shape = { dtype: "f16", rows: 1, columns, stride: columns, rank: 0 } as const;
+      this.#foldRows({ ...shape, out: after(to, start), base, left: at(from.block), right: at(from.block) }, 0, 1);
     }
   }
 
-  /** Ranges of `byteLength` bytes, each as long as a binding allows wherever it begins. */
-  #pieces(byteLength: number): [start: number, length: number][] {
-    const most = this.#bindingBytes - this.#alignment - 8;
-    const starts = Array.from({ length: Math.ceil(byteLength / most) }, (_, i) => i * most);
-    return starts.map((start) => [start, Math.min(most, byteLength - start)]);
-  }
-
-  #copyBytes(from: Bound, to: Bound, byteLength: number): void {
-    this.#recorder.dispatch({
-      shader: "copy",
-      entry: "copy",
-      bindings: [to.binding, from.binding],
-      job: [to.at, from.at, byteLength],
-      count: Math.ceil(((to.at % 4) + byteLength) / 4 / LANES),
-    });
-  }
-
-  async read(at: Slice, byteLength: number): Promise<Uint8Array<ArrayBuffer>> {
-    const source = this.#blocks.held("at", at);
-    checkSlice("at", at, byteLength);
+  async read(from: Slice, byteLength: number): Promise<Uint8Array<ArrayBuffer>> {
+    const source = this.#blocks.held("at", from);
+    checkSlice("at", from, byteLength);
     this.#batch.flush();
-    return this.#recorder.read(source, at.byteOffset, byteLength);
+    return this.#recorder.read(source, from.byteOffset, byteLength);
   }
 
   expand(job: ExpandJob): void {
-    checkExpand(job);
     const { dtype, rank, rows, width, add } = job;
     if (rank === 0 || width === 0) return;
     this.#batch.add({
@@ -168,55 +140,56 @@ class WebgpuBackend implements Backend {
   }
 
   project(job: ProjectJob): void {
-    checkProject(job);
-    const { dtype, count, rows, width } = job;
+    const { count, rows, width } = job;
     if (count === 0 || rows === 0) return;
     this.#batch.add({
-      ...{ entry: "project", dtype, count, rows, width },
+      ...{ entry: "project", dtype: "f32", count, rows, width },
       out: { name: "out", slice: job.out, byteLength: 4 * count * rows },
       numbers: { name: "x", slice: job.x, byteLength: 4 * count * width },
-      basis: { name: "basis", slice: job.basis, byteLength: tensorBytes(dtype, rows, width) },
+      basis: { name: "basis", slice: job.basis, byteLength: 4 * rows * width },
       workgroups: rows * Math.ceil(count / ROWS),
     });
   }
 
   fold(job: FoldJob): void {
-    checkFold(job);
     const { dtype, rows, columns, stride, rank, out, base } = job;
+    const size = rowBytes(dtype, 1);
+    for (const [name, slice] of Object.entries({ out, base })) checkSlice(name, slice, weightBytes(job), size);
     if (rows === 0 || columns === 0) return;
     this.#batch.flush();
-    const rowSize = stride * rowBytes(dtype, 1);
+    const rowSize = stride * size;
     if (rank === 0 && stride === columns && !job.rowScale && !job.columnScale) {
       if (!samePlace(out, base)) this.copy(base, out, rows * rowSize);
       return;
     }
     // An even number of rows, so that every part begins at the same half of a word; one row more is bound.
-    const most = 2 * Math.floor((this.#bindingBytes - this.#alignment - rowSize) / rowSize / 2);
-    const step = rows * rowSize + this.#alignment <= this.#bindingBytes ? rows : Math.max(2, most);
+    const { bindingBytes, alignment } = this.#blocks.limits;
+    const most = 2 * Math.floor((bindingBytes - alignment - rowSize) / rowSize / 2);
+    const step = rows * rowSize + alignment <= bindingBytes ? rows : Math.max(2, most);
     for (let first = 0; first < rows; first += step) this.#foldRows(job, first, Math.min(rows, first + step));
   }
 
   #foldRows(job: FoldJob, first: number, end: number): void {
     const { dtype, rows, columns, stride, rank, out, base, rowScale, columnScale } = job;
-    const bind: Blocks["bind"] = (...of) => this.#blocks.bind(...of);
     const size = rowBytes(dtype, 1);
     // The last word may hold the first element of one row more.
     const bytes = ((Math.min(end + 1, rows) - first - 1) * stride + columns) * size;
     const part = (slice: Slice): Slice => after(slice, first * stride * size);
+    const input = (name: string, slice: Slice, length: number): Bound =>
+      this.#blocks.bind(name, slice, 4 * length, out);
     const inPlace = samePlace(out, base);
-    const target = bind("out", part(out), bytes);
-    const source = inPlace ? target : bind("base", part(base), bytes, out);
-    const left = bind("left", job.left, 4 * rank * rows, out);
-    const right = bind("right", job.right, 4 * rank * columns, out);
-    const scaleOfRow = rowScale ? bind("rowScale", rowScale, 4 * rows, out) : left;
-    const scaleOfColumn = columnScale ? bind("columnScale", columnScale, 4 * columns, out) : left;
-    const native = dtype === "f16" && this.#recorder.has("fold_f16");
-    const perWord = native ? 1 : 4 / size;
+    const target = this.#blocks.bind("out", part(out), bytes, undefined, size);
+    const source = inPlace ? target : this.#blocks.bind("base", part(base), bytes, out, size);
+    const left = input("left", job.left, rank * rows);
+    const right = input("right", job.right, rank * columns);
+    const scaleOfRow = rowScale ? input("rowScale", rowScale, rows) : left;
+    const scaleOfColumn = columnScale ? input("columnScale", columnScale, columns) : left;
+    const perWord = 4 / size;
     const inputs = [left, right, scaleOfRow, scaleOfColumn, ...(inPlace ? [] : [source])];
     this.#recorder.dispatch({
-      shader: native ? "fold_f16" : "fold",
+      shader: "fold",
       entry: inPlace ? "fold_in_place" : "fold",
-      ...(native ? {} : { format: DTYPES.indexOf(dtype) }),
+      format: DTYPES.indexOf(dtype),
       bindings: [target, ...inputs].map(({ binding }) => binding),
       job: [
         ...[rows, columns, stride, rank, first, end, target.at / size, source.at / size, left.at / 4, right.at / 4],
@@ -227,18 +200,18 @@ class WebgpuBackend implements Backend {
   }
 
   scale(job: ScaleJob): void {
-    checkScale(job);
     const { dtype, rows, columns, stride, rank, axis } = job;
     const length = axis === "rows" ? rows : columns;
     if (length === 0) return;
     this.#batch.flush();
     const size = rowBytes(dtype, 1);
-    const bind = (name: "base" | "left" | "right" | "magnitude", bytes: number): Bound =>
-      this.#blocks.bind(name, job[name], bytes, job.out);
+    const bind = (name: "left" | "right" | "magnitude", numbers: number): Bound =>
+      this.#blocks.bind(name, job[name], 4 * numbers, job.out);
     const out = this.#blocks.bind("out", job.out, 4 * length);
-    const base = bind("base", rows === 0 ? 0 : ((rows - 1) * stride + columns) * size);
-    const [left, right] = [bind("left", 4 * rank * rows), bind("right", 4 * rank * columns)];
-    const magnitude = bind("magnitude", 4 * length);
+    const base = this.#blocks.bind("base", job.base, weightBytes(job), job.out, size);
+    const left = bind("left", rank * rows);
+    const right = bind("right", rank * columns);
+    const magnitude = bind("magnitude", length);
     this.#recorder.dispatch({
       shader: "scale",
       entry: `scale_${axis}`,
@@ -308,10 +281,8 @@ const USAGE = 4 | 8 | 128;
 class Blocks {
   readonly limits: Limits;
   readonly #recorder: Recorder;
-  readonly #held = new Map<Block, Held & { readonly owner: Owner }>();
-  /** The caller's, kept as long as the caller keeps them. */
-  readonly #adopted = new WeakMap<Block, Held>();
-  readonly #gone = new FinalizationRegistry<number>((id) => this.#recorder.forget({ id }));
+  readonly #owners = new Map<Block, Owner>();
+  /** Blocks by buffer; those of the caller's buffers are kept as long as the caller keeps these. */
   readonly #byBuffer = new WeakMap<DeviceBuffer, Block>();
 
   constructor(recorder: Recorder, limits: Limits) {
@@ -330,15 +301,10 @@ class Blocks {
       );
     }
     const state = { refused: false };
-    const created = this.#recorder.create(`eigenlora ${owner}`, size, () => (state.refused = true));
-    const block = this.#blockOf(created, byteLength, state);
-    this.#held.set(block, { ...created, owner });
-    return block;
-  }
-
-  #blockOf({ buffer }: Held, byteLength: number, state: { refused: boolean } = { refused: false }): Block {
-    const block: Block = Object.assign(state, { byteLength, device: buffer });
-    this.#byBuffer.set(buffer, block);
+    const device = this.#recorder.create(`eigenlora ${owner}`, size, () => (state.refused = true));
+    const block: Block = Object.assign(state, { byteLength, device });
+    this.#byBuffer.set(device, block);
+    this.#owners.set(block, owner);
     return block;
   }
 
@@ -353,37 +319,33 @@ class Blocks {
           "expected a multiple of 4 and STORAGE | COPY_SRC | COPY_DST",
       );
     }
-    const adopted = this.#recorder.adopt(buffer);
-    const block = this.#blockOf(adopted, size);
-    this.#adopted.set(block, adopted);
-    this.#gone.register(buffer, adopted.id);
+    const block = { byteLength: size, device: buffer };
+    this.#byBuffer.set(buffer, block);
     return block;
   }
 
   free(block: Block): void {
-    const own = this.#held.get(block);
-    const found = own ?? this.#adopted.get(block);
-    if (!found) return;
-    this.#held.delete(block);
-    this.#adopted.delete(block);
-    this.#byBuffer.delete(found.buffer);
-    this.#recorder.forget(found);
-    own?.buffer.destroy();
+    const buffer = block.device as GPUBuffer | undefined;
+    if (!buffer || this.#byBuffer.get(buffer) !== block) return;
+    this.#byBuffer.delete(buffer);
+    this.#recorder.forget(buffer);
+    if (this.#owners.delete(block)) buffer.destroy();
   }
 
   /** @throws TypeError when the slice's block is none of these */
-  held(name: string, { block }: Slice): Held {
-    const found = this.#held.get(block) ?? this.#adopted.get(block);
-    if (found === undefined) throw new TypeError(`${name}.block is not held by this backend; was it freed?`);
-    return found;
+  held(name: string, { block }: Slice): GPUBuffer {
+    const { device } = block;
+    if (device && this.#byBuffer.get(device) === block) return device as GPUBuffer;
+    throw new TypeError(`${name}.block is not held by this backend; was it freed?`);
   }
 
   /**
    * @param apart the result, if this is an input: where both share a buffer, the kernel gets a copy
-   * @throws BackendError when the slice is longer than a kernel can see
+   * @throws BackendError when the slice is longer than a kernel can see, RangeError when it is not whole
    */
-  bind(name: string, slice: Slice, byteLength: number, apart?: Slice): Bound {
+  bind(name: string, slice: Slice, byteLength: number, apart?: Slice, align = 4): Bound {
     const from = this.held(name, slice);
+    checkSlice(name, slice, byteLength, align);
     let { byteOffset } = slice;
     // A binding cannot be empty.
     if (byteLength === 0) byteOffset = 0;
@@ -392,11 +354,11 @@ class Blocks {
       const start = byteOffset - (byteOffset % 4);
       const copied = this.#recorder.temporary(end - start);
       this.#recorder.copy(from, start, copied, 0, end - start);
-      return { binding: { held: copied, offset: 0, size: end - start }, at: byteOffset - start };
+      return { binding: { buffer: copied, offset: 0, size: end - start }, at: byteOffset - start };
     }
     this.checkVisible(name, slice, byteLength);
     const offset = byteOffset - (byteOffset % this.limits.alignment);
-    return { binding: { held: from, offset, size: end - offset }, at: byteOffset - offset };
+    return { binding: { buffer: from, offset, size: end - offset }, at: byteOffset - offset };
   }
 
   /** @throws BackendError when the slice is longer than a kernel can see */
@@ -413,7 +375,7 @@ class Blocks {
   /** Live bytes by owner; the caller's buffers are not counted. */
   memory(): Record<Owner | "reserved", number> {
     const total = { basis: 0, coefficients: 0, pristine: 0, active: 0, scratch: 0, reserved: this.#recorder.reserved };
-    for (const [{ byteLength }, { owner }] of this.#held) {
+    for (const [{ byteLength }, owner] of this.#owners) {
       total[owner] += byteLength;
       total.reserved += padded(byteLength) - byteLength;
     }
@@ -421,8 +383,7 @@ class Blocks {
   }
 
   close(): void {
-    for (const { buffer } of this.#held.values()) buffer.destroy();
-    this.#held.clear();
+    for (const block of this.#owners.keys()) this.free(block);
   }
 }
 
@@ -467,9 +428,13 @@ class Batch {
     this.#blocks = blocks;
   }
 
-  /** @throws BackendError when a kernel cannot see one of the job's tensors */
+  /** @throws BackendError when a kernel cannot see one of the job's tensors, RangeError when one is not whole */
   add(job: BatchJob): void {
-    for (const role of ROLES) this.#blocks.checkVisible(job[role].name, job[role].slice, job[role].byteLength);
+    for (const role of ROLES) {
+      const { name, slice, byteLength } = job[role];
+      checkSlice(name, slice, byteLength, 4);
+      this.#blocks.checkVisible(name, slice, byteLength);
+    }
     if (!this.#widen(job)) {
       this.flush();
       this.#covered = { out: job.out, numbers: job.numbers, basis: job.basis };

@@ -6,14 +6,13 @@
 import { checkOptions, described } from "../arguments.ts";
 import { SourceError } from "../errors.ts";
 import { fromIntegrity, sha256 } from "../format/fields.ts";
-import { nameOf } from "../http/exchange.ts";
 import { addressOf, openSource } from "../open-source.ts";
 import { throwIfAborted } from "../pace.ts";
 import {
   type ByteSource,
   FETCH_OPTIONS,
   type FetchOptions,
-  type ReadAllOptions,
+  nameOfUrl,
   type ReadOptions,
   type Reads,
   readAll,
@@ -85,47 +84,95 @@ export function cachedSource(
   if (options.integrity !== undefined) fromIntegrity(options.integrity);
   const url =
     typeof source === "string" || source instanceof URL ? addressOf(String(source), "cachedSource") : undefined;
-  const own = typeof (source as ByteSource | undefined)?.read === "function" ? (source as ByteSource) : undefined;
-  if (!url && !own)
+  const custom = typeof (source as ByteSource | undefined)?.read === "function" ? (source as ByteSource) : undefined;
+  if (!url && !custom)
     throw new TypeError(`cachedSource: expected a URL or a ByteSource, got ${described(source)}; files need no cache`);
+  const { integrity, ...fetchOptions } = options;
+  const name = url ? nameOfUrl(url) : custom!.name;
   // A relative address is resolved now; a name of the Hub is read as it was given.
-  const input = url && (url.protocol === "hf:" ? String(source) : url.href);
-  return new Cached(input ?? own!, url ? nameOf(url) : own!.name, store, options);
-}
-
-/** A file in the store. */
-interface CachedFile {
-  readonly shelf: Shelf;
-  readonly file: string;
-  readonly version: string;
-}
-
-class Cached implements CachedSource {
-  readonly name: string;
-  readonly counts = { hits: 0, misses: 0, damaged: 0, failures: 0, lastFailure: undefined as unknown };
-  readonly reads: Reads;
-  readonly #input: string | ByteSource;
-  readonly #store: RangeStore;
-  readonly #integrity: string | undefined;
-  readonly #fetchOptions: FetchOptions;
+  const input = url ? (url.protocol === "hf:" ? String(source) : url.href) : custom!;
+  const address = typeof input === "string" ? input : name;
+  const counts = { hits: 0, misses: 0, damaged: 0, failures: 0, lastFailure: undefined as unknown };
   /** Counts for sources that do not count themselves. */
-  readonly #counted = { requests: 0, bytes: 0, whole: false };
-  #inner: ByteSource | undefined;
+  const counted = { requests: 0, bytes: 0, whole: false };
+  let inner: ByteSource | undefined;
   /** Size of the file as the store has it. */
-  #length: number | undefined;
-  /** One for all: each would ask for the version, and count, by itself. */
-  #opening: Promise<ByteSource> | undefined;
-  #closed = false;
-  #place: Promise<CachedFile | undefined> | undefined;
+  let length: number | undefined;
+  let isClosed = false;
+  // One for all callers: each would ask for the version, and count, by itself.
+  let opening: Promise<ByteSource> | undefined;
+  let finding: Promise<Ranges | undefined> | undefined;
+  const now = (): Reads => inner?.reads ?? counted;
 
-  constructor(input: string | ByteSource, name: string, store: RangeStore, { integrity, ...options }: CacheOptions) {
-    this.name = name;
-    this.#input = input;
-    this.#store = store;
-    this.#integrity = integrity;
-    this.#fetchOptions = options;
-    const now = (): Reads => this.#inner?.reads ?? this.#counted;
-    this.reads = {
+  const refuseClosed = (): void => {
+    if (isClosed) throw new SourceError("cannot be read: it was closed; open it again", { file: name });
+  };
+  const openInner = async (): Promise<ByteSource> => {
+    refuseClosed();
+    opening ??= openSource(input, fetchOptions).catch((error: unknown) => {
+      opening = undefined;
+      throw error;
+    });
+    return (inner = await opening);
+  };
+  const identify = async (how?: ReadOptions): Promise<string | undefined> =>
+    integrity ?? (await openInner()).identify?.(how);
+  /** A store that fails, for instance because it is full, costs requests and nothing else. */
+  const unlessFailing = async <T>(work: () => Promise<T>): Promise<T | undefined> => {
+    try {
+      return await work();
+    } catch (error) {
+      counts.failures++;
+      counts.lastFailure = error;
+      return undefined;
+    }
+  };
+  /** Digest that stands for the file in keys. */
+  const fileKey = (): Promise<string> =>
+    digestOf(integrity === undefined ? `address ${address}` : `integrity ${integrity}`);
+  const find = async (): Promise<Ranges | undefined> => {
+    const identity = await identify();
+    if (identity === undefined) {
+      const message = "nothing tells its version: no ETag or Last-Modified that can be read here";
+      throw new SourceError(`${message}; give \`integrity\`, or do without a cache`, { file: name });
+    }
+    return unlessFailing(async () => openRanges(store, await fileKey(), await digestOf(identity)));
+  };
+  /** Undefined where the store does not work. */
+  const rangesFor = (signal: AbortSignal | undefined): Promise<Ranges | undefined> => {
+    throwIfAborted(signal);
+    refuseClosed();
+    // Not kept when it failed: the next read may find the server.
+    finding ??= find().catch((error: unknown) => {
+      finding = undefined;
+      throw error;
+    });
+    return unlessAborted(finding, signal);
+  };
+  const readPiece = async (
+    ranges: Ranges | undefined,
+    offset: number,
+    length: number,
+    signal: AbortSignal | undefined,
+  ): Promise<Uint8Array> => {
+    const kept = await unlessFailing(async () => ranges?.get(offset, length));
+    if (kept === "damaged") counts.damaged++;
+    else if (kept) {
+      counts.hits++;
+      return kept;
+    }
+    counts.misses++;
+    const bytes = await (await openInner()).read(offset, length, { signal });
+    counted.requests++;
+    counted.bytes += bytes.length;
+    await unlessFailing(async () => ranges?.put(offset, bytes));
+    return bytes;
+  };
+
+  const cached: CachedSource = {
+    name,
+    counts,
+    reads: {
       get requests() {
         return now().requests;
       },
@@ -135,231 +182,118 @@ class Cached implements CachedSource {
       get whole() {
         return now().whole;
       },
-    };
-  }
-
-  get byteLength(): number | undefined {
-    return this.#inner?.byteLength ?? this.#length;
-  }
-
-  /** Whole files need their size, which is kept as well: there may be no server to ask. */
-  async readAll(options: ReadAllOptions = {}): Promise<Uint8Array> {
-    const { signal } = options;
-    throwIfAborted(signal);
-    this.#live();
-    const place = await unlessAborted(this.#open(), signal);
-    const file = await this.#sizeFile();
-    const kept = place && (await this.#unlessFailing(() => place.shelf.get(file, place.version, 0, 8)));
-    if (kept && kept !== "damaged") this.#length = new DataView(kept.slice().buffer).getFloat64(0);
-    else {
-      const source = await this.#source();
-      if (source.byteLength === undefined) await source.read(0, 1, { signal });
-      // A server of another origin may not let it be seen.
-      if (source.byteLength === undefined) return readAll(source, options);
-      const bytes = new Uint8Array(8);
-      new DataView(bytes.buffer).setFloat64(0, source.byteLength);
-      if (place) await this.#unlessFailing(() => place.shelf.put(file, place.version, 0, bytes));
-    }
-    return readBeginning(this, this.byteLength!, options);
-  }
-
-  async read(offset: number, length: number, { signal, onBytes }: ReadOptions = {}): Promise<Uint8Array> {
-    throwIfAborted(signal);
-    this.#live();
-    if (length === 0) return new Uint8Array(0);
-    const place = await unlessAborted(this.#open(), signal);
-    if (length <= PIECE_BYTES) return this.#piece(place, offset, length, signal);
-    // Joined at the end: memory follows what arrives, not what is asked for.
-    const pieces: Uint8Array[] = [];
-    for (let at = offset; at < offset + length; at += PIECE_BYTES) {
-      const piece = await this.#piece(place, at, Math.min(PIECE_BYTES, offset + length - at), signal);
-      pieces.push(piece);
-      onBytes?.(piece.length);
-    }
-    const bytes = new Uint8Array(length);
-    for (const [i, piece] of pieces.entries()) bytes.set(piece, i * PIECE_BYTES);
-    return bytes;
-  }
-
-  async identify(options?: ReadOptions): Promise<string | undefined> {
-    return this.#integrity ?? (await this.#source()).identify?.(options);
-  }
-
-  async clear(): Promise<void> {
-    const place = await this.#place?.catch(() => undefined);
-    const shelf = place?.shelf ?? (await Shelf.open(this.#store));
-    for (const file of [await this.#file(), await this.#sizeFile()]) await shelf.forget(file);
-  }
-
-  async close(): Promise<void> {
-    this.#closed = true;
-    await (await this.#opening?.catch(() => undefined))?.close?.();
-  }
-
-  #live(): void {
-    if (this.#closed) throw new SourceError("cannot be read: it was closed; open it again", { file: this.name });
-  }
-
-  async #source(): Promise<ByteSource> {
-    this.#live();
-    this.#opening ??= openSource(this.#input, this.#fetchOptions).catch((error: unknown) => {
-      this.#opening = undefined;
-      throw error;
-    });
-    return (this.#inner = await this.#opening);
-  }
-
-  /** Undefined where the store does not work. */
-  #open(): Promise<CachedFile | undefined> {
-    // Not kept when it failed: the next read may find the server.
-    this.#place ??= this.#find().catch((error: unknown) => {
-      this.#place = undefined;
-      throw error;
-    });
-    return this.#place;
-  }
-
-  async #find(): Promise<CachedFile | undefined> {
-    const identity = await this.identify();
-    if (identity === undefined) {
-      const message = "nothing tells its version: no ETag or Last-Modified that can be read here";
-      throw new SourceError(`${message}; give \`integrity\`, or do without a cache`, { file: this.name });
-    }
-    return this.#unlessFailing(async () => {
-      const [file, version, shelf] = [await this.#file(), await digestOf(identity), await Shelf.open(this.#store)];
-      for (const one of [file, await this.#sizeFile()]) await shelf.forget(one, version);
-      return { shelf, file, version };
-    });
-  }
-
-  /** Digest that stands for the file in keys. */
-  #file(): Promise<string> {
-    const integrity = this.#integrity;
-    const address = typeof this.#input === "string" ? this.#input : this.#input.name;
-    return digestOf(integrity === undefined ? `address ${address}` : `integrity ${integrity}`);
-  }
-
-  /** Digest that stands for the file's size in keys. */
-  async #sizeFile(): Promise<string> {
-    return digestOf(`size of ${await this.#file()}`);
-  }
-
-  async #piece(
-    place: CachedFile | undefined,
-    offset: number,
-    length: number,
-    signal: AbortSignal | undefined,
-  ): Promise<Uint8Array> {
-    const kept = place && (await this.#unlessFailing(() => place.shelf.get(place.file, place.version, offset, length)));
-    if (kept === "damaged") this.counts.damaged++;
-    else if (kept) {
-      this.counts.hits++;
-      return kept;
-    }
-    this.counts.misses++;
-    const bytes = await (await this.#source()).read(offset, length, { signal });
-    this.#counted.requests++;
-    this.#counted.bytes += bytes.length;
-    if (place) await this.#unlessFailing(() => place.shelf.put(place.file, place.version, offset, bytes));
-    return bytes;
-  }
-
-  /** A store that fails, for instance because it is full, costs requests and nothing else. */
-  async #unlessFailing<T>(work: () => Promise<T>): Promise<T | undefined> {
-    try {
-      return await work();
-    } catch (error) {
-      this.counts.failures++;
-      this.counts.lastFailure = error;
-      return undefined;
-    }
-  }
-}
-
-// The ranges of files in a store. An entry is a range, followed by its SHA-256. Its key says which file, which version, which bytes: the
-// store's list of keys is all there is to know, so nothing can disagree with it.
-
-/** A range that is kept. */
-interface Kept {
-  readonly key: string;
-  readonly file: string;
-  readonly version: string;
-  readonly offset: number;
-  readonly length: number;
+    },
+    get byteLength() {
+      return inner?.byteLength ?? length;
+    },
+    identify,
+    async read(offset, length, { signal, onBytes } = {}) {
+      const ranges = length === 0 ? undefined : await rangesFor(signal);
+      if (length <= PIECE_BYTES) return length === 0 ? new Uint8Array(0) : readPiece(ranges, offset, length, signal);
+      // Joined at the end: memory follows what arrives, not what is asked for.
+      const pieces: Uint8Array[] = [];
+      for (let at = offset; at < offset + length; at += PIECE_BYTES) {
+        const piece = await readPiece(ranges, at, Math.min(PIECE_BYTES, offset + length - at), signal);
+        pieces.push(piece);
+        onBytes?.(piece.length);
+      }
+      const bytes = new Uint8Array(length);
+      for (const [i, piece] of pieces.entries()) bytes.set(piece, i * PIECE_BYTES);
+      return bytes;
+    },
+    /** Whole files need their size, which is kept as well: there may be no server to ask. */
+    async readAll(options = {}) {
+      const ranges = await rangesFor(options.signal);
+      length = ranges?.size();
+      if (length === undefined) {
+        const source = await openInner();
+        if (source.byteLength === undefined) await source.read(0, 1, { signal: options.signal });
+        const { byteLength } = source;
+        // A server of another origin may not let it be seen.
+        if (byteLength === undefined) return readAll(source, options);
+        await unlessFailing(async () => ranges?.put(byteLength, new Uint8Array(0)));
+      }
+      return readBeginning(cached, cached.byteLength!, options);
+    },
+    async clear() {
+      const ranges = (await finding?.catch(() => undefined)) ?? (await openRanges(store, await fileKey()));
+      await ranges.clear();
+    },
+    async close() {
+      isClosed = true;
+      await (await opening?.catch(() => undefined))?.close?.();
+    },
+  };
+  return cached;
 }
 
 const KEY = /^([0-9a-f]{32})\.([0-9a-f]{32})\.(\d{1,16})-(\d{1,16})$/;
 const CHECKSUM_BYTES = 32;
 
-/** The ranges in a store, as of when it was opened and what happened here since. */
-class Shelf {
-  readonly #store: RangeStore;
-  readonly #kept: Map<string, Kept>;
-
-  private constructor(store: RangeStore, kept: Map<string, Kept>) {
-    this.#store = store;
-    this.#kept = kept;
-  }
-
-  static async open(store: RangeStore): Promise<Shelf> {
-    const kept = new Map<string, Kept>();
-    for (const key of await store.keys()) {
-      const [, file, version, offset, length] = KEY.exec(key) ?? [];
-      if (file && version) kept.set(key, { key, file, version, offset: Number(offset), length: Number(length) });
-    }
-    return new Shelf(store, kept);
-  }
-
+/** The ranges of one version of a file in a store. */
+interface Ranges {
+  /** Size of the file, once it is known. */
+  size(): number | undefined;
   /**
    * Bytes of a range that lie in one that is kept.
    * @returns "damaged" when they did, and are gone now; undefined when there are none
    */
-  async get(
-    file: string,
-    version: string,
-    offset: number,
-    length: number,
-  ): Promise<Uint8Array | "damaged" | undefined> {
-    for (const kept of this.#kept.values()) {
-      const from = offset - kept.offset;
-      if (kept.file !== file || kept.version !== version || from < 0 || from + length > kept.length) continue;
-      const entry = await this.#store.get(kept.key);
+  get(offset: number, length: number): Promise<Uint8Array | "damaged" | undefined>;
+  put(offset: number, bytes: Uint8Array): Promise<void>;
+  clear(): Promise<void>;
+}
+
+/**
+ * The ranges as of now and what happens here from now on. An entry is a range, followed by its SHA-256. Its key says which file, which version,
+ * which bytes: the store's list of keys is all there is to know, so nothing can disagree with it. An entry of no bytes lies at the end of the
+ * file, and so tells its size. Other versions of the file are forgotten.
+ * @param version undefined: all that there are stay
+ */
+async function openRanges(store: RangeStore, file: string, version?: string): Promise<Ranges> {
+  const kept = new Map<string, { readonly offset: number; readonly length: number }>();
+  const forget = async (key: string): Promise<void> => {
+    kept.delete(key);
+    await store.delete(key);
+  };
+  for (const key of await store.keys()) {
+    const [, owner, found, offset, length] = KEY.exec(key) ?? [];
+    if (owner !== file) continue;
+    if (version === undefined || found === version) kept.set(key, { offset: Number(offset), length: Number(length) });
+    else await store.delete(key);
+  }
+  return {
+    size: () => [...kept.values()].find(({ length }) => length === 0)?.offset,
+    async get(offset, length) {
+      const all = [...kept];
+      const [key, range] = all.find(([, at]) => at.offset <= offset && offset + length <= at.offset + at.length) ?? [];
+      if (!key || !range) return undefined;
+      const entry = await store.get(key);
       if (!entry) {
         // Another program has deleted it.
-        this.#kept.delete(kept.key);
+        kept.delete(key);
         return undefined;
       }
       const bytes = entry.subarray(0, Math.max(0, entry.length - CHECKSUM_BYTES));
       const sum = entry.subarray(bytes.length);
-      if (bytes.length === kept.length && toHex(await sha256(bytes)) === toHex(sum))
-        return bytes.subarray(from, from + length);
-      await this.#delete(kept.key);
+      if (bytes.length === range.length && toHex(await sha256(bytes)) === toHex(sum))
+        return bytes.subarray(offset - range.offset, offset - range.offset + length);
+      await forget(key);
       return "damaged";
-    }
-    return undefined;
-  }
-
-  async put(file: string, version: string, offset: number, bytes: Uint8Array): Promise<void> {
-    const { length } = bytes;
-    const key = `${file}.${version}.${offset}-${length}`;
-    const entry = new Uint8Array(length + CHECKSUM_BYTES);
-    entry.set(bytes);
-    entry.set(await sha256(bytes), length);
-    await this.#store.put(key, entry);
-    // Listed only once it is there: a reader that did not find it would take it off the list, and it would never be deleted.
-    this.#kept.set(key, { key, file, version, offset, length });
-  }
-
-  /** Forgets the ranges of a file, except those of one version. */
-  async forget(file: string, except?: string): Promise<void> {
-    for (const kept of [...this.#kept.values()])
-      if (kept.file === file && kept.version !== except) await this.#delete(kept.key);
-  }
-
-  async #delete(key: string): Promise<void> {
-    this.#kept.delete(key);
-    await this.#store.delete(key);
-  }
+    },
+    async put(offset, bytes) {
+      const { length } = bytes;
+      const key = `${file}.${version}.${offset}-${length}`;
+      const entry = new Uint8Array(length + CHECKSUM_BYTES);
+      entry.set(bytes);
+      entry.set(await sha256(bytes), length);
+      await store.put(key, entry);
+      // Listed only once it is there: a reader that did not find it would take it off the list, and it would never be deleted.
+      kept.set(key, { offset, length });
+    },
+    async clear() {
+      for (const key of [...kept.keys()]) await forget(key);
+    },
+  };
 }
 
 /** Stands for a text in keys: 128 bits of its SHA-256. */

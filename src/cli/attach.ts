@@ -27,11 +27,6 @@ const MOST_MODEL_BYTES = 2 ** 31 - 1;
 /** Marks from which a program tells whether a model and the inputs of a task belong together. */
 type Marks = ReadonlyMap<string, string>;
 
-const modes = choice(
-  ["auto", "core", "factors"],
-  "What the inputs are: cores between the components, or expanded factors.",
-);
-
 export const attach: Attach = command({
   usage: "attach <MODEL.onnx> <PACK>",
   details: "Tasks become small input files beside it. For runtimes that this package has no binding for.",
@@ -39,27 +34,22 @@ export const attach: Attach = command({
   options: {
     output: output("OUT.onnx", "The model to write, with OUT.base.safetensors and OUT.tasks/ID.safetensors beside it."),
     force,
-    mode: byDefault("auto", {
-      ...modes,
-      parse(given, flag, before) {
-        if (given !== "folded") return modes.parse(given, flag, before);
-        const others = 'use eigenlora fold, or createEigenSession with mode "folded"';
-        throw new UsageError(`--mode folded: an ONNX file cannot take weights as inputs; ${others}`);
-      },
-    }),
+    mode: byDefault(
+      "auto",
+      choice(["auto", "core", "factors"], "What the inputs are: cores between the components, or expanded factors."),
+    ),
     task: list("ID", "Write the inputs of this task only."),
     revoked,
     ...match,
   },
   reads: ["model", "file"],
   async run([modelPath, packPath]: [string, string], { output: target, force, mode, task, ...options }, run, out) {
-    await run.refuseSwapped(modelPath, packPath);
-    checkTarget(target, { force, inputs: [modelPath, packPath] });
+    const { refuse } = await run.target(target, { force, inputs: [modelPath, packPath] });
     const pack = await run.pack(packPath);
     refuseUnknown(options.names, pack.modules, packPath);
     const file = run.closing(await readModel(modelPath));
     const folder = dirname(modelPath);
-    const external = [...externalFiles(file.model.graph.proto).keys()].map((location) => join(folder, location));
+    const external = [...externalFiles(file.model).keys()].map((location) => join(folder, location));
     if (external.length > 0 && realTarget(folder) !== realTarget(dirname(target))) {
       const advice = `write it into the model's folder ${folder}, or copy that folder first`;
       throw new UsageError(`--output ${target}: the model has weights in ${external.join(", ")}; ${advice}`);
@@ -67,7 +57,8 @@ export const attach: Attach = command({
     const missing = external.find((path) => !stat(path));
     if (missing) throw new SourceError("cannot be read: there is no such file (ENOENT)", { file: missing });
     const inputs = [modelPath, packPath, ...external];
-    for (const path of [target, baseFile(target)]) checkTarget(path, { force, inputs, output: target });
+    refuse(inputs);
+    checkTarget(baseFile(target), { force, inputs, output: target });
     const bases = (await pack.bases()).bytes;
     const prepared = await prepareModel(file, pack, bases, { ...options, mode, probeOutputs: false });
     refuseFolded(prepared, pack);
@@ -82,7 +73,6 @@ export const attach: Attach = command({
       [`${PREFIX}.mode`, chosen],
     ]);
     const model = serialise(file, prepared, marks, target);
-    await run.lock(target);
     const unfolding = await createUnfolding(pack, prepared.mode as "core" | "factors", bases, prepared.base);
     const evaluator = new TaskEvaluator(prepared, run.closing(unfolding));
     const values = (id: string | null) => valuesOf(pack, prepared.inputs, evaluator, marks, id);
@@ -167,10 +157,7 @@ function taskFile(target: string, id: string): string {
   return join(tasksFolder(target), `${encodeURIComponent(id).replaceAll("*", "%2A")}.safetensors`);
 }
 
-/** Most bytes of a file's name, less those of endings that temporary files and locks add. */
-const MOST_NAME = 230;
-
-/** @throws UsageError for ids that make one file on disks that ignore case, or a name that is too long */
+/** @throws UsageError for ids that make one file on disks that ignore case */
 function refuseNames(target: string, ids: readonly string[]): void {
   const seen = new Map<string, string>();
   for (const id of ids) {
@@ -179,10 +166,6 @@ function refuseNames(target: string, ids: readonly string[]): void {
     if (other !== undefined)
       throw new UsageError(
         `the tasks "${other}" and "${id}" would be one file on disks that ignore case: name others with --task`,
-      );
-    if (name.length > MOST_NAME)
-      throw new UsageError(
-        `the name of task "${id}" is too long for a file: leave it out by naming the others with --task`,
       );
     seen.set(name, id);
   }

@@ -3,6 +3,7 @@
  * Loaded by `--model` alone. Outcomes are kept in a folder until the pack is written, so that a command which was stopped goes on.
  */
 import { rmdir } from "node:fs/promises";
+import { createEngine } from "../../bindings/ort-engine.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
@@ -11,16 +12,7 @@ import type { Built } from "../pack/build.ts";
 import type { BuildOptions } from "../pack/recipe.ts";
 import { type AnsweringTask, type ByAnswersReport, packByAnswers, tasksByAnswers } from "../train/pack-by-answers.ts";
 import type { Run } from "./command.ts";
-import {
-  asksPrompts,
-  contents,
-  engineOf,
-  finishedIn,
-  modelDigests,
-  openModel,
-  readQuestions,
-  removeFinished,
-} from "./model.ts";
+import { asksPrompts, contents, finishedIn, modelDigest, openModel, readQuestions, removeFinished } from "./model.ts";
 import type { judged, Values } from "./options.ts";
 import type { Output } from "./output.ts";
 
@@ -44,16 +36,15 @@ export async function packedByAnswers(
 ): Promise<Built<ByAnswersReport> & { finish(left: boolean): Promise<void> }> {
   const { output, model, tokenizer, tokens, names, minutes, agreement, bytes, distill: steps } = options;
   const { ort, encode, asked } = await opened("pack", options, adapters);
-  const inputs = { ...(await modelDigests(model, tokenizer)), adapters: await contents(adapters, out) };
+  const inputs = { model: await modelDigest(model, tokenizer), adapters: await contents(adapters, out) };
   const folder = `${output}.partial`;
-  await run.lock(folder);
   run.folder(folder);
   const signal = run.interrupts();
   signal.addEventListener("abort", () =>
     out.phase("stopping: what is finished is written, the rest as without a model; Ctrl-C again ends it at once"),
   );
   out.phase("packing, loading the model");
-  const built = await packByAnswers(engineOf(ort, options), model, {
+  const built = await packByAnswers(createEngine(ort), model, {
     ...{ adapters, encode, ...asked, names, minutes, agreement, bytes, steps, ...build, signal },
     finished: finishedIn(folder, { inputs, tokens, names: [...names], ...asked, agreement, bytes, steps }),
     onProgress: out.progress,
@@ -76,7 +67,7 @@ export async function addedByAnswers(
   out.phase("loading the model");
   const { ort, encode, asked } = await opened("add", options, adapters);
   const how = { adapters, encode, ...asked, minutes, agreement, signal: run.interrupts(), onProgress: out.progress };
-  const outcomes = await tasksByAnswers(engineOf(ort, options), model, pack, how);
+  const outcomes = await tasksByAnswers(createEngine(ort), model, pack, how);
   return outcomes.map(({ file, agreement, reason }) => {
     const { id, adapterBytes, metadata, brings, blob } = parseTaskFile(file, "a distilled task");
     return { entry: { id, adapterBytes, metadata, brings }, blob, agreement, reason };

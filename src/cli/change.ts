@@ -8,7 +8,7 @@ import { type Adapter, refuseBases } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile, readTaskFile } from "../core/task-file.ts";
 import { keyName } from "../core/trust.ts";
-import { SourceError, TaskError } from "../errors.ts";
+import { TaskError } from "../errors.ts";
 import type { Sign, TaskToWrite } from "../format/encode.ts";
 import { integrityOf } from "../format/fields.ts";
 import { MAX_LOSS, projectAdapters, storedDtypes } from "../pack/add.ts";
@@ -66,6 +66,7 @@ export const add: Attach = command({
   reads: ["own", "repository"],
   async run([file, ...paths]: [string, ...string[]], { as, anyBase, maxLoss, base, key, model, ...asked }, run, out) {
     const sign = await signerOf(key);
+    await run.lock(file);
     const rename = new Map(as);
     const files: NamedTask[] = [];
     const folders: string[] = [];
@@ -87,15 +88,7 @@ export const add: Attach = command({
     for (const { path, id } of files) await pack.addTask(id, path);
     const copied: TaskToWrite[] = [];
     for (const { id } of files) copied.push({ entry: pack.tasks.get(id)!, blob: await pack.stored(id) });
-    await run.lock(file);
-    // Another process may have written since.
-    const now = await run.pack(file, { bases: "later" });
-    if (now.basisId !== pack.basisId) {
-      const message = "has become a pack of another basis in the meantime; nothing was added, run the command again";
-      throw new SourceError(message, { file: pack.name });
-    }
-    refuseTaken(now, added);
-    const plan = await planAppend(now, [...projected, ...judged, ...copied], sign);
+    const plan = await planAppend(pack, [...projected, ...judged, ...copied], sign);
     append(file, plan);
     warnOf(adapters, out);
     const residual = projected.map((task) => task.residual);
@@ -105,8 +98,8 @@ export const add: Attach = command({
         out.warn(
           `task "${id}" loses ${percent(total)} of its ΔW, which the pack's components lack: pack all adapters again, with this one`,
         );
-    warnUnsigned(now, sign, out);
-    const bytesBefore = now.window.superblock.committed;
+    warnUnsigned(pack, sign, out);
+    const bytesBefore = pack.window.superblock.committed;
     const bytesAfter = plan.offset + sum(plan.body.map(({ length }) => length));
     return {
       json: {

@@ -31,21 +31,17 @@ export const check: Attach = command({
   options: OPTIONS,
   reads: ["model", "file"],
   async run([modelPath, packPath]: [string, string], { filesOnly, beside, ...options }, run) {
-    await run.refuseSwapped(modelPath, packPath);
     const pack = await run.pack(packPath);
     refuseUnknown(options.names, pack.modules, packPath);
     const models = namesOf([modelPath, ...beside]);
     const shown = new Map([...models].map(([name, path]) => [name, run.shown(path)]));
-    const alone = models.size === 1;
+    const isAlone = models.size === 1;
     const { files, lost } = await survey(models, pack, options);
-    const stopped = files.map(([name, found]) =>
-      typeof found === "string"
-        ? found
-        : found.mode === null
-          ? `${alone ? "" : `${name}: `}${found.reason}`
-          : undefined,
-    );
-    const planned = lost ?? stopped.find((why) => why !== undefined);
+    const stopped = files.flatMap(([name, found]) => {
+      if (typeof found === "string") return found;
+      return found.mode === null ? `${isAlone ? "" : `${name}: `}${found.reason}` : [];
+    });
+    const planned = lost ?? stopped[0];
     const isRun = !filesOnly && planned === undefined;
     const ran = isRun ? inWords(await tryOut(models, pack, options)) : null;
     const why = planned ?? (ran?.session.works === false ? ran.session.says : undefined);
@@ -53,23 +49,17 @@ export const check: Attach = command({
     const next = works ? callOf(shown, packPath, options) : await adviceOf(files, lost, ran, pack);
     const [[name, only]] = files as [[string, Survey]];
     const largest = Math.max(0, ...[...pack.tasks.values()].map((task) => task.bytes));
+    const about = isAlone
+      ? { model: shown.get(name), ...only }
+      : { models: Object.fromEntries(shown), files: Object.fromEntries(files) };
     return {
-      json: alone
-        ? { model: shown.get(name), pack: packPath, works, ...only, run: ran, next }
-        : {
-            models: Object.fromEntries(shown),
-            pack: packPath,
-            works,
-            files: Object.fromEntries(files),
-            run: ran,
-            next,
-          },
+      json: { ...about, pack: packPath, works, run: ran, next },
       text: [
         `${packPath}: ${count(pack.tasks.size, "task")}, ${count(pack.modules.length, "module")}, ${bytes(largest)} a task at most`,
-        ...files.flatMap(([name, found]) => fileText(shown.get(name)!, found, alone && ran === null)),
+        ...files.flatMap(([name, found]) => fileText(shown.get(name)!, found, isAlone && ran === null)),
         "",
         ...(isRun ? runText(ran) : []),
-        works ? `It works${alone ? `, in mode "${only.mode}" (${only.reason})` : ""}.` : `It does not work: ${why}`,
+        works ? `It works${isAlone ? `, in mode "${only.mode}" (${only.reason})` : ""}.` : `It does not work: ${why}`,
         `Next: ${next}`,
       ],
       exitCode: works ? 0 : 1,
@@ -102,7 +92,8 @@ async function survey(
 ): Promise<{ files: Surveyed[]; lost: string | undefined }> {
   const reads = [...models].map(([name, path]) => [name, () => readModel(path)] as const);
   const [[name, read]] = reads as [(typeof reads)[number]];
-  if (models.size === 1) return { files: [[name, inWords(await surveyModel(read, pack, options))]], lost: undefined };
+  if (models.size === 1)
+    return { files: [[name, inWords(await surveyModel(await read(), pack, options))]], lost: undefined };
   const { files, unmatched } = await surveyFiles(new Map(reads), pack, options);
   return { files: [...files].map(([name, found]) => [name, inWords(found)]), lost: inWords(unmatched ?? undefined) };
 }
@@ -126,36 +117,30 @@ interface Tried {
 interface Ran {
   readonly session: Tried;
   readonly learning: Tried;
-  /** Results of the parity probe: of one file, or by file. */
-  readonly probe?: string | null;
-  readonly probes?: Readonly<Record<string, string>>;
+  /** Results of the parity probe, by file. */
+  readonly probes: Readonly<Record<string, string>>;
 }
-
-const NEVER: Tried = { works: null, says: "no session could be made" };
-const MADE: Tried = { works: true, says: "made and run" };
 
 /** @returns null where onnxruntime-node is not installed */
 async function tryOut(models: ReadonlyMap<string, string>, pack: Pack, options: CheckOptions): Promise<Ran | null> {
   const ort = await openRuntime("check").catch(() => null);
   if (!ort) return null;
-  const [model] = models.values() as Iterable<string> as [string];
-  const alone = models.size === 1;
+  const [[name, model]] = models as Iterable<[string, string]> as [[string, string]];
+  const isAlone = models.size === 1;
+  const probes: Record<string, string> = {};
   try {
-    if (alone) {
-      const session = await createEigenSession(ort, model, pack, options);
-      const probe = session.probe.result;
-      await session.close();
-      return { session: MADE, probe, learning: await tryLearning(ort, model, pack, options) };
-    }
-    const group = await createEigenSessions(ort, Object.fromEntries(models), pack, options);
-    const probes = Object.entries(group.sessions).map(([name, session]) => [name, session.probe.result] as const);
-    await group.close();
-    const learning = { works: false, says: "gradients do not pass from file to file: one graph can learn" };
-    return { session: MADE, probes: Object.fromEntries(probes), learning };
+    const group = isAlone ? undefined : await createEigenSessions(ort, Object.fromEntries(models), pack, options);
+    const sessions = group?.sessions ?? { [name]: await createEigenSession(ort, model, pack, options) };
+    for (const [name, { probe }] of Object.entries(sessions)) probes[name] = probe.result;
+    await (group ?? sessions[name]!).close();
   } catch (error) {
-    const session = { works: false, says: (error as Error).message };
-    return alone ? { session, probe: null, learning: NEVER } : { session, probes: {}, learning: NEVER };
+    const learning = { works: null, says: "no session could be made" };
+    return { session: { works: false, says: (error as Error).message }, probes, learning };
   }
+  const learning = isAlone
+    ? await tryLearning(ort, model, pack, options)
+    : { works: false, says: "gradients do not pass from file to file: one graph can learn" };
+  return { session: { works: true, says: "made and run" }, probes, learning };
 }
 
 async function tryLearning(ort: Ort, model: string, pack: Pack, options: CheckOptions): Promise<Tried> {
@@ -177,7 +162,7 @@ function fileText(model: string, survey: Survey | string, unrun: boolean): strin
   if (typeof survey === "string") return ["", model, `  ${survey}`];
   return [
     "",
-    `${model}: opset ${survey.opset}, ${count(survey.nodes, "node")}`,
+    `${model}: opset ${survey.opset}`,
     ...modulesText(survey),
     ...parametersText(survey),
     "",
@@ -211,49 +196,32 @@ function more(all: readonly unknown[]): string[] {
   return all.length > LISTED ? [`  … and ${all.length - LISTED} more; --json lists all`] : [];
 }
 
-const BECOMES = {
-  input: "an input of each run",
-  folded: "written into the weights",
-  found: "found",
-  ignored: "left out",
-  missing: "missing",
-};
-
 function parametersText({ parameters }: Survey): string[] {
   if (parameters.length === 0) return ["Tasks change nothing else."];
   return [
     "",
     "What else tasks change",
-    ...parameters.slice(0, LISTED).map(({ name, role, becomes, dropped, why }) => {
-      const zero = dropped ? "; the export has dropped it, since it was zero" : "";
-      return `  ${name} (${role}): ${why ?? `${BECOMES[becomes]}${zero}`}`;
-    }),
+    ...parameters.slice(0, LISTED).map(({ name, role, why }) => `  ${name} (${role}): ${why ?? "found"}`),
     ...more(parameters),
   ];
 }
 
 function modesText({ modes, learning }: Survey, unrun: boolean): string[] {
-  const size = (n: number): string => (n === 0 ? "" : bytes(n));
   const all = Object.entries(modes);
   // The obstacle to all modes is reported at the end.
   const some = all.some(([, { works }]) => works);
-  const rows = all.map(([name, { works, nodes, inputs, componentBytes, pristineBytes, fedBytes, writtenBytes }]) =>
-    works
-      ? [name, "yes", nodes, inputs, ...[componentBytes, pristineBytes, fedBytes, writtenBytes].map(size)]
-      : [name, some ? "not here" : "no", "", "", "", "", "", ""],
-  );
   return [
-    ...table([["mode", "works", "nodes", "inputs", "components", "kept to fold", "fed to a run", "written"], ...rows]),
-    ...all.flatMap(([name, { why }]) => (why === null || !some ? [] : [`  ${name}: ${why}`])),
+    ...all.map(([name, { works, why }]) => `mode ${name}: ${works ? "yes" : some ? `no, ${why}` : "no"}`),
     ...(learning.why === null || !unrun || !some ? [] : [`learning: no, ${learning.why}`]),
   ];
 }
 
 function runText(ran: Ran | null): string[] {
   if (!ran) return [`Not run: onnxruntime-node is not installed (npm install onnxruntime-node; ${WITHOUT_NUGET}).`];
-  const { session, learning, probe, probes = {} } = ran;
+  const { session, learning, probes } = ran;
   if (session.works === false) return [`onnxruntime-node: ${session.says}`];
-  const results = probe ? [probe] : Object.entries(probes).map(([file, result]) => `${result} (${file})`);
+  const all = Object.entries(probes);
+  const results = all.map(([file, result]) => (all.length > 1 ? `${result} (${file})` : result));
   // The first of many operators that stand in the way stands for the others.
   const [first, second, ...others] = learning.says.split("; ");
   const says =
@@ -353,7 +321,7 @@ async function adviceOf(
   }
   if (modules.some(({ confirmed }) => confirmed === false))
     return "export the base that the adapters were trained on; or, if the model was trained further on purpose, --any-base.";
-  const head = parameters.find(({ becomes }) => becomes === "missing");
+  const head = parameters.find(({ why }) => why !== null);
   if (head) {
     const layer = head.name.replace(/\.[^.]*$/, "");
     return `export the model with "${layer}" (docs/export.md), or use the tasks without it: --ignore ${layer}`;

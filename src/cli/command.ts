@@ -18,6 +18,7 @@ import type { BuildOptions } from "../pack/recipe.ts";
 import type { OnProgress } from "../progress.ts";
 import { type Command, Option } from "./commander.ts";
 import {
+  type Chunks,
   checkTarget,
   makeFolder,
   onInterrupt,
@@ -28,7 +29,7 @@ import {
   writeWhole,
 } from "./files.ts";
 import { flagOf, inFlags, type OptionSpec, type Options, type ReadAs, UsageError, type Values } from "./options.ts";
-import { bytes, type Output, sum } from "./output.ts";
+import { type Output, sum } from "./output.ts";
 
 /** Outcome of a command. */
 export interface Result {
@@ -75,7 +76,7 @@ export function command<A extends readonly string[], O extends Options>(declared
     parser.addHelpText("after", () => {
       const rare = parser.options.filter(({ hidden }) => hidden).length;
       const more = rare > 0 ? [`\n${rare} more options: --help --all`] : [];
-      return [...hubHelp(options, reads), ...more, `\nExample:\n  eigenlora ${example}`].join("\n");
+      return [...more, `\nExample:\n  eigenlora ${example}`].join("\n");
     });
     parser.option("--json", "Print one JSON object.").action(async () => {
       const given: Readonly<Record<string, unknown>> = parser.opts();
@@ -125,16 +126,6 @@ function toOption(flag: string, spec: OptionSpec<unknown>): Option {
   });
 }
 
-/** Explains names of the Hugging Face Hub, in the help of commands that take them. */
-function hubHelp(options: Options, reads: readonly (ReadAs | undefined)[]): string[] {
-  const all = [...reads, ...Object.values(options).map((spec) => spec.reads)];
-  if (all.includes("repository") || all.includes("model"))
-    return ["\nAdapters and models may lie on the Hugging Face Hub: org/name, or", "hf:org/name@revision/path."];
-  return all.includes("file") || all.includes("weights")
-    ? ["\nIt may lie on the Hugging Face Hub: hf:org/name@revision/file."]
-    : [];
-}
-
 async function valuesOf<O extends Options>(
   options: O,
   given: Readonly<Record<string, unknown>>,
@@ -180,12 +171,12 @@ interface Closable {
   close?(): unknown;
 }
 
-/** A file that a command writes. */
+/** A file that a command writes, whose lock it holds. */
 export interface Target {
   /** @throws UsageError when it is one of these, which the command turned out to read */
   refuse(inputs: readonly string[]): void;
-  /** Takes the lock and writes the file. @returns its size in bytes */
-  write(chunks: Iterable<Uint8Array> | AsyncIterable<Uint8Array>): Promise<number>;
+  /** @returns the size in bytes */
+  write(chunks: Chunks): Promise<number>;
 }
 
 export class Run {
@@ -223,14 +214,13 @@ export class Run {
     if (short) this.guessed.push(given);
     if (reads !== "model") return hubText(name);
     const { openSnapshot } = await import("../http/hub.ts");
-    const snapshot = await openSnapshot(name, { onProgress: downloading(this.#out), stage: "model" });
+    const snapshot = await openSnapshot(name, { onProgress: downloading(this.#out) });
     const { files } = snapshot;
     let model = name.path;
     if (!model.endsWith(".onnx") && !files.has(model)) {
       const inside = [...files.keys()].filter((file) => model === "" || file.startsWith(`${model}/`));
-      const sized = (file: string): string => `${file} (${bytes(files.get(file)?.size ?? 0)})`;
       const models = inside.filter((file) => file.endsWith(".onnx"));
-      model = onlyOne(models, ".onnx", snapshot.nameOf(model), files.get(models[0] ?? "") && sized);
+      model = onlyOne(models, ".onnx", snapshot.nameOf(model));
     }
     const [path] = await snapshot.get([model]);
     const folder = posix.dirname(model);
@@ -270,7 +260,7 @@ export class Run {
   }
 
   /**
-   * Keeps other writers from a file until the command ends. Read what is to be changed after that.
+   * Keeps other writers from a file until the command ends. Read it after that, if it is to be changed.
    * @throws SourceError naming the process that holds it for too long
    */
   async lock(path: string): Promise<void> {
@@ -278,18 +268,15 @@ export class Run {
   }
 
   /**
-   * A file that the command will write: refused before the work, which may take hours, and not after it.
+   * A file that the command will write: refused, or locked, before the work.
    * @throws UsageError when it may not be written, SourceError when it cannot be
    */
   async target(path: string, options: TargetOptions): Promise<Target> {
     checkTarget(path, options);
-    (await takeLock(path, this.#out.warn)).close();
+    await this.lock(path);
     return {
       refuse: (inputs) => checkTarget(path, { ...options, inputs }),
-      write: async (chunks) => {
-        await this.lock(path);
-        return writeWhole(path, chunks, options.force);
-      },
+      write: (chunks) => writeWhole(path, chunks, options.force),
     };
   }
 
@@ -315,20 +302,10 @@ export class Run {
     return source && kindOfSource(this.closing(source));
   }
 
-  /** Tells a task file by its first bytes, or by its name: a damaged one is to be refused as one. */
+  /** Tells a task file by its name, since a damaged one is to be refused as one, or by its first bytes. */
   async isTaskFile(path: string): Promise<boolean> {
-    const onHub = hubName(path) !== undefined;
-    if (!onHub && !stat(path)?.isFile()) return false;
     if (path.endsWith(".eigentask")) return true;
-    return !onHub && (await this.kindOf(path)) === "an EigenLoRA task file";
-  }
-
-  /** @throws UsageError when a model and a pack stand in each other's place */
-  async refuseSwapped(model: string, pack: string): Promise<void> {
-    const first = await this.kindOf(model);
-    const second = await this.kindOf(pack);
-    if (first !== "an EigenLoRA pack" || second !== "an ONNX model") return;
-    throw new UsageError(`${model} is ${first} and ${pack} ${second}; did you swap the two? The model comes first`);
+    return stat(path)?.isFile() === true && (await this.kindOf(path)) === "an EigenLoRA task file";
   }
 
   async pack(path: string, options: OpenOptions = {}): Promise<Pack> {
@@ -411,20 +388,12 @@ async function fileIn(folder: string, ending: string): Promise<string> {
 const LISTED = 8;
 
 /** @throws SourceError unless there is one file */
-function onlyOne(
-  files: readonly string[],
-  ending: string,
-  where: string,
-  shown: (file: string) => string = String,
-): string {
+function onlyOne(files: readonly string[], ending: string, where: string): string {
   if (files.length === 1) return files[0]!;
   const onnx = ending === ".onnx";
   const none = onnx ? "no ONNX model; export one from it (docs/export.md)" : `no file *${ending}`;
   const more = files.length > LISTED ? ` and ${files.length - LISTED} more` : "";
-  const listed = files
-    .slice(0, LISTED)
-    .map((file) => shown(file))
-    .join(", ");
+  const listed = files.slice(0, LISTED).join(", ");
   const several = `several ${onnx ? "models" : `files *${ending}`}; name one of ${listed}${more}`;
   throw new SourceError(`holds ${files.length === 0 ? none : several}`, { file: where });
 }
@@ -435,7 +404,7 @@ export async function weightFiles(model: string): Promise<string[]> {
   const { externalFiles } = await import("../onnx/tensors.ts");
   const file = await readModel(model);
   await file.close();
-  return [...externalFiles(file.model.graph.proto).keys()];
+  return [...externalFiles(file.model).keys()];
 }
 
 /** A listener that shows how much has arrived of all files that are downloaded together. */

@@ -7,33 +7,32 @@ import type { EigenSession } from "../../bindings/onnxruntime.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
-import { FormatError, SourceError, TaskError } from "../errors.ts";
+import { FormatError, TaskError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import { sha256 } from "../format/fields.ts";
-import { type ProjectedAdapter, projectAdapters, storedDtypes } from "../pack/add.ts";
+import { projectAdapters, storedDtypes } from "../pack/add.ts";
 import { completeDtypes } from "../pack/recipe.ts";
-import { byId, openTasks, writeTasks } from "../pack/shard/basis.ts";
+import { byId, writeTasks } from "../pack/shard/basis.ts";
 import { freshPack, tasksOf } from "../pack/write.ts";
 import type { Tokenizer } from "../session/tokens.ts";
-import type { Dtypes } from "../tensor/dtypes.ts";
 import { toHex } from "../text.ts";
 import { type Distilled, type DistillOptions, distill as distilTask } from "../train/distill.ts";
 import { refuseOtherBase, signerOf, warnUnsigned } from "./change.ts";
-import { type Attach, command, type Result, type Run } from "./command.ts";
-import { checkTarget, filesOf, realTarget, writeWhole } from "./files.ts";
-import { digest, facts, makePart } from "./hub.ts";
+import { type Attach, command, type Result } from "./command.ts";
+import { checkTarget, filesOf } from "./files.ts";
+import { tasksPart } from "./hub.ts";
 import {
   asksPrompts,
   contents,
   finishedIn,
-  modelDigests,
+  modelDigest,
   openTrainable,
   readQuestions,
   removeFinished,
   tokenizerOf,
 } from "./model.ts";
 import * as option from "./options.ts";
-import { bytes, count, type Output, resources, table, warnOf } from "./output.ts";
+import { bytes, count, type Output, resources, table } from "./output.ts";
 
 const OPTIONS = {
   output: option.output(
@@ -77,114 +76,77 @@ export const distill: Attach = command({
   example: "distill tasks.eigen my-adapters/ --model model.onnx -o new.eigen",
   options: OPTIONS,
   reads: ["file", "repository"],
-  run: ([pack, ...adapters]: [string, ...string[]], options, run, out) =>
-    (options.part ? distilPart : distilPack)(pack, adapters, options, run, out),
+  async run([packPath, ...paths]: [string, ...string[]], options, run, out): Promise<Result> {
+    const { output: file, part: isPart, force, model, tokenizer = tokenizerOf(model) } = options;
+    const sign = await signerOf(options.key);
+    const inputs = [model, options.text, tokenizer];
+    // A part may be there already, made of the same.
+    const refuse = (read: readonly (string | undefined)[]): void => checkTarget(file, { force: true, inputs: read });
+    if (isPart) refuse([packPath, ...inputs]);
+    const target = isPart ? { refuse } : await run.target(file, { force, inputs });
+    const questions = options.text === undefined ? {} : await readQuestions(options.text);
+    const adapters = byId(await run.adapters(paths, options.as, options.base));
+    target.refuse(adapters.flatMap(filesOf));
+    const pack = await run.pack(packPath);
+    const before = new Set(pack.tasks.keys());
+    // assemble would refuse it, when all is done.
+    const taken = isPart ? adapters.find(({ id }) => before.has(id)) : undefined;
+    if (taken) {
+      const message = `${pack.name} has a task "${taken.id}" already, which a part cannot replace; rename the new one: --as ${taken.id}=NEW`;
+      throw new TaskError(message, { task: taken.id });
+    }
+    refuseOtherBase(pack, adapters, options.anyBase);
+    const settings = await settingsOf(options, questions);
+    const types = isPart ? completeDtypes(options.dtype) : await storedDtypes(pack);
+    // Gives the pack in memory the tasks that it lacks, and distils all.
+    const distilAll = async () => {
+      const missing = adapters.filter(({ id }) => !before.has(id));
+      const projected =
+        missing.length > 0 ? await projectAdapters(pack, missing, types, { onProgress: out.progress, maxLoss: 1 }) : [];
+      for (const { entry, blob } of projected) await pack.addTask(entry.id, encodeTaskFile(entry, pack.basisId, blob));
+      out.phase("loading the model");
+      const opened = await openTrainable("distill", model, pack, options, run, asksPrompts(questions, adapters));
+      run.folder(`${file}.partial`);
+      const done = await distilEach(pack, adapters, { ...opened, questions, settings }, options, out);
+      return { done, losses: projected.map(({ residual }) => residual) };
+    };
+    if ("write" in target) {
+      const { done } = await distilAll();
+      const blobs = new Map(done.map(({ id, file }) => [id, parseTaskFile(file, `task "${id}"`).blob]));
+      const size = await target.write((await freshPack(pack, await tasksOf(pack, blobs), sign)).chunks);
+      warnUnsigned(pack, sign, out);
+      await removeFinished(`${file}.partial`);
+      const { seconds } = resources();
+      return {
+        json: { file, bytes: size, tasks: figuresOf(done, before), seconds },
+        text: [
+          `${file}: ${count(done.length, "task")} distilled, ${bytes(size)}`,
+          ...tableOf(done),
+          `${seconds.toFixed(2)} s`,
+        ],
+      };
+    }
+    let done: readonly Done[] = [];
+    const part = { file, force, types, base: options.base, settings };
+    const { json, text } = await tasksPart("distill", pack, adapters, part, run, out, async (made) => {
+      const outcome = await distilAll();
+      done = outcome.done;
+      const files = done.map((task) => task.file);
+      return writeTasks(pack, made, types, outcome.losses, files);
+    });
+    await removeFinished(`${file}.partial`);
+    // The part was there.
+    if (done.length === 0) return { json, text };
+    return { json: { ...json, tasks: figuresOf(done, new Set()) }, text: [...text, ...tableOf(done)] };
+  },
 });
-
-async function distilPack(
-  packPath: string,
-  paths: readonly string[],
-  options: DistillCommand,
-  run: Run,
-  out: Output,
-): Promise<Result> {
-  const { output: file, force, model, tokenizer = tokenizerOf(model) } = options;
-  const sign = await signerOf(options.key);
-  const target = await run.target(file, { force, inputs: [model, options.text, tokenizer] });
-  const questions = options.text === undefined ? {} : await readQuestions(options.text);
-  const adapters = await run.adapters(paths, options.as, options.base);
-  target.refuse(adapters.flatMap(filesOf));
-  const pack = await run.pack(packPath);
-  const before = new Set(pack.tasks.keys());
-  refuseOtherBase(pack, adapters, options.anyBase);
-  const missing = adapters.filter(({ id }) => !pack.tasks.has(id));
-  await addProjected(pack, missing, await storedDtypes(pack), out);
-  const settings = await settingsOf(options, questions);
-  out.phase("loading the model");
-  const whole = asksPrompts(questions, adapters);
-  const opened = await openTrainable("distill", model, pack, options, run, whole);
-  // Two runs of one target would do the same work, and the first to end would remove what the second has finished.
-  await run.lock(`${file}.partial`);
-  run.folder(`${file}.partial`);
-  const done = await distilEach(pack, adapters, { ...opened, questions, settings }, options, out);
-  await run.lock(file);
-  const now = realTarget(file) === realTarget(packPath) ? await reread(pack, before, done, run) : pack;
-  const blobs = new Map(done.map(({ id, file }) => [id, parseTaskFile(file, `task "${id}"`).blob]));
-  const size = await writeWhole(file, (await freshPack(now, await tasksOf(now, blobs), sign)).chunks, force);
-  warnUnsigned(now, sign, out);
-  await removeFinished(`${file}.partial`);
-  const { seconds } = resources();
-  return {
-    json: { file, bytes: size, tasks: figuresOf(done, before), seconds },
-    text: [
-      `${file}: ${count(done.length, "task")} distilled, ${bytes(size)}`,
-      ...tableOf(done),
-      `${seconds.toFixed(2)} s`,
-    ],
-  };
-}
-
-async function distilPart(
-  basisPath: string,
-  paths: readonly string[],
-  options: DistillCommand,
-  run: Run,
-  out: Output,
-): Promise<Result> {
-  const { output: file, force, model, tokenizer = tokenizerOf(model) } = options;
-  const questions = options.text === undefined ? {} : await readQuestions(options.text);
-  checkTarget(file, { force: true, inputs: [basisPath, model, options.text, tokenizer] });
-  const adapters = byId(await run.adapters(paths, options.as, options.base));
-  checkTarget(file, { force: true, inputs: adapters.flatMap(filesOf) });
-  const basis = await run.pack(basisPath);
-  // assemble would refuse it, when all is done.
-  const taken = adapters.find(({ id }) => basis.tasks.has(id));
-  if (taken) {
-    const message = `${basis.name} has a task "${taken.id}" already, which a part cannot replace; rename the new one: --as ${taken.id}=NEW`;
-    throw new TaskError(message, { task: taken.id });
-  }
-  refuseOtherBase(basis, adapters, options.anyBase);
-  const types = completeDtypes(options.dtype);
-  const settings = await settingsOf(options, questions);
-  const { coefficients, head } = types;
-  const of = [basis.basisId, coefficients, head, await facts(options.base), await contents(adapters, out)];
-  const made = digest("distill", ...of, settings);
-  let done: readonly Done[] | undefined;
-  const figures = { adapters: adapters.length, modules: basis.modules.length, warnings: warnOf(adapters, out) };
-  const { json, text } = await makePart({ file, force, kind: "tasks", made }, figures, async () => {
-    const losses = (await addProjected(basis, adapters, types, out)).map(({ residual }) => residual);
-    const whole = asksPrompts(questions, adapters);
-    const opened = await openTrainable("distill", model, basis, options, run, whole);
-    run.folder(`${file}.partial`);
-    done = await distilEach(basis, adapters, { ...opened, questions, settings }, options, out);
-    const files = done.map((task) => task.file);
-    return writeTasks(basis, made, types, losses, files);
-  });
-  await removeFinished(`${file}.partial`);
-  const { tasks: residual } = run.closing(await openTasks(file));
-  if (!done) return { json: { ...json, residual }, text };
-  return { json: { ...json, residual, tasks: figuresOf(done, new Set()) }, text: [...text, ...tableOf(done)] };
-}
 
 type Questions = Pick<DistillOptions, "texts" | "examples">;
 
 /** All that an outcome depends on except the task. */
 async function settingsOf(options: DistillCommand, questions: Questions): Promise<object> {
   const { model, tokenizer, tokens = 128, steps, batch, names, ignore } = options;
-  return { ...(await modelDigests(model, tokenizer)), steps, batch, tokens, ...questions, names: [...names], ignore };
-}
-
-/** Projects adapters and gives the pack in memory their tasks. */
-async function addProjected(
-  pack: Pack,
-  adapters: readonly Adapter[],
-  formats: Dtypes,
-  { progress: onProgress }: Output,
-): Promise<ProjectedAdapter[]> {
-  if (adapters.length === 0) return [];
-  const projected = await projectAdapters(pack, adapters, formats, { onProgress, maxLoss: 1 });
-  for (const { entry, blob } of projected) await pack.addTask(entry.id, encodeTaskFile(entry, pack.basisId, blob));
-  return projected;
+  return { model: await modelDigest(model, tokenizer), steps, batch, tokens, ...questions, names: [...names], ignore };
 }
 
 interface Distilling {
@@ -245,10 +207,6 @@ async function distilEach(
 function parseFinished(json: string, path: string): Distilled {
   try {
     const { file, ...figures } = JSON.parse(json) as Omit<Distilled, "file"> & { file: string };
-    const { id, divergenceBefore, divergenceAfter, kept } = figures;
-    const numbers = Number.isFinite(divergenceBefore) && Number.isFinite(divergenceAfter);
-    if (typeof id !== "string" || !numbers || (kept !== "projected" && kept !== "distilled"))
-      throw new TypeError("it is not what distill writes");
     const bytes = new Uint8Array(Buffer.from(file, "base64"));
     parseTaskFile(bytes, path);
     return { ...figures, file: bytes };
@@ -256,31 +214,6 @@ function parseFinished(json: string, path: string): Distilled {
     const message = `is damaged: delete it, and the task is distilled again (${(cause as Error).message})`;
     throw new FormatError(message, { file: path, part: "finished task", cause });
   }
-}
-
-/**
- * The current state of a pack that is to be replaced: another process may have written while tasks were trained.
- * @param before ids of its tasks at the start
- * @throws SourceError, TaskError when the basis or a distilled task is not what it was
- */
-async function reread(pack: Pack, before: ReadonlySet<string>, done: readonly Done[], run: Run): Promise<Pack> {
-  const now = await run.pack(pack.name);
-  if (now.basisId !== pack.basisId) {
-    const message = "has become a pack of another basis in the meantime: run the command again";
-    throw new SourceError(message, { file: pack.name });
-  }
-  const sums = ({ directory }: Pack): Map<string, string> =>
-    new Map(directory.tasks.map(({ id, section }) => [id, `${section.length} ${section.crc}`]));
-  const then = sums(pack);
-  const current = sums(now);
-  for (const { id, file } of done) {
-    if (then.get(id) !== current.get(id)) {
-      const change = before.has(id) ? (current.has(id) ? "replaced in" : "removed from") : "added to";
-      throw new TaskError(`"${id}" was ${change} ${pack.name} in the meantime: run the command again`, { task: id });
-    }
-    if (!current.has(id)) await now.addTask(id, file);
-  }
-  return now;
 }
 
 /** Figures of each task, for `--json`. @param before ids of the tasks that there were */

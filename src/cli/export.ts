@@ -3,8 +3,8 @@
  * weights of a base model with a task merged into them.
  */
 
-import { readdir, rm } from "node:fs/promises";
-import { dirname, extname, join } from "node:path";
+import { readdir } from "node:fs/promises";
+import { dirname, join } from "node:path";
 import type { Exportable } from "../adapters/adapter.ts";
 import { diffusersFile } from "../adapters/diffusers.ts";
 import { ggufFile } from "../adapters/gguf.ts";
@@ -16,11 +16,10 @@ import { safetensorsHost } from "../core/open-base.ts";
 import { createRuntime } from "../core/runtime.ts";
 import { wrongKind } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
-import { COMPONENTS, componentsFile, taskAdapter } from "../pack/expand.ts";
-import { openGguf } from "../tensor/gguf.ts";
+import { componentsFile, taskAdapter } from "../pack/expand.ts";
 import { openSafetensors, type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors.ts";
-import { type Attach, command, type Result, type Run } from "./command.ts";
-import { checkTarget, isLink, jsonFile, stat, writeTogether, writeWhole } from "./files.ts";
+import { type Attach, command } from "./command.ts";
+import { type Chunks, checkTarget, isLink, jsonFile, stat, writeTogether } from "./files.ts";
 import {
   byDefault,
   choice,
@@ -38,24 +37,15 @@ import {
 } from "./options.ts";
 import { bytes, count } from "./output.ts";
 
-/** The key in a file's metadata by which an exported adapter is known; its value is the id of the task. */
-const EXPORTED = "eigenlora.task";
-
-/** Destination of an adapter. */
-interface ExportTarget {
-  readonly path: string;
-  readonly force: boolean;
-  readonly run: Run;
-  /** Files that the command reads. */
-  readonly inputs: readonly (string | undefined)[];
-}
+/** transformers refuses a file without it. */
+const METADATA: ReadonlyMap<string, string> = new Map([["format", "pt"]]);
 
 /** Bytes of formats that are one file. */
 const FILES = {
-  diffusers: async (adapter: Exportable) => writeSafetensors(await diffusersFile(adapter), marksOf(adapter)),
-  kohya: async (adapter: Exportable) => writeSafetensors(await kohyaFile(adapter), marksOf(adapter)),
+  diffusers: async (adapter: Exportable) => writeSafetensors(await diffusersFile(adapter), METADATA),
+  kohya: async (adapter: Exportable) => writeSafetensors(await kohyaFile(adapter), METADATA),
   gguf: async (adapter: Exportable, base: string | undefined) =>
-    ggufFile(adapter, base === undefined ? {} : await describeBase(base), new Map([[EXPORTED, adapter.id]])),
+    ggufFile(adapter, base === undefined ? {} : await describeBase(base)),
   onnx_adapter: (adapter: Exportable) => onnxAdapterFile(adapter),
 };
 
@@ -64,13 +54,13 @@ const OF_ALL = "components are of all tasks";
 
 const exportTask: Attach = command({
   usage: "export <PACK>",
+  details: "What is there already is never replaced.",
   example: "export tasks.eigen --task reviews -o adapters/reviews",
   options: {
     output: output(
       "PATH",
       "The folder to write for PEFT, a new or an empty one; the file for other formats. Folders on the way are made.",
     ),
-    force: toggle("Replace an earlier export. An adapter that was trained is never replaced."),
     task,
     components: {
       ...toggle("Write the components of all tasks instead, to train a new one in PyTorch: one safetensors file."),
@@ -89,131 +79,65 @@ const exportTask: Attach = command({
     maxExpansion,
   },
   reads: ["file"],
-  async run([path]: [string], { output: to, force, components, task, format, base }, run) {
-    const target = { path: to, force, run, inputs: [path, base] };
-    if (components) return writeComponents(path, target);
-    if (task === undefined) throw new UsageError("missing --task; or --components");
-    if (format === "peft") {
-      await checkFolder(to, force);
-      return writeFolder(await taskAdapter(await run.pack(path), task), target);
+  async run([path]: [string], { output: to, components, task, format, base }, run) {
+    if (!components && task === undefined) throw new UsageError("missing --task; or --components");
+    const isFolder = !components && format === "peft";
+    if (isFolder) await checkFolder(to);
+    else checkTarget(to, { inputs: [path, base], makesFolders: true });
+    const pack = await run.pack(path);
+    const write = async (...files: (readonly [path: string, chunks: Chunks])[]): Promise<number> => {
+      run.folder(isFolder ? to : dirname(to));
+      await run.lock(files[0]![0]);
+      const [size] = await writeTogether(files, false);
+      return size!;
+    };
+    if (task === undefined) {
+      const { tensors, metadata, modules, sides } = run.closing(await componentsFile(pack));
+      if (sides === 0)
+        throw new UsageError(
+          `--components: the tasks of ${path} share none. Pack their adapters again with --k 32, or train a plain LoRA, which add takes as it is`,
+        );
+      const size = await write([to, writeSafetensors(tensors, metadata)]);
+      const part = sides < 2 * modules ? `, on ${sides} of ${2 * modules} sides` : "";
+      return {
+        json: { file: to, modules, sides, bytes: size },
+        text: [`${to}: components of ${count(modules, "module")}${part}, ${bytes(size)}`],
+      };
     }
-    await checkFile(target);
-    const adapter = await taskAdapter(await run.pack(path), task);
-    return resultOf({ file: to }, adapter, await writeFile(await FILES[format](adapter, base), target));
+    const adapter = await taskAdapter(pack, task);
+    const size = await write(
+      ...(format === "peft" ? await peftFolder(adapter, to) : [[to, await FILES[format](adapter, base)] as const]),
+    );
+    const modules = adapter.modules.size;
+    return {
+      json: { [isFolder ? "directory" : "file"]: to, task, modules, bytes: size },
+      text: [`${to}: task "${task}", ${count(modules, "module")}, ${bytes(size)}`],
+    };
   },
 });
 
-/** @returns the size of the file in bytes */
-async function writeFile(chunks: Parameters<typeof writeWhole>[1], target: ExportTarget): Promise<number> {
-  const { path, force, run } = target;
-  run.folder(dirname(path));
-  await run.lock(path);
-  await checkFile(target);
-  return writeWhole(path, chunks, force);
-}
-
-/** @throws UsageError when tasks share no components */
-async function writeComponents(pack: string, target: ExportTarget): Promise<Result> {
-  const { path, run } = target;
-  await checkFile(target);
-  const { tensors, metadata, modules, sides } = run.closing(await componentsFile(await run.pack(pack)));
-  if (sides === 0)
-    throw new UsageError(
-      `--components: the tasks of ${pack} share none. Pack their adapters again with --k 32, or train a plain LoRA, which add takes as it is`,
-    );
-  const size = await writeFile(writeSafetensors(tensors, metadata), target);
-  const part = sides < 2 * modules ? `, on ${sides} of ${2 * modules} sides` : "";
-  return {
-    json: { file: path, modules, sides, bytes: size },
-    text: [`${path}: components of ${count(modules, "module")}${part}, ${bytes(size)}`],
-  };
-}
-
-function marksOf({ id }: Exportable): Map<string, string> {
-  return new Map([
-    ["format", "pt"],
-    [EXPORTED, id],
-  ]);
-}
-
-async function writeFolder(adapter: Exportable, { path, force, run }: ExportTarget): Promise<Result> {
+async function peftFolder(adapter: Exportable, folder: string): Promise<[path: string, chunks: Chunks][]> {
   const { config, tensors } = await peftFiles(adapter);
-  const weights = join(path, "adapter_model.safetensors");
-  const about = join(path, "task.json");
-  const hasAbout = Object.keys(adapter.metadata).length > 0;
-  run.folder(path);
-  await run.lock(weights);
-  await checkFolder(path, force);
-  const [size] = await writeTogether(
-    [
-      [weights, writeSafetensors(tensors, marksOf(adapter))],
-      [join(path, "adapter_config.json"), jsonFile(config)],
-      ...(hasAbout ? [[about, jsonFile(adapter.metadata)] as const] : []),
-    ],
-    force,
-  );
-  // An earlier export left it: it describes another task.
-  if (!hasAbout) await rm(about, { force: true });
-  return resultOf({ directory: path }, adapter, size!);
+  const files: [string, Chunks][] = [
+    ["adapter_model.safetensors", writeSafetensors(tensors, METADATA)],
+    ["adapter_config.json", jsonFile(config)],
+  ];
+  if (Object.keys(adapter.metadata).length > 0) files.push(["task.json", jsonFile(adapter.metadata)]);
+  return files.map(([name, chunks]) => [join(folder, name), chunks]);
 }
 
-function resultOf(where: { file: string } | { directory: string }, { id, modules }: Exportable, size: number): Result {
-  const [path] = Object.values(where) as [string];
-  return {
-    json: { ...where, task: id, modules: modules.size, bytes: size },
-    text: [`${path}: task "${id}", ${count(modules.size, "module")}, ${bytes(size)}`],
-  };
-}
-
-/**
- * Allows a new folder or an empty one, or with `force` that of an earlier export. An adapter that was trained is never replaced, and a
- * folder of adapters never becomes one.
- * @throws UsageError for any other
- */
-async function checkFolder(folder: string, force: boolean): Promise<void> {
+/** @throws UsageError unless a folder is new or empty: an adapter in it would be replaced, or hide what is below */
+async function checkFolder(folder: string): Promise<void> {
   const refuse = (problem: string): never => {
     throw new UsageError(`--output ${folder}: ${problem}`);
   };
   if (folder === "-") refuse("an adapter is a folder of files; name one");
   const there = stat(folder);
   if (!there && isLink(folder)) refuse("is a link to a folder that is not there; remove it, or name that folder");
-  if (!there) return;
-  if (!there.isDirectory()) refuse("is a file; name a folder");
-  const names = (await readdir(folder)).filter((name) => !/^\.|\.(lock|tmp)$/.test(name));
-  if (names.length === 0) return;
-  if (!names.some((name) => name.startsWith("adapter_")))
-    refuse("is not empty, and an adapter in it would hide what is below; name a new folder in it");
-  if (!(await isExport(join(folder, "adapter_model.safetensors"))))
-    refuse("holds an adapter that export did not write, which is never replaced; name a new folder");
-  if (!force) refuse("holds an earlier export; name another folder, or replace it with --force");
-}
-
-/**
- * Allows a new file, or with `force` that of an earlier export.
- * @throws UsageError for any other
- */
-async function checkFile({ path, force, inputs }: ExportTarget): Promise<void> {
-  checkTarget(path, { force, inputs, makesFolders: true });
-  if (!stat(path) || (await isExport(path))) return;
-  throw new UsageError(
-    `--output ${path}: was not written by export as far as can be told, and is not replaced; name a new file`,
-  );
-}
-
-/** True for an adapter that `export` wrote, and that no other tool has changed since. */
-async function isExport(path: string): Promise<boolean> {
-  try {
-    const source = await openSource(path);
-    try {
-      if (extname(path) === ".gguf") return (await openGguf(source)).fields.has(EXPORTED);
-      const { metadata } = await openSafetensors(source);
-      return metadata.has(EXPORTED) || metadata.has(COMPONENTS);
-    } finally {
-      await source.close?.();
-    }
-  } catch {
-    return false;
-  }
+  if (there && !there.isDirectory()) refuse("is a file; name a folder");
+  const names = there ? await readdir(folder) : [];
+  if (names.some((name) => !/^\.|\.(lock|tmp)$/.test(name)))
+    refuse("is not empty, and nothing in it is replaced; name a new folder");
 }
 
 export { exportTask as export };

@@ -6,7 +6,6 @@
 import { createHash, randomBytes, randomUUID } from "node:crypto";
 import {
   closeSync,
-  existsSync,
   fchmodSync,
   fsyncSync,
   ftruncateSync,
@@ -37,7 +36,8 @@ import type { Append } from "../format/encode.ts";
 import type { Scratch } from "../pack/write.ts";
 import { UsageError } from "./options.ts";
 
-type Chunks = Iterable<Uint8Array> | AsyncIterable<Uint8Array>;
+/** Content of a file to write. */
+export type Chunks = Iterable<Uint8Array> | AsyncIterable<Uint8Array>;
 
 /** The file that a path stands for, through links: locked and replaced in its place. */
 export function realTarget(path: string): string {
@@ -100,12 +100,10 @@ export function jsonFile(value: object): Uint8Array[] {
   return [new TextEncoder().encode(`${JSON.stringify(value, null, 2)}\n`)];
 }
 
-// Targets: checked before the work begins, which may take hours, and again when its result is written.
-
-/** Facts about a target. */
+/** Facts about a file to write. */
 export interface TargetOptions {
-  /** Replace a file that is there already. */
-  readonly force: boolean;
+  /** Replace a file that is there already; undefined where no option would. */
+  readonly force?: boolean;
   /** Paths of what the command reads; undefined for what was not named. */
   readonly inputs?: readonly (string | undefined)[];
   /** Make missing folders on the way. Default: false, so that a mistyped folder is not made in silence. */
@@ -114,7 +112,7 @@ export interface TargetOptions {
   readonly output?: string;
 }
 
-/** @throws UsageError when a file may not be written at `path` */
+/** Checked before the work begins, which may take hours. @throws UsageError when a file may not be written at `path` */
 export function checkTarget(
   path: string,
   { force, inputs = [], makesFolders = false, output = path }: TargetOptions,
@@ -133,7 +131,8 @@ export function checkTarget(
   if (!there && isLink(path)) refuse("is a link to a file that is not there; remove it, or name that file");
   if (inputs.some((input) => input !== undefined && realTarget(input) === realTarget(path)))
     refuse("would overwrite what it is made of; choose another name");
-  if (there && !force) refuse("already exists; choose another name, or replace it with --force");
+  if (there && !force)
+    refuse(`already exists; choose another name${force === undefined ? "" : ", or replace it with --force"}`);
 }
 
 export function isLink(path: string): boolean {
@@ -161,27 +160,16 @@ export function filesOf({ file }: Pick<Adapter, "file">): string[] {
 /**
  * Makes a folder, and those that it lies in, as far as they are missing.
  * @returns removes those that it made, unless something is in them by then
- * @throws SourceError when there cannot be one; none is then made
+ * @throws SourceError when there cannot be one
  */
 export function makeFolder(path: string): () => void {
-  const missing: string[] = [];
-  for (let at = resolve(path); !existsSync(at); at = dirname(at)) missing.unshift(at);
-  const added: string[] = [];
-  const undo = (): void => {
-    for (const folder of added.splice(0).reverse()) quietly(() => rmdirSync(folder));
-  };
-  try {
-    for (const folder of missing) {
-      mkdirSync(folder);
-      added.push(folder);
-    }
-    // Reports what is there instead.
-    mkdirSync(path, { recursive: true });
-    return undo;
-  } catch (cause) {
-    undo();
-    return failed(path, "made a folder", cause);
-  }
+  const first = attempt(path, "made a folder", () => mkdirSync(path, { recursive: true }));
+  return () =>
+    quietly(() => {
+      if (first === undefined) return;
+      const least = resolve(first).length;
+      for (let at = resolve(path); at.length >= least; at = dirname(at)) rmdirSync(at);
+    });
 }
 
 // Writing.
@@ -327,26 +315,15 @@ export function append(path: string, { offset, body, superblock, superblockOffse
   }
 }
 
-/** Bytes of a scratch that stay in memory. */
-const HELD_BYTES = 2 ** 23;
-
-/**
- * Storage for parts of a target: a temporary file, made when there is much, and gone when it is closed.
- * @param most bytes that stay in memory
- */
-export function openScratch(path: string, most: number = HELD_BYTES): Scratch & { close(): void } {
+/** Storage for parts of a target: a temporary file, made when it is needed, and gone when it is closed. */
+export function openScratch(path: string): Scratch & { close(): void } {
   const temporary = temporaryOf(realTarget(path));
   let file: number | undefined;
-  let held = 0;
   let end = 0;
   const undo = (): void => rmSync(temporary, { force: true });
   let forget = (): void => {};
   return {
     async put(bytes) {
-      if (held + bytes.length <= most) {
-        held += bytes.length;
-        return holding(bytes);
-      }
       if (file === undefined) {
         forget = undoOnExit(undo);
         file = attempt(path, "written", () => openSync(temporary, "wx+", 0o600));
@@ -365,8 +342,7 @@ export function openScratch(path: string, most: number = HELD_BYTES): Scratch & 
   };
 }
 
-// Closures keep their whole scope alive: outside `put` that is not the bytes that were written.
-const holding = (bytes: Uint8Array) => async (): Promise<Uint8Array> => bytes;
+// A closure of its own: one within `put` would keep the bytes that were written alive.
 const reading = (path: string, file: number, at: number, size: number) => async (): Promise<Uint8Array> =>
   attempt(path, "read", () => {
     const bytes = new Uint8Array(size);
@@ -378,8 +354,8 @@ const reading = (path: string, file: number, at: number, size: number) => async 
     return bytes;
   });
 
-// One writer at a time: a command holds FILE.lock from before FILE is read until its new content is there. The lock names the process that
-// holds it. That of a process that has ended is taken over, any other is waited for.
+// One writer at a time: a command holds FILE.lock from its beginning until the new content is there. The lock names the process that holds it.
+// That of a process that has ended is taken over, any other is waited for.
 
 /** The process that holds a lock. */
 interface Owner {
@@ -404,11 +380,6 @@ const PATIENCE = 60_000;
 const NAMELESS_PATIENCE = 2_000;
 const SILENCE = 1_000;
 
-/** A lock that is held. */
-export interface Lock {
-  close(): void;
-}
-
 /**
  * Takes the lock of a file, there or not. `close` releases it, and so does the end of the process by a signal or an exit; the next taker
  * removes what SIGKILL leaves.
@@ -420,7 +391,7 @@ export async function takeLock(
   path: string,
   warn: (message: string) => void,
   patience: number = PATIENCE,
-): Promise<Lock> {
+): Promise<{ close(): void }> {
   const target = realTarget(path);
   const lock = `${target}.lock`;
   const token = randomBytes(8).toString("hex");

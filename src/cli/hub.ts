@@ -6,8 +6,9 @@
 
 import { createHash } from "node:crypto";
 import { existsSync } from "node:fs";
-import type { BaseFacts } from "../adapters/adapter.ts";
+import type { Adapter, BaseFacts } from "../adapters/adapter.ts";
 import { describeBase } from "../adapters/tree.ts";
+import type { Pack } from "../core/pack.ts";
 import { FormatError, SourceError } from "../errors.ts";
 import { completeDtypes } from "../pack/recipe.ts";
 import { assemblePack, buildBasis, openTasks, projectTasks } from "../pack/shard/basis.ts";
@@ -20,9 +21,10 @@ import {
   type Statistics,
   writeStatistics,
 } from "../pack/shard/statistics.ts";
+import type { Dtypes } from "../tensor/dtypes.ts";
 import { VERSION } from "../version.ts";
 import { refuseOtherBase } from "./change.ts";
-import { type Attach, command, type Result } from "./command.ts";
+import { type Attach, command, type Result, type Run } from "./command.ts";
 import { checkTarget, filesOf, writeWhole } from "./files.ts";
 import { contents } from "./model.ts";
 import * as option from "./options.ts";
@@ -51,7 +53,7 @@ const shard: Attach = command({
     checkTarget(file, { force: true, inputs: adapters.flatMap(filesOf) });
     const statistics = await adapterStatistics(adapters, { gauge, rank, normalize, anyBase });
     const made = digest("shard", gauge, rank, normalize, await facts(base), await contents(adapters, out));
-    return writePart({ file, force, made }, statistics, warnOf(adapters, out), out);
+    return statisticsPart({ file, force }, made, statistics, warnOf(adapters, out), out);
   },
 });
 
@@ -88,7 +90,7 @@ const merge: Attach = command({
     option.refuseUnknown(options.names, statistics.modules.values(), paths.join(", "));
     if (!target) {
       const made = digest("merge", parts.map(({ made }) => made).sort());
-      return writePart({ file, force, made }, statistics, [], out);
+      return statisticsPart({ file, force }, made, statistics, [], out);
     }
     const { basis: dtype } = completeDtypes(options.dtype);
     const how = { select: option.selection(options), centering, dtype, ...base, onProgress: out.progress };
@@ -125,15 +127,9 @@ const project: Attach = command({
     checkTarget(file, { force: true, inputs: adapters.flatMap(filesOf) });
     const basis = await run.pack(basisPath);
     refuseOtherBase(basis, adapters, anyBase);
-    const { coefficients, head } = types;
-    const of = [basis.basisId, coefficients, head, await facts(base), await contents(adapters, out)];
-    const made = digest("project", ...of);
-    const figures = { adapters: adapters.length, modules: basis.modules.length, warnings: warnOf(adapters, out) };
-    const { json, text } = await makePart({ file, force, kind: "tasks", made }, figures, () =>
+    return tasksPart("project", basis, adapters, { file, force, types, base }, run, out, async (made) =>
       projectTasks(basis, adapters, made, { dtype: types, onProgress: out.progress }),
     );
-    const { tasks } = run.closing(await openTasks(file));
-    return { json: { ...json, residual: tasks }, text: [...text, ...lossTable(tasks)] };
   },
 });
 
@@ -178,35 +174,51 @@ export const hub: Attach = (program, does, out, done) => {
 
 // Parts: written once, and described. One that is there already, whole and made of the same, is left alone.
 
-/** Figures of a part except its size. */
-interface PartFigures {
-  readonly adapters: number;
-  readonly modules: number;
-  readonly gauge?: string;
-  readonly warnings: readonly string[];
-}
-
-/** A part to be written, and its destination. */
+/** Destination of a part. */
 interface PartTarget {
   readonly file: string;
   /** Replace anything else that is there. */
   readonly force: boolean;
-  readonly kind: PartKind;
-  /** Digest of what it is made of. */
-  readonly made: string;
 }
 
-function writePart(
-  part: Omit<PartTarget, "kind">,
+/** A part with statistics. @param made digest of what it is made of */
+function statisticsPart(
+  target: PartTarget,
+  made: string,
   statistics: Statistics,
   warnings: readonly string[],
   out: Output,
 ): Promise<Result> {
   const { adapters, modules, gauge } = statistics;
   const figures = { adapters: adapters.length, modules: modules.size, gauge, warnings };
-  return makePart({ ...part, kind: "statistics" }, figures, async () =>
-    writeStatistics(statistics, part.made, out.progress),
-  );
+  return makePart("statistics", target, made, figures, async () => writeStatistics(statistics, made, out.progress));
+}
+
+/**
+ * A part with tasks of adapters on a basis.
+ * @param command and `settings`: what it depends on, except for basis and adapters
+ * @param make gets the digest of what the part is made of
+ */
+export async function tasksPart(
+  command: "project" | "distill",
+  basis: Pack,
+  adapters: readonly Adapter[],
+  {
+    types: { coefficients, head },
+    base,
+    settings,
+    ...target
+  }: PartTarget & { readonly types: Dtypes; readonly base: string | undefined; readonly settings?: object },
+  run: Run,
+  out: Output,
+  make: (made: string) => Promise<AsyncIterable<Uint8Array>>,
+): Promise<Result> {
+  const of = [basis.basisId, coefficients, head, await facts(base), await contents(adapters, out), settings];
+  const made = digest(command, ...of);
+  const figures = { adapters: adapters.length, modules: basis.modules.length, warnings: warnOf(adapters, out) };
+  const { json, text } = await makePart("tasks", target, made, figures, () => make(made));
+  const { tasks: residual } = run.closing(await openTasks(target.file));
+  return { json: { ...json, residual }, text: [...text, ...lossTable(residual)] };
 }
 
 /**
@@ -214,9 +226,11 @@ function writePart(
  * changes it later. So a machine that is gone cannot keep another from making its part again.
  * @throws UsageError when something else is there, or a part that is damaged
  */
-export async function makePart(
-  { file, force, kind, made }: PartTarget,
-  figures: PartFigures,
+async function makePart(
+  kind: PartKind,
+  { file, force }: PartTarget,
+  made: string,
+  figures: { readonly adapters: number; readonly modules: number },
   make: () => Promise<AsyncIterable<Uint8Array>>,
 ): Promise<Result> {
   const found = existsSync(file) ? await wholePart(file, kind, made) : undefined;
@@ -248,13 +262,13 @@ async function wholePart(file: string, kind: PartKind, made: string): Promise<nu
   }
 }
 
-export function digest(...inputs: unknown[]): string {
+function digest(...inputs: unknown[]): string {
   return createHash("sha256")
     .update(JSON.stringify([VERSION, ...inputs]))
     .digest("hex");
 }
 
 /** Facts about the base that adapters are read for: with another they mean another update. */
-export async function facts(base: string | undefined): Promise<BaseFacts | null> {
+async function facts(base: string | undefined): Promise<BaseFacts | null> {
   return base === undefined ? null : describeBase(base);
 }

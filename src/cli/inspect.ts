@@ -15,19 +15,20 @@ export const inspect: Attach = command({
     const pack = await run.pack(path, { bases: "later", maxResidentBytes: 0 });
     const { version, basisId, directory, window } = pack;
     const { committed, basesLength, signature } = window.superblock;
-    const sections = sectionsOf(pack);
     const components = (bases: readonly Side[]): number => sum(bases.map(({ K }) => K));
     const explained = (bases: readonly Side[]): number => mean(bases.map(({ explained }) => explained));
-    const modules = pack.modules.map(({ name, out, in: inputs, A, B }) => ({
-      ...{ name, out, in: inputs, componentsA: components(A), componentsB: components(B) },
-      ...{ explainedA: explained(A), explainedB: explained(B) },
-    }));
-    const tasks = directory.tasks.map(({ id, section: { length, integrity = null }, metadata }) => ({
-      ...{ id, bytes: length, integrity, metadata },
-    }));
-    const sizes = tasks.map((task) => task.bytes);
-    const adapterSizes = directory.tasks.map(({ adapterBytes }) => adapterBytes);
-    const breakEvenTasks = breakEven(committed, sizes, adapterSizes);
+    const modules = pack.modules.map(({ name, out, in: inputs, A, B }) => {
+      const counts = { componentsA: components(A), componentsB: components(B) };
+      return { name, out, in: inputs, ...counts, explainedA: explained(A), explainedB: explained(B) };
+    });
+    const tasks = directory.tasks.map(({ id, section: { length, integrity = null }, metadata }) => {
+      return { id, bytes: length, integrity, metadata };
+    });
+    const breakEvenTasks = breakEven(
+      committed,
+      tasks.map((task) => task.bytes),
+      directory.tasks.map(({ adapterBytes }) => adapterBytes),
+    );
     const { mode, gauge, centering, producer, step = null, error = null, baseModel = null } = directory.basis;
     const dtypes = pack.modules.flatMap(({ A, B }) => [...A, ...B].map(({ tensor }) => tensor.dtype));
     const dtype = [...new Set(dtypes)].join(",");
@@ -37,12 +38,11 @@ export const inspect: Attach = command({
     const limit = error === null ? "" : `, every task made within ${percent(error)} of its ΔW`;
     const integrity = await pack.integrity();
     const signedBy = signature ? keyName(signature.key) : null;
+    const basis = { mode, gauge, centering, dtype, step, error, producer, baseModel, basisId, basisBytes: basesLength };
+    const sections = sectionsOf(pack);
     const share = (K: number, explained: number): string => (K > 0 ? percent(explained) : "");
     return {
-      json: {
-        ...{ version, bytes: committed, mode, gauge, centering, dtype, step, error, producer, baseModel, basisId },
-        ...{ integrity, signedBy, basisBytes: basesLength, tasks, modules, sections, breakEvenTasks },
-      },
+      json: { version, bytes: committed, ...basis, integrity, signedBy, tasks, modules, sections, breakEvenTasks },
       text: [
         `${pack.name}: version ${version}, ${bytes(committed)}, ${kind}${coding}${limit}`,
         `root ${integrity}, ${signedBy ? `signed by ${signedBy} (verify checks it)` : "not signed"}`,
@@ -50,11 +50,9 @@ export const inspect: Attach = command({
         "",
         ...table([
           ["module", "out", "in", ...(shares ? ["K of A", "K of B", "explained A", "explained B"] : [])],
-          ...modules.map(({ name, out, in: inputs, componentsA, componentsB, explainedA, explainedB }) => [
+          ...modules.map(({ name, out, in: inputs, componentsA: a, componentsB: b, explainedA, explainedB }) => [
             ...[name, out, inputs],
-            ...(shares
-              ? [componentsA, componentsB, share(componentsA, explainedA), share(componentsB, explainedB)]
-              : []),
+            ...(shares ? [a, b, share(a, explainedA), share(b, explainedB)] : []),
           ]),
         ]),
         "",

@@ -14,7 +14,6 @@ import { type Attach, command } from "./command.ts";
 import { openTrainable, readExamples } from "./model.ts";
 import {
   byDefault,
-  choice,
   force,
   from,
   group,
@@ -55,20 +54,12 @@ const OPTIONS = {
     ...match,
   }),
   ...group("What is trained", {
-    train: byDefault(
-      "coefficients",
-      choice(["coefficients", "lora"], "Coefficients over the pack's components, or whole factors as without a pack."),
-    ),
     rank: number(
       "N",
       "Rows of coefficients, or rank of the factors. Default: that of most tasks of the pack.",
       from(1),
     ),
-    init: text(
-      "START",
-      "Where training begins: auto, mean, random, fresh (as in PEFT, for lora), or the id of a task of the pack. " +
-        "Default: auto, but fresh for lora.",
-    ),
+    init: text("START", "Where training begins: auto, mean, random, or the id of a task of the pack. Default: auto."),
   }),
   ...group("How", {
     epochs: byDefault(8, number("N", "Passes over the examples.", from(1))),
@@ -84,11 +75,7 @@ const OPTIONS = {
         },
       ),
     ),
-    rate: number(
-      "X",
-      "Learning rate of terms and head. Default: 0.02; of the factors that --train lora trains, 0.002.",
-      POSITIVE,
-    ),
+    rate: number("X", "Learning rate of terms and head. Default: 0.02; of whole factors, 0.002.", POSITIVE),
     seed: byDefault(0, number("N", "The same seed gives the same task.", from(0))),
   }),
 };
@@ -99,7 +86,7 @@ export const learn: Attach = command({
   details:
     'EXAMPLES is a file of JSON lines: {"text": "…", "label": "…"}, or for language models ' +
     '{"prompt": "…", "completion": "…"} or {"messages": […]}. Coefficients over the pack\'s components and a head are trained; without ' +
-    "components, or with --train lora, whole factors. eigenlora add PACK TASK.eigentask then adds the task to the pack.",
+    "components, whole factors. eigenlora add PACK TASK.eigentask then adds the task to the pack.",
   example: "learn tasks.eigen lines.jsonl --model model.onnx -o mine.eigentask",
   options: OPTIONS,
   reads: ["file", undefined],
@@ -114,7 +101,7 @@ export const learn: Attach = command({
     if (options.labels && !labels) throw new UsageError(`--labels: ${examplesPath} has completions, which have none`);
     const pack = await run.pack(packPath);
     const unshared = !pack.modules.some(sharedBases);
-    if (options.train === "coefficients" && unshared && pack.directory.basis.step === undefined)
+    if (unshared && pack.directory.basis.step === undefined)
       out.warn(
         "the pack has no shared components, so the task becomes a LoRA of its own: pack with --k N, or without options, for smaller ones",
       );
@@ -123,8 +110,8 @@ export const learn: Attach = command({
     const { session, encode } = await openTrainable("learn", model, pack, options, run, labels === undefined);
     refuseOtherKind(session, labels === undefined, examplesPath);
     refuseInterrupted(signal, id);
-    const { seed, train, rank, rate } = options;
-    const trainer = await createTrainer(session, { seed, train, rank, labels, init, encode });
+    const { seed, rank, rate } = options;
+    const trainer = await createTrainer(session, { seed, rank, labels, init, encode });
     out.phase("checking gradients, and where to begin");
     const steps: TrainingStep[] = [];
     try {
@@ -147,7 +134,7 @@ export const learn: Attach = command({
     // The state of this epoch was kept; where none was judged, that of the last step.
     const judged = epochs.flatMap((epoch) => epoch.holdout ?? []);
     const best = judged.reduce((a, b) => (b.loss < a.loss ? b : a), judged[0]!) ?? null;
-    const weight = train === "lora" || unshared ? "factor weight" : "coefficient";
+    const weight = unshared ? "factor weight" : "coefficient";
     const kept = best ? epochs.findIndex(({ holdout }) => holdout === best) + 1 : epochs.length;
     if (best?.accuracy === 0)
       out.warn("no example that was held back is answered right: train for more --epochs, or with another --rate");
@@ -159,7 +146,7 @@ export const learn: Attach = command({
       text: [
         `${file}: task "${id}", ${labels ? `${count(labels.length, "label")}, ` : ""}${bytes(size)}${stopped}`,
         ...epochTable(epochs, kept, best !== null),
-        ...(best ? [] : [unjudgedText(options.holdout, interrupted)]),
+        ...(best ? [] : ["No epoch was judged by examples held back: the last step is kept."]),
         `trained ${count(terms, weight)}${head > 0 ? ` and ${count(head, "head weight")}` : ""}; ${seconds.toFixed(2)} s`,
       ],
     };
@@ -179,9 +166,9 @@ function refuseOtherKind({ trainable }: EigenSession, completions: boolean, file
 
 /** @throws TaskError when it is no task of the pack either */
 function startOf(text: string | undefined, { tasks, name }: Pack): Start | undefined {
-  if (text === undefined || text === "auto" || text === "mean" || text === "random" || text === "fresh") return text;
+  if (text === undefined || text === "auto" || text === "mean" || text === "random") return text;
   if (tasks.has(text)) return { task: text };
-  throw new TaskError(`--init ${text}: expected auto, mean, random, fresh, or a task of ${name}`, { task: text });
+  throw new TaskError(`--init ${text}: expected auto, mean, random, or a task of ${name}`, { task: text });
 }
 
 /** @throws TaskError when there was a Ctrl-C */
@@ -200,14 +187,6 @@ function epochsOf(steps: readonly TrainingStep[]): Epoch[] {
     const within = steps.filter((step) => step.epoch === epoch);
     return { loss: mean(within.map(({ loss }) => loss)), holdout: within.at(-1)!.holdout ?? null };
   });
-}
-
-/** Explains why no epoch was judged. @param share that was to be held back */
-function unjudgedText(share: number, interrupted: boolean): string {
-  if (interrupted) return "No epoch was judged; the last step is kept.";
-  return share === 0
-    ? "Nothing was held back to judge by; the last epoch is kept."
-    : "There are too few examples to hold some back: all were trained on, and the last epoch is kept.";
 }
 
 /** @param kept number of the epoch whose state was kept */

@@ -8,12 +8,11 @@ import { createReadStream, existsSync } from "node:fs";
 import { readdir, rm, rmdir } from "node:fs/promises";
 import { dirname, join, relative } from "node:path";
 import { createEigenSession, type EigenSession } from "../../bindings/onnxruntime.ts";
-import { createEngine, type Ort } from "../../bindings/ort-engine.ts";
+import type { Ort } from "../../bindings/ort-engine.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import { nearest } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
-import type { Engine } from "../session/engine.ts";
 import { type Encode, encoderOf, type PlainTokenizer } from "../session/tokens.ts";
 import { toUtf8 } from "../text.ts";
 import type { FinishedOutcomes } from "../train/pack-by-answers.ts";
@@ -31,18 +30,6 @@ export interface OpenedModel {
   readonly ort: Ort;
   /** @throws BaseMismatchError for an input of the model that a tokenizer does not give */
   readonly encode: Encode;
-}
-
-export function engineOf(ort: Ort, options: Partial<ModelOptions>): Engine {
-  return createEngine(ort, sessionOf(options));
-}
-
-/** Options of onnxruntime's sessions. Their type depends on the flavour of onnxruntime. */
-function sessionOf({ provider, threads }: Partial<ModelOptions>): never {
-  return {
-    ...(provider === undefined ? {} : { executionProviders: [provider] }),
-    ...(threads === undefined ? {} : { intraOpNumThreads: threads }),
-  } as never;
 }
 
 /** Installing onnxruntime-node fetches files for GPUs, and fails where a proxy blocks them. */
@@ -177,8 +164,7 @@ export async function openTrainable(
   const { names, ignore, anyBase } = options;
   const { ort, encode } = await openModel(command, model, options, whole);
   refuseUnknown(names, pack.modules, pack.name);
-  const how = { trainable: true, session: sessionOf(options), names, ignore, anyBase };
-  const session = await createEigenSession(ort, model, pack, how);
+  const session = await createEigenSession(ort, model, pack, { trainable: true, names, ignore, anyBase });
   return { session: run.closing(session), encode };
 }
 
@@ -209,32 +195,24 @@ export async function removeFinished(folder: string): Promise<void> {
 export async function contents(adapters: readonly Adapter[], out: Output): Promise<[id: string, digest: string][]> {
   const digests: [string, string][] = [];
   for (const [i, adapter] of adapters.entries()) {
-    const files = filesOf(adapter).filter((path) => stat(path)?.isFile());
-    digests.push([adapter.id, await digestOf(files, (path) => `${relative(adapter.file, path)}\n`)]);
+    digests.push([adapter.id, await digestOf(filesOf(adapter), adapter.file)]);
     out.progress({ stage: "reading", done: i + 1, total: adapters.length, unit: "adapters" });
   }
   return digests;
 }
 
-/** Digests of a model with the files of its weights, and of its tokenizer. */
-export async function modelDigests(
-  model: string,
-  tokenizer: string = tokenizerOf(model),
-): Promise<{ model: (string | null)[]; tokenizer: string | null }> {
-  const files = stat(model)?.isFile() ? (await weightFiles(model)).sort() : [];
-  const paths = [model, ...files.map((name) => join(dirname(model), name))];
-  return { model: await Promise.all(paths.map(fileDigest)), tokenizer: await fileDigest(tokenizer) };
+/** Digest of a model with the files of its weights, and of its tokenizer. */
+export async function modelDigest(model: string, tokenizer: string = tokenizerOf(model)): Promise<string> {
+  const folder = dirname(model);
+  const weights = stat(model)?.isFile() ? (await weightFiles(model)).sort() : [];
+  return digestOf([model, ...weights.map((name) => join(folder, name)), tokenizer], folder);
 }
 
-/** Null where there is no file: whatever needs it reports that. */
-async function fileDigest(path: string): Promise<string | null> {
-  return stat(path)?.isFile() ? digestOf([path]).catch(() => null) : null;
-}
-
-async function digestOf(paths: readonly string[], nameOf = (_path: string): string => ""): Promise<string> {
+/** Names and contents of files. Whatever needs one that is missing reports that. */
+async function digestOf(paths: readonly string[], folder: string): Promise<string> {
   const hash = createHash("sha256");
-  for (const path of paths) {
-    hash.update(nameOf(path));
+  for (const path of paths.filter((path) => stat(path)?.isFile())) {
+    hash.update(`${relative(folder, path)}\n`);
     for await (const chunk of createReadStream(path)) hash.update(chunk as Uint8Array);
   }
   return hash.digest("hex");
@@ -258,17 +236,11 @@ export type Asked =
 /** Lines of text; or JSON lines, with texts or completions. @throws SourceError */
 export async function readQuestions(path: string): Promise<Asked> {
   const lines = await linesOf(path);
-  if (asksCompletions(lines)) return { examples: lines.map((line) => completionOf(line)) };
+  if (hasCompletions(lines)) return { examples: lines.map(completionOf) };
   const isJson = lines[0]?.object !== undefined;
-  const texts = lines.map((line) => {
-    if (!isJson) return line.text.trim();
-    const { text } = line.fields('{"text": "…"}');
-    if (typeof text === "string") return text.trim();
-    throw line.wrong(`expected "text", ${OTHERS}; got ${line.keys}`);
-  });
-  const different = [...new Set(texts)].filter((text) => text !== "");
-  if (different.length === 0) throw new SourceError("has no text; expected one on each line", { file: path });
-  return { texts: different };
+  const texts = lines.map((line) => (isJson ? textOf(line, "text", `{"text": "…"}, ${COMPLETION}`) : line.text).trim());
+  if (texts.length === 0) throw new SourceError("has no text; expected one on each line", { file: path });
+  return { texts: [...new Set(texts)] };
 }
 
 /** True when prompts are asked, which must not be cut: those of examples, or of templates where questions are made. */
@@ -291,24 +263,19 @@ export async function readExamples(
   known: readonly string[] | undefined,
 ): Promise<{ examples: LabelledText[]; labels: readonly string[] } | { examples: Completion[]; labels: undefined }> {
   const lines = await linesOf(path);
-  if (asksCompletions(lines)) return { examples: lines.map((line) => completionOf(line)), labels: undefined };
+  if (hasCompletions(lines)) return { examples: lines.map(completionOf), labels: undefined };
   const seen = new Set<string>();
   const examples = lines.map((line): LabelledText => {
-    const { text, label } = line.fields('{"text": "…", "label": "…"}');
-    if (text === undefined) throw line.wrong(`expected "text" and "label", ${OTHERS}; got ${line.keys}`);
-    if (typeof text !== "string") throw line.wrong(`expected "text" with a string, got ${found(text)}`);
-    if (text.trim() === "") throw line.wrong("its text is empty");
-    if (typeof label !== "string" && typeof label !== "number")
-      throw line.wrong(`expected "label" with a string, got ${found(label)}`);
-    const name = String(label).trim();
-    if (name === "") throw line.wrong("its label is empty");
-    if (known && !known.includes(name)) {
-      const [close] = nearest(name, known);
+    const expected = `{"text": "…", "label": "…"}, ${COMPLETION}`;
+    const text = textOf(line, "text", expected);
+    const label = textOf(line, "label", expected).trim();
+    if (known && !known.includes(label)) {
+      const [close] = nearest(label, known);
       const meant = close === undefined ? "" : `; did you mean ${close}?`;
-      throw line.wrong(`the label "${name}" is none of --labels ${known.join(",")}${meant}`);
+      throw line.wrong(`the label "${label}" is none of --labels ${known.join(",")}${meant}`);
     }
-    seen.add(name);
-    return { text, label: name };
+    seen.add(label);
+    return { text, label };
   });
   if (seen.size >= 2) return { examples, labels: known ?? [...seen] };
   const [only] = seen;
@@ -323,11 +290,9 @@ export async function readExamples(
 interface Line {
   readonly text: string;
   /** The JSON object that it holds, if any. */
-  readonly object: Record<string, unknown> | undefined;
-  /** Its keys, for a message. */
+  readonly object: Readonly<Record<string, unknown>> | undefined;
+  /** Content, for a message: the keys of an object, or the beginning of the text. */
   readonly keys: string;
-  /** Its object. @throws SourceError for a line that holds none */
-  fields(expected: string): Record<string, unknown>;
   wrong(message: string): SourceError;
 }
 
@@ -338,54 +303,51 @@ async function linesOf(path: string): Promise<Line[]> {
     throw new SourceError("is a list; expected JSON lines, an object on each", { file: path });
   return content.split(/\r?\n/).flatMap((text, i) => {
     if (text.trim() === "") return [];
-    const wrong = (message: string): SourceError => new SourceError(`line ${i + 1}: ${message}`, { file: path });
-    let object: Record<string, unknown> | undefined;
-    let problem = "";
+    let object: Line["object"];
+    let keys = text.slice(0, 40);
     try {
       const value: unknown = JSON.parse(text);
-      if (typeof value === "object" && value !== null && !Array.isArray(value)) object = value as typeof object;
+      if (typeof value === "object" && value !== null && !Array.isArray(value)) {
+        object = value as Record<string, unknown>;
+        keys =
+          Object.keys(object)
+            .map((key) => JSON.stringify(key))
+            .join(", ") || "{}";
+      }
     } catch (cause) {
-      problem = (cause as Error).message;
+      keys = `what is not valid JSON: ${(cause as Error).message}`;
     }
-    const fields = (expected: string): Record<string, unknown> => {
-      if (object) return object;
-      throw wrong(
-        problem === ""
-          ? `expected ${expected}, got ${text.slice(0, 40)}`
-          : `is not valid JSON: ${problem}; expected ${expected}`,
-      );
-    };
-    const keys = Object.keys(object ?? {}).map((key) => JSON.stringify(key));
-    return { text, object, keys: keys.join(", ") || "{}", fields, wrong };
+    const wrong = (message: string): SourceError => new SourceError(`line ${i + 1}: ${message}`, { file: path });
+    return [{ text, object, keys, wrong }];
   });
 }
 
-const COMPLETION = ["prompt", "completion", "messages"];
-/** Alternatives to a text on a line. */
-const OTHERS = 'or "prompt" and "completion", or "messages"';
+/** Lines of examples for a language model. */
+const COMPLETION = '{"prompt": "…", "completion": "…"} or {"messages": […]}';
 
-function asksCompletions([first]: readonly Line[]): boolean {
-  // A line that was cut off is reported as one that should have been whole.
-  const cut = /^\s*\{\s*"(prompt|completion|messages)"/.test(first?.text ?? "");
-  return cut || Object.keys(first?.object ?? {}).some((key) => COMPLETION.includes(key));
+/** Told by the first line, which may be cut off. */
+function hasCompletions([first]: readonly Line[]): boolean {
+  const keys = Object.keys(first?.object ?? {}).map((key) => `{"${key}"`);
+  return [first?.text ?? "", ...keys].some((text) => /^\s*\{\s*"(prompt|completion|messages)"/.test(text));
 }
 
-function completionOf({ fields, keys, wrong }: Line): Completion {
-  const { prompt, completion, messages } = fields('{"prompt": "…", "completion": "…"} or {"messages": […]}');
-  if (Array.isArray(messages)) {
-    const odd = messages.find((said) => typeof said?.role !== "string" || typeof said?.content !== "string");
-    if (odd !== undefined) throw wrong(`expected messages with "role" and "content", got ${found(odd)}`);
-    if (messages.at(-1)?.role !== "assistant")
-      throw wrong(`expected the assistant's message at the end, got ${found(messages.at(-1)?.role)}`);
-    return { messages };
-  }
-  for (const [key, value] of Object.entries({ prompt, completion }))
-    if (typeof value !== "string")
-      throw wrong(`expected "${key}" with a string, got ${value === undefined ? keys : found(value)}`);
-  if ((completion as string).trim() === "") throw wrong("its completion is empty");
-  return { prompt, completion } as Completion;
+/** A text, or a label, in a line's object. @throws SourceError when it is none, or empty where that is not allowed */
+function textOf({ object, keys, wrong }: Line, key: string, expected: string, mayBeEmpty = false): string {
+  const value = object?.[key];
+  if (value === undefined) throw wrong(`expected ${expected}, got ${keys}`);
+  if (typeof value !== "string" && !(key === "label" && typeof value === "number"))
+    throw wrong(`expected "${key}" with a string, got ${JSON.stringify(value)}`);
+  if (`${value}`.trim() === "" && !mayBeEmpty) throw wrong(`its ${key} is empty`);
+  return `${value}`;
 }
 
-function found(value: unknown): string {
-  return value === undefined ? "none" : JSON.stringify(value);
+function completionOf(line: Line): Completion {
+  const messages = line.object?.["messages"];
+  if (!Array.isArray(messages))
+    return { prompt: textOf(line, "prompt", COMPLETION, true), completion: textOf(line, "completion", COMPLETION) };
+  const odd = messages.find((said) => typeof said?.role !== "string" || typeof said?.content !== "string");
+  if (odd !== undefined) throw line.wrong(`expected messages with "role" and "content", got ${JSON.stringify(odd)}`);
+  const last = messages.at(-1)?.role;
+  if (last !== "assistant") throw line.wrong(`expected the assistant's message at the end, got ${last ?? "none"}`);
+  return { messages };
 }

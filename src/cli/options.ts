@@ -270,8 +270,6 @@ export const match: {
 export const runsOn: {
   tokens: Maybe<number>;
   tokenizer: Maybe<string>;
-  provider: Maybe<string>;
-  threads: Maybe<number>;
 } = {
   tokens: number(
     "N",
@@ -282,11 +280,6 @@ export const runsOn: {
     "FILE",
     "The model's tokenizer. Default: tokenizer.json beside the model or one folder above. Needs @huggingface/tokenizers.",
   ),
-  provider: text(
-    "NAME",
-    "What runs the model, where this build of onnxruntime-node has it: cpu, webgpu, cuda, dml or coreml. Default: cpu.",
-  ),
-  threads: number("N", "Threads that run the model. Default: one for each core.", from(1)),
 };
 
 /** Options of commands that judge tasks by answers. */

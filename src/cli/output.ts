@@ -11,8 +11,6 @@ export interface Output {
   progress(at: WorkProgress): void;
   /** Says what is being done, where nothing can be counted. */
   phase(what: string): void;
-  /** Shows how long that has taken, or tells it where there is no terminal. Call it each second. */
-  beat(): void;
   warn(message: string): void;
   /** Takes away the line that changes, before anything else is printed. */
   clear(): void;
@@ -27,7 +25,7 @@ export interface Stream {
   write(text: string): unknown;
 }
 
-/** Milliseconds that work takes before a file or pipe hears of it, and a terminal. */
+/** Milliseconds that work takes before it is shown in a file or pipe, and in a terminal. */
 const LONG = 5000;
 const SHORT = 500;
 /** Lines of one stage in a file or pipe. */
@@ -40,12 +38,8 @@ const LINES = 10;
  */
 export function createOutput(json: boolean, stderr: Stream = process.stderr, now: () => number = Date.now): Output {
   const begun = now();
-  // `told`: the last tenth that a file or pipe heard of, −1 while there is none.
-  let stage = { name: "", line: "working", since: begun, before: 0, told: -1 };
-  const enter = (name: string, before: number): number => {
-    if (name !== stage.name) stage = { name, line: printable(name), since: now(), before, told: -1 };
-    return now() - stage.since;
-  };
+  // `tenth`: the last one that a file or pipe has, −1 while there is none.
+  let stage = { name: "", since: begun, before: 0, tenth: -1 };
   const tell = (line: string): void => {
     if (!json) stderr.write(`${line}\n`);
   };
@@ -61,25 +55,17 @@ export function createOutput(json: boolean, stderr: Stream = process.stderr, now
     clear,
     progress(at) {
       const { done, total } = at;
-      const gone = enter(at.stage, done);
-      stage.line = printable([progressText(at), ...leftOf(at, stage.before, gone)].join(", "));
-      if (done >= total && total > 0) clear();
-      else if (now() - begun >= SHORT) show(stage.line);
-      const tenth = total > 0 ? Math.floor((LINES * done) / total) : 0;
-      if (stderr.isTTY || tenth <= stage.told || (stage.told < 0 && gone < LONG)) return;
-      stage.told = tenth;
-      tell(stage.line);
-    },
-    phase(what) {
-      enter(what, 0);
-      show(stage.line);
-    },
-    beat() {
+      if (at.stage !== stage.name) stage = { name: at.stage, since: now(), before: done, tenth: -1 };
       const gone = now() - stage.since;
-      if (stderr.isTTY || stage.told >= 0 || gone < LONG) return;
-      stage.told = 0;
-      tell(stage.line);
+      const line = printable([progressText(at), ...leftOf(at, stage.before, gone)].join(", "));
+      if (done >= total && total > 0) clear();
+      else if (now() - begun >= SHORT) show(line);
+      const tenth = total > 0 ? Math.floor((LINES * done) / total) : 0;
+      if (stderr.isTTY || tenth <= stage.tenth || (stage.tenth < 0 && gone < LONG)) return;
+      stage.tenth = tenth;
+      tell(line);
     },
+    phase: (what) => show(printable(what)),
     warn(message) {
       clear();
       tell(paragraph(`warning: ${message}`));

@@ -75,9 +75,6 @@ const settled = option.each(
 );
 const { k, energy, ...how } = settled;
 
-/** The model runs in as many threads as there are cores. */
-const { threads: _, ...judged } = option.judged;
-
 const OPTIONS = {
   output: option.output("PACK", "The pack to write."),
   force: option.force,
@@ -120,7 +117,7 @@ const OPTIONS = {
       "The smallest pack whose tasks answer as their adapters do; with a size, the one whose tasks do so most. Needs onnxruntime-node.",
       "model",
     ),
-    ...judged,
+    ...option.judged,
     agreement: {
       ...option.judged.agreement,
       excludes: { bytes: "it is for packs without a size" },
@@ -197,7 +194,7 @@ async function build(adapters: readonly Adapter[], options: PackOptions, run: Ru
   };
   if (options.model !== undefined) {
     const { packedByAnswers } = await import("./by-answers.ts");
-    const asked = { ...options, model: options.model, bytes: most, threads: undefined };
+    const asked = { ...options, model: options.model, bytes: most };
     return packedByAnswers(adapters, asked, common, run, out).catch(fail);
   }
   const scratch = run.closing(openScratch(options.output));

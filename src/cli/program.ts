@@ -47,7 +47,7 @@ function createProgram(print: (text: string) => void): Command {
     .helpCommand(false)
     .addHelpText(
       "after",
-      "\nHelp for a command: eigenlora COMMAND --help.\nExit codes: 0 done, 1 failed, 2 wrong usage, 3 out of --minutes, 130 Ctrl-C.",
+      "\nHelp for a command: eigenlora COMMAND --help.\nPacks, adapters and models may lie on the Hugging Face Hub: hf:org/name@v1/path.\nExit codes: 0 done, 1 failed, 2 wrong usage, 3 out of --minutes, 130 Ctrl-C.",
     )
     // Options behind a command belong to the command.
     .enablePositionalOptions()
@@ -97,10 +97,7 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
   const out = createOutput(json, stderr);
   const print = (object: object, lines: readonly string[]): unknown =>
     stdout.write(`${(json ? [JSON.stringify(object)] : lines).map(printable).join("\n")}\n`);
-  const beat = setInterval(out.beat, 1000);
   const done = (result: Result | number): void => {
-    // A command that goes on until Ctrl-C has nothing more to report.
-    clearInterval(beat);
     out.clear();
     if (typeof result === "number") code = result;
     else {
@@ -132,16 +129,11 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
     const unasked = error.exitCode === 0 ? {} : { error: { tag: "usage", message: "missing COMMAND" } };
     print({ ...answer, ...unasked }, printed.trimEnd().split("\n"));
     return error.exitCode === 0 ? 0 : 2;
-  } finally {
-    clearInterval(beat);
   }
 }
 
 /** The parser's messages in our words. */
-function wordsOf({ message, code }: CommanderError, command: Command | undefined): string {
-  const excess = command?.args.slice(command.registeredArguments.length).join(" --task ");
-  if (code === "commander.excessArguments" && command?.options.some(({ long }) => long === "--task"))
-    return `too many arguments; did you mean --task ${excess}?`;
+function wordsOf({ message }: CommanderError): string {
   return message
     .replace(/^error: /, "")
     .replace(/required argument '(.*)'/, "$1")
@@ -155,7 +147,7 @@ function failure(error: unknown, command: Command | undefined): { object: object
   const { path } = error as NodeJS.ErrnoException;
   const known = usage || ours || path !== undefined || error instanceof RangeError || error instanceof TypeError;
   const system = path === undefined ? (error as Error).message : `${path}: ${reasonOf(error)}`;
-  const said = error instanceof CommanderError ? wordsOf(error, command) : system;
+  const said = error instanceof CommanderError ? wordsOf(error) : system;
   const name = command?.parent?.parent ? `${command.parent.name()} ${command.name()}` : command?.name();
   const message = usage && name ? `${name}: ${said}` : said;
   const advice = usage ? `See eigenlora ${name ? `${name} ` : ""}--help.\n` : "";

@@ -19,21 +19,18 @@ import {
 import { openSource } from "../open-source.ts";
 import { paced, pacer } from "../pace.ts";
 import { expandTerm } from "../pack/expand.ts";
-import { type TaskLoss, totalOf } from "../pack/report.ts";
+import { lossesOf, type ModuleError } from "../pack/report.ts";
 import type { ByteSource } from "../source.ts";
 import { toHex } from "../text.ts";
 import { type Attach, command, type Result, type Run } from "./command.ts";
 import { readText } from "./files.ts";
-
 import { as, list, maxExpansion, readFor, revoked, text, UsageError } from "./options.ts";
-
-import { lossTable, type Output, sum, table } from "./output.ts";
+import { lossTable, type Output, table } from "./output.ts";
 
 interface Check {
   readonly name: string;
-  readonly ok: boolean;
-  /** False where there is nothing to check. */
-  readonly checked: boolean;
+  /** Null where there is nothing to check. */
+  readonly ok: boolean | null;
   readonly detail: string;
 }
 
@@ -42,12 +39,11 @@ class Checks {
   readonly all: Check[] = [];
 
   get ok(): boolean {
-    return this.all.every(({ ok }) => ok);
+    return this.all.every(({ ok }) => ok !== false);
   }
 
-  /** @param ok null where there is nothing to check */
-  note(name: string, ok: boolean | null, detail: string): void {
-    this.all.push({ name, ok: ok ?? true, checked: ok !== null, detail });
+  note(name: string, ok: Check["ok"], detail: string): void {
+    this.all.push({ name, ok, detail });
   }
 
   /** Notes a check that passes when `read` does; a damaged section is reported, and the others are checked all the same. */
@@ -74,7 +70,7 @@ class Checks {
   }
 
   table(): string[] {
-    const verdict = ({ ok, checked }: Check): string => (checked ? (ok ? "ok" : "FAILED") : "–");
+    const verdict = ({ ok }: Check): string => (ok === null ? "–" : ok ? "ok" : "FAILED");
     return table([["check", "", ""], ...this.all.map((check) => [check.name, verdict(check), check.detail])]);
   }
 }
@@ -117,21 +113,23 @@ export const verify: Attach = command({
     const pack = await openHashed(path, trust, run);
     const { checks, bases, blobs } = await checkSections(path, pack, run, out);
     const { ok } = checks;
-    const errors = new Map<string, Omit<TaskLoss, "id">>();
-    if (against.length > 0 && bases && ok) {
-      const adapters = await run.adapters(against, as, base);
-      for (const [i, adapter] of adapters.entries()) {
-        const { id, file } = adapter;
-        const blob = blobs.get(id);
-        if (!blob)
-          throw new TaskError(`${file}: no task "${id}" in ${path}; say which with --as ${id}=TASK`, { task: id });
-        errors.set(id, await errorOf(pack, bases, blob, adapter));
-        out.progress({ stage: "comparing", done: i + 1, total: adapters.length, unit: "adapters" });
-      }
+    const errors: ModuleError[] = [];
+    const adapters = against.length > 0 && bases && ok ? await run.adapters(against, as, base) : [];
+    for (const [i, adapter] of adapters.entries()) {
+      const { id, file } = adapter;
+      const blob = blobs.get(id);
+      if (!blob)
+        throw new TaskError(`${file}: no task "${id}" in ${path}; say which with --as ${id}=TASK`, { task: id });
+      errors.push(...(await errorsOf(pack, bases!, blob, adapter)));
+      out.progress({ stage: "comparing", done: i + 1, total: adapters.length, unit: "adapters" });
     }
-    const losses = [...errors].map(([id, error]) => ({ id, ...error }));
+    const losses = lossesOf(
+      errors,
+      adapters.map(({ id }) => id),
+    );
+    const byId = new Map(losses.map(({ id, ...error }) => [id, error]));
     return {
-      json: { ok, checks: checks.all, tasks: [...pack.tasks.keys()].map((id) => ({ id, error: errors.get(id) })) },
+      json: { ok, checks: checks.all, tasks: [...pack.tasks.keys()].map((id) => ({ id, error: byId.get(id) })) },
       text: [...checks.table(), ...(losses.length > 0 ? ["", ...lossTable(losses)] : [])],
       exitCode: ok ? 0 : 1,
     };
@@ -239,19 +237,19 @@ async function unpadded(source: ByteSource, { window, directory }: Pack): Promis
   return undefined;
 }
 
-/** ΔW error of a task against the adapter it was made of. */
-async function errorOf(
+/** ΔW errors of a task against the adapter it was made of. */
+async function errorsOf(
   pack: Pack,
   bases: Uint8Array,
   blob: TaskBlob,
   { id, file, modules }: Adapter,
-): Promise<Omit<TaskLoss, "id">> {
+): Promise<ModuleError[]> {
   checkExpansion(pack, id, blob, "factors");
   const terms = new Map(blob.terms.map((term) => [pack.modules[term.module]!.name, term]));
   const foreign = [...terms.keys()].find((name) => !modules.has(name));
   if (foreign !== undefined)
     throw new AdapterError(`it does not adapt "${foreign}", the task of the pack does`, { file, field: foreign });
-  const losses: { error: number; norm: number }[] = [];
+  const errors: ModuleError[] = [];
   for (const [name, source] of modules) {
     const factors = exact(await source.read());
     const term = terms.get(name);
@@ -259,10 +257,9 @@ async function errorOf(
     const isStored = term && term.rank + term.privateRank > 0;
     const stored = isStored ? exact(expandTerm(blob, term, pack.modules[term.module]!, bases)) : factors;
     const { difference, norm } = deltaError(factors, stored);
-    losses.push({ error: isStored ? relative(difference, norm) : norm > 0 ? 1 : 0, norm });
+    errors.push({ task: id, module: name, error: isStored ? relative(difference, norm) : norm > 0 ? 1 : 0, norm });
   }
-  const errors = losses.map(({ error }) => error);
-  return { total: totalOf(losses), mean: sum(errors) / Math.max(errors.length, 1), max: Math.max(0, ...errors) };
+  return errors;
 }
 
 function exact({ rank, A, Bt }: { rank: number; A: ArrayLike<number>; Bt: ArrayLike<number> }) {

@@ -1,5 +1,6 @@
 /** The command view: shows in a browser what packs, task files and adapters hold. */
 import { spawn } from "node:child_process";
+import type { Stats } from "node:fs";
 import { readFile, stat } from "node:fs/promises";
 import { createServer, type IncomingMessage, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
@@ -37,12 +38,12 @@ export const view: Attach = command({
   },
   reads: ["repository"],
   async run(paths: string[], { port, noOpen }, run, out) {
-    const files = new Map<string, ServedFile>();
+    const files = new Map<string, string>();
     const shown: string[] = [];
     for (const [i, path] of paths.entries()) {
       const { folder = [], names } = await namesOf(path, run, out);
       const place = ["/files", `${i + 1}`, ...folder.map(encodeURIComponent)].join("/");
-      for (const [name, file] of names) files.set(`${place}/${encodeURIComponent(name)}`, served(file, run));
+      for (const [name, file] of names) files.set(`${place}/${encodeURIComponent(name)}`, file);
       shown.push(`${place}/${encodeURIComponent(names[0]![0])}`);
     }
     const page = await readFile(PAGE);
@@ -75,11 +76,13 @@ async function namesOf(
   const isTask = kindOfFile === "an EigenLoRA task file";
   if (isTask || kindOfFile === "an EigenLoRA pack" || /\.eigen(task)?$/.test(path) || /^https?:/i.test(path)) {
     if (isTask) await readTaskFile(path);
-    else await (await run.pack(path, { bases: "later", maxResidentBytes: 0 })).close();
+    const pack = isTask ? undefined : await run.pack(path, { bases: "later", maxResidentBytes: 0 });
     // The page knows a file by its ending.
     const ending = isTask ? ".eigentask" : ".eigen";
-    const name = basename(/^https?:/i.test(path) ? path.replace(/[?#].*/s, "") : path);
-    return { names: [[name.endsWith(ending) ? name : `${name}${ending}`, path]] };
+    const isAddress = /^https?:/i.test(path);
+    const name = basename(isAddress ? path.replace(/[?#].*/s, "") : path);
+    // A pack on the Hub has its commit in its name.
+    return { names: [[name.endsWith(ending) ? name : `${name}${ending}`, isAddress ? path : (pack?.name ?? path)]] };
   }
   const adapters = await findAdapters([path], { onProgress: downloading(out) });
   const [adapter] = adapters;
@@ -95,26 +98,6 @@ async function namesOf(
   for (const name of [CONFIG, TASK])
     if ((await kind(join(adapter.path, name))) === "file") names.push([name, join(adapter.path, name)]);
   return { folder: [adapter.id], names };
-}
-
-/** A file on the disk is opened for each answer, so that a reload shows its current content. */
-function served(path: string, run: Run): ServedFile {
-  if (/^(https?|hf):/i.test(path)) {
-    let source: Promise<ByteSource> | undefined;
-    return {
-      open: () => (source ??= openSource(path).then((opened) => run.closing(opened))),
-      release: async () => {},
-      version: async () => undefined,
-    };
-  }
-  return {
-    open: () => openSource(path),
-    release: async (source) => source.close?.(),
-    async version() {
-      const { size, mtimeMs } = await stat(path);
-      return `${size.toString(36)}-${Math.round(mtimeMs).toString(36)}`;
-    },
-  };
 }
 
 /** Commands that open an address in the default browser. */
@@ -133,16 +116,6 @@ function openBrowser(url: string): void {
 
 // The server of the command view: the viewer's page, and ranges of the named files, on the loopback interface alone.
 
-/** A file as it is served. */
-interface ServedFile {
-  /** Opens it for one answer. */
-  open(): Promise<ByteSource>;
-  /** Releases what an answer has opened. */
-  release(source: ByteSource): Promise<void>;
-  /** Tells this version of the file from others; undefined where nothing does. */
-  version(): Promise<string | undefined>;
-}
-
 /** The page may talk to this server, and to nobody else. */
 const POLICY = "connect-src 'self'; frame-ancestors 'none'; form-action 'none'; base-uri 'none'";
 
@@ -159,7 +132,7 @@ interface Reply {
 
 /**
  * @param page the viewer
- * @param files by path, "/files/1/tasks.eigen"
+ * @param files paths or addresses by the path that the page asks for, "/files/1/tasks.eigen"
  * @param port 0 takes a free one
  * @param onError called for an answer that failed
  * @returns its address, with a slash at the end
@@ -167,7 +140,7 @@ interface Reply {
  */
 async function serveViewer(
   page: Uint8Array,
-  files: ReadonlyMap<string, ServedFile>,
+  files: ReadonlyMap<string, string>,
   port: number,
   onError: (error: Error) => void,
 ): Promise<{ url: string; close(): Promise<void> }> {
@@ -196,7 +169,7 @@ const HOST = /^(127\.0\.0\.1|localhost|\[::1\])(:\d+)?$/;
 
 async function answer(
   page: Uint8Array,
-  files: ReadonlyMap<string, ServedFile>,
+  files: ReadonlyMap<string, string>,
   request: IncomingMessage,
   response: ServerResponse,
 ): Promise<void> {
@@ -211,17 +184,18 @@ async function answer(
     return void send({ status: 200, headers: type }).end(method === "HEAD" ? undefined : page);
   }
   const file = files.get(path);
-  if (!file) return void send({ status: 404, headers: {} }).end();
-  const source = await file.open();
+  if (file === undefined) return void send({ status: 404, headers: {} }).end();
+  // Opened for each answer, so that a reload shows the current content.
+  const source = await openSource(file);
   try {
     // The size of what lies behind an address is known after a first read.
     if (source.byteLength === undefined) await source.read(0, 1);
-    const reply = planReply(source.byteLength!, headers.range, await file.version());
+    const reply = planReply(source.byteLength!, headers.range, await stat(file).catch(() => undefined));
     send(reply);
     if (!reply.range || method === "HEAD") return void response.end();
     await pipeline(Readable.from(pieces(source, reply.range)), response);
   } finally {
-    await file.release(source);
+    await source.close?.();
   }
 }
 
@@ -233,18 +207,20 @@ const COMMON = {
   "referrer-policy": "no-referrer",
 };
 
-/** Answers by RFC 9110: 206 for a range, 416 for one beyond the end, else 200. */
-function planReply(size: number, asked = "", version?: string): Reply {
+/**
+ * Answers by RFC 9110: 206 for a range, 416 for one beyond the end, else 200.
+ * @param file undefined for one that is not on the disk
+ */
+function planReply(size: number, asked = "", file?: Stats): Reply {
   const headers = {
     "content-type": "application/octet-stream",
     "accept-ranges": "bytes",
-    ...(version !== undefined && { etag: `"${version}"` }),
+    ...(file && { etag: `"${file.size.toString(36)}-${Math.round(file.mtimeMs).toString(36)}"` }),
   };
-  const [, first = "", last = ""] = /^bytes=(\d*)-(\d*)$/.exec(asked) ?? [];
-  if (first === "" && last === "")
-    return { status: 200, headers: { ...headers, "content-length": size }, range: [0, size] };
-  const start = first === "" ? Math.max(0, size - Number(last)) : Number(first);
-  const end = first === "" || last === "" ? size : Math.min(Number(last) + 1, size);
+  const [, first, last = ""] = /^bytes=(\d+)-(\d*)$/.exec(asked) ?? [];
+  if (first === undefined) return { status: 200, headers: { ...headers, "content-length": size }, range: [0, size] };
+  const start = Number(first);
+  const end = last === "" ? size : Math.min(Number(last) + 1, size);
   if (start >= end) return { status: 416, headers: { ...headers, "content-range": `bytes */${size}` } };
   return {
     status: 206,

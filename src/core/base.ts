@@ -7,7 +7,7 @@ import { nearest } from "../arguments.ts";
 import type { DeviceBuffer } from "../backends/backend.ts";
 import type { Layout, PackModule } from "../format/format.ts";
 import type { ReadOptions, SourceInput } from "../source.ts";
-import { align4, decodeTensor, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
+import { decodePart, decodeTensor, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
 
 /** A tensor as it lies in memory: little-endian, row-major, `shape` elements of `dtype` from `byteOffset` of `data`. */
 export interface View {
@@ -105,16 +105,14 @@ export function byteLengthOf({ dtype, shape }: Pick<Parameter, "dtype" | "shape"
 }
 
 /** The values of a view, f32. @param out Default: new memory */
-export function viewValues(view: CpuView, out?: Float32Array): Float32Array {
-  const count = view.shape.reduce((a, b) => a * b, 1);
-  let bytes = view.data.subarray(view.byteOffset);
-  if (bytes.length % 4) {
-    // The decoder reads whole tensors, which end at multiples of 4.
-    const padded = new Uint8Array(align4(bytes.length));
-    padded.set(bytes);
-    bytes = padded;
-  }
-  return decodeTensor(view.dtype, bytes, 1, count, out);
+export function viewValues({ dtype, shape, data, byteOffset }: CpuView, out?: Float32Array): Float32Array {
+  const count = shape.reduce((a, b) => a * b, 1);
+  const bytes = data.subarray(byteOffset);
+  if (dtype === "f32") return decodeTensor(dtype, bytes, 1, count, out);
+  const values = out ?? new Float32Array(count);
+  // Halves need not end at a multiple of 4, as a tensor does.
+  decodePart(dtype, bytes, 1, count, [0, 1, 0, count], values);
+  return values;
 }
 
 export function sameShape(a: readonly number[], b: readonly number[]): boolean {

@@ -88,7 +88,7 @@ export interface ModulePlan {
 }
 
 /** A growing f32 array that is used again by each switch. */
-export class UploadBuffer {
+class UploadBuffer {
   values: Float32Array<ArrayBuffer> = new Float32Array(0);
   used = 0;
 
@@ -130,7 +130,6 @@ export function planTasks(
   buffer: UploadBuffer,
   leave = false,
 ): ModulePlan[] {
-  buffer.used = 0;
   const plans = new Map<number, ModulePlan>();
   const scaled = new Set(
     tasks.flatMap(({ blob }) => blob.terms.filter((term) => term.magnitude).map(({ module }) => module)),
@@ -200,13 +199,11 @@ const ROUND_BYTES = 32 * 2 ** 20;
 /** Expansions come last: they may be added to residual rows, and a device then has all of them in a row. */
 const ORDER = ["residual", "expansions"] as const;
 
-/** Names of scratch memory. Those of the second group are for `apply.ts`: each step has its own, so that a device can do its parts at once. */
-type Scratch = ("coefficients" | "factors" | "scale" | "weight") | ("applied" | "x" | "y" | "onA" | "inner" | "onB");
+/** Names of scratch memory. */
+type Scratch = "coefficients" | "factors" | "scale" | "weight" | "x" | "y" | "inner";
 
 /** Storage of a weight. */
 type Stored = Pick<Located, "dtype" | "transposed">;
-
-type Components = Pick<ExpandJob, "basis" | "dtype" | "rows" | "width">;
 
 export class KernelSession {
   readonly backend: Backend;
@@ -234,11 +231,6 @@ export class KernelSession {
     return this.backend.allocate(bytes, owner);
   }
 
-  /** Components of a side, and its mean, as operations of a backend take them. */
-  components({ tensor: { dtype, rows, width, byteOffset } }: Side): Components {
-    return { basis: at(this.#basis, byteOffset), dtype, rows, width };
-  }
-
   /** Memory of at least `bytes` that lasts until the next call with this name asks for more. */
   reserve(name: Scratch, bytes: number): Slice {
     const held = this.#scratch.get(name);
@@ -253,6 +245,12 @@ export class KernelSession {
   /** Last result of `reserve` for this name. */
   reserved(name: Scratch): Slice {
     return at(this.#scratch.get(name)!);
+  }
+
+  /** Bytes of the backend: as they lie in the CPU's memory until more is allocated, or a copy from a device. */
+  bytesAt(from: Slice, byteLength: number): Uint8Array | Promise<Uint8Array> {
+    const { backend } = this;
+    return backend.view ? backend.view(from, byteLength) : backend.read!(from, byteLength);
   }
 
   /** Does all that can fail before a switch changes anything: takes memory for its factors, and uploads the buffer. */
@@ -322,7 +320,9 @@ export class KernelSession {
     const out = after(factor, 4 * rows.row * width);
     if ("basis" in rows) {
       const { basis, rows: rank, add } = rows;
-      const job: ExpandJob = { out, coefficients: from, ...this.components(basis), rank, add };
+      const { dtype, rows: components, width, byteOffset } = basis.tensor;
+      const of = { basis: at(this.#basis, byteOffset), dtype, rows: components, width };
+      const job: ExpandJob = { out, coefficients: from, ...of, rank, add };
       this.dispatches++;
       if (backend.expanding) return backend.expanding(job);
       backend.expand(job);

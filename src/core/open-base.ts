@@ -1,8 +1,10 @@
 /**
- * A base model from whatever serves as one: tensors in the user's memory, written in place, or a safetensors file, which is only read.
+ * A base model from whatever serves as one: tensors in the user's memory or on a device, written in place, or a safetensors file, which is only
+ * read.
  */
 
 import { described, nearest } from "../arguments.ts";
+import type { Backend, Block, DeviceBuffer, Slice } from "../backends/backend.ts";
 import { BaseMismatchError, SourceError } from "../errors.ts";
 import { wrongKind } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
@@ -12,6 +14,7 @@ import type { SafetensorsFile } from "../tensor/safetensors.ts";
 import {
   type BaseInput,
   byteLengthOf,
+  type CpuView,
   type DeviceTensor,
   onDevice,
   sameShape,
@@ -31,10 +34,11 @@ type Tensors = Map<string, Tensor | DeviceTensor>;
 
 /**
  * Added parameters become new entries of the map.
+ * @param backend reads and writes tensors on its device. They can be listed without it
  * @throws TypeError for a number format that there is not
  * @throws BaseMismatchError when a tensor's data is not as long as its shape says, for instance because it was transferred
  */
-export function memoryHost(tensors: Tensors): WeightHost {
+export function memoryHost(tensors: Tensors, backend?: Backend): WeightHost {
   checkSizes(tensors);
   const view = (name: string): View => {
     const tensor = tensors.get(name);
@@ -43,13 +47,55 @@ export function memoryHost(tensors: Tensors): WeightHost {
   };
   /** The caller's tensors that entries of another shape or number format stand for. */
   const originals: Tensors = new Map();
+  /** Buffers of such entries, by name. */
+  const made = new Map<Block, string>();
+  const freeUnused = (): void => {
+    for (const [block, name] of made) {
+      const tensor = tensors.get(name);
+      if (tensor && "buffer" in tensor && tensor.buffer === block.device) continue;
+      made.delete(block);
+      backend!.free(block);
+    }
+  };
+  /** Writes in place where the value has the type and shape of the tensor, or of the caller's own, else as a new entry. */
+  const write = (name: string, value: View | null, undo: (() => void)[]): void => {
+    const old = tensors.get(name);
+    undo.push(() => (old ? tensors.set(name, old) : tensors.delete(name)));
+    if (!value) return void tensors.delete(name);
+    const { dtype, shape } = value;
+    const data = value.data as Uint8Array;
+    const original = originals.get(name) ?? old;
+    // One that was transferred away is of no use any more.
+    const fitting = [old, original].find(
+      (one) =>
+        one?.dtype === dtype &&
+        sameShape(one.shape, shape) &&
+        ("buffer" in one || one.data.byteLength === byteLengthOf(one)),
+    );
+    if (fitting) {
+      const place = viewOf(fitting);
+      if (onDevice(place.data)) backend!.upload(sliceOf(backend!, place), data);
+      else place.data.set(data);
+      tensors.set(name, fitting);
+      return;
+    }
+    if (original) originals.set(name, original);
+    const block = original && "buffer" in original ? backend!.allocate(data.length, "active") : undefined;
+    if (block) {
+      made.set(block, name);
+      backend!.upload({ block, byteOffset: 0 }, data);
+    }
+    const place = block ? { buffer: block.device! } : { data: data.slice() };
+    tensors.set(name, { dtype, shape: [...shape], ...place, ...(old?.layout && { layout: old.layout }) });
+  };
   return {
     *list() {
       for (const [name, { dtype, shape, layout }] of tensors) yield { name, dtype, shape, ...(layout && { layout }) };
     },
     async read(name, into) {
       const found = view(name);
-      if (onDevice(found.data) || !into) return found;
+      if (onDevice(found.data)) return copyView(backend!, found);
+      if (!into) return found;
       into.set(found.data);
       return { ...found, data: into };
     },
@@ -60,15 +106,31 @@ export function memoryHost(tensors: Tensors): WeightHost {
       refuseSharedMemory(tensors, names, new Set(alone));
       const undo: (() => void)[] = [];
       return {
-        write: (name, value) => write(tensors, originals, name, value, undo),
-        commit() {},
+        write: (name, value) => write(name, value, undo),
+        commit: freeUnused,
         // The runtime itself writes again what was written in place.
         rollback() {
           for (const step of undo.reverse()) step();
+          freeUnused();
         },
       };
     },
   };
+}
+
+/** The place of a view on a device, as the backend sees it. */
+function sliceOf(backend: Backend, { data, byteOffset }: View): Slice {
+  return { block: backend.adopt!(data as DeviceBuffer), byteOffset };
+}
+
+/** A copy in the CPU's memory. */
+export async function copyView(backend: Backend, view: View): Promise<CpuView> {
+  const { data, byteOffset } = view;
+  const bytes = byteLengthOf(view);
+  const copy = onDevice(data)
+    ? await backend.read!(sliceOf(backend, view), bytes)
+    : data.slice(byteOffset, byteOffset + bytes);
+  return { ...view, data: copy, byteOffset: 0 };
 }
 
 const FLOATS: readonly FloatDtype[] = ["f32", "f16", "bf16"];
@@ -141,30 +203,6 @@ function viewOf(tensor: Tensor | DeviceTensor): View {
   if ("buffer" in tensor) return { dtype, shape, data: tensor.buffer, byteOffset: tensor.byteOffset ?? 0 };
   const { buffer, byteOffset, byteLength } = tensor.data;
   return { dtype, shape, data: new Uint8Array(buffer, byteOffset, byteLength), byteOffset: 0 };
-}
-
-/** Writes in place where the value has the type and shape of the tensor, or of the caller's own, else as a new entry. */
-function write(tensors: Tensors, originals: Tensors, name: string, value: View | null, undo: (() => void)[]): void {
-  const old = tensors.get(name);
-  if (!value) {
-    tensors.delete(name);
-    undo.push(() => old && tensors.set(name, old));
-    return;
-  }
-  const { dtype, shape, data, byteOffset } = value;
-  undo.push(() => (old ? tensors.set(name, old) : tensors.delete(name)));
-  const fits = (one: Tensor | DeviceTensor | undefined): one is Tensor =>
-    one !== undefined && !("buffer" in one) && one.dtype === dtype && sameShape(one.shape, shape);
-  // One that was transferred away is of no use any more.
-  const own = [old, originals.get(name)].filter(fits).find((one) => one.data.byteLength === byteLengthOf(one));
-  if (own && !onDevice(data)) {
-    (viewOf(own).data as Uint8Array).set(data);
-    tensors.set(name, own);
-    return;
-  }
-  if (old && !originals.has(name)) originals.set(name, old);
-  const place = onDevice(data) ? { buffer: data, byteOffset } : { data: data.slice() };
-  tensors.set(name, { dtype, shape: [...shape], ...place, ...(old?.layout && { layout: old.layout }) });
 }
 
 const DTYPES = new Map<string, FloatDtype>([

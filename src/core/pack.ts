@@ -77,17 +77,46 @@ export interface TaskInfo {
   readonly resident: boolean;
 }
 
-/** A task as its pack holds it. */
+/** Entry of a task: `section` is where its blob lies in the file, or the length and hash of one that was added. */
+type Entry = TaskEntry & { readonly section: Pick<Section, "length" | "integrity"> & Partial<Section> };
+
+/** The blob of a task that was asked for, or that was added. */
 interface TaskSlot {
-  readonly info: TaskInfo;
-  /** Where its blob lies in the file; undefined for tasks added at run time, which are always resident. */
-  readonly section?: Section;
-  /** The blob as its file has it, of tasks added at run time. */
+  readonly entry: Entry;
+  /** The blob as its file has it, of tasks added at run time, which are always resident. */
   readonly stored?: Uint8Array;
   blob?: TaskBlob | undefined;
   /** True if it was prefetched, where no limit was asked for. */
   stays?: boolean;
   loading?: SharedWork<TaskBlob> | undefined;
+}
+
+class Info implements TaskInfo {
+  readonly id: string;
+  readonly bytes: number;
+  readonly adapterBytes: number;
+  readonly brings: readonly string[] | undefined;
+  readonly integrity: string | undefined;
+  readonly #entry: Entry;
+  readonly #slots: ReadonlyMap<Entry, TaskSlot>;
+
+  constructor(entry: Entry, slots: ReadonlyMap<Entry, TaskSlot>) {
+    this.id = entry.id;
+    this.bytes = entry.section.length;
+    this.adapterBytes = entry.adapterBytes;
+    this.brings = entry.brings;
+    this.integrity = entry.section.integrity;
+    this.#entry = entry;
+    this.#slots = slots;
+  }
+
+  get metadata(): TaskMetadata {
+    return this.#entry.metadata;
+  }
+
+  get resident(): boolean {
+    return this.#slots.get(this.#entry)?.blob !== undefined;
+  }
 }
 
 /** Bytes of tasks that are kept where no limit was asked for, or so many tasks. */
@@ -102,8 +131,8 @@ interface SharedBases {
   checked?: SharedWork<Uint8Array>;
 }
 
-/** Says more of an error that makes a pack useless. */
-export async function explain(error: unknown, source: ByteSource, directory: Uint8Array | undefined): Promise<unknown> {
+/** Adds the likely cause to an error that makes a pack useless. */
+async function withDiagnosis(error: unknown, source: ByteSource, directory: Uint8Array | undefined): Promise<unknown> {
   if (!["format", "trust"].includes((error as Partial<EigenLoraError>).tag!)) return error;
   // The explanation cannot be loaded without a network; the error then stays unchanged.
   const part = await import("../format/kind.ts").catch(() => undefined);
@@ -111,7 +140,7 @@ export async function explain(error: unknown, source: ByteSource, directory: Uin
 }
 
 /** @throws FormatError when the bytes are damaged, TrustError when they are not those that were asked for */
-export async function checkSection(
+async function checkSection(
   bytes: Uint8Array,
   section: Section,
   part: string,
@@ -124,7 +153,7 @@ export async function checkSection(
 }
 
 /** A file whose head has been read and checked. */
-export interface OpenedFile {
+interface OpenedFile {
   readonly source: ByteSource;
   readonly reads: Reads;
   readonly window: Window;
@@ -154,7 +183,8 @@ export class Pack extends Observable<PackEvents> {
   readonly reads: Reads;
 
   readonly #file: OpenedFile;
-  readonly #slots = new Map<string, TaskSlot>();
+  readonly #entries = new Map<string, Entry>();
+  readonly #slots = new Map<Entry, TaskSlot>();
   /** Most bytes of the blobs in `#recent` where no limit was asked for: tasks of this size call for it. */
   #most = MOST_RESIDENT;
   /** Slots whose blobs could be read again, least recently used first. */
@@ -177,32 +207,29 @@ export class Pack extends Observable<PackEvents> {
     this.directory = directory;
     this.modules = directory.basis.modules;
     if (bases) this.#bases = { users: 0, bytes: bases };
-    for (const entry of directory.tasks) {
-      const { section } = entry;
-      this.#add(entry, section.length, section.integrity, { section });
-    }
   }
 
-  #add(entry: TaskEntry, bytes: number, integrity: string | undefined, held: Omit<TaskSlot, "info">): void {
-    const { id, adapterBytes, brings } = entry;
-    const info = {
-      ...{ id, bytes, adapterBytes, brings, integrity },
-      get metadata() {
-        return entry.metadata;
-      },
-      get resident() {
-        return slot.blob !== undefined;
-      },
-    };
-    const slot: TaskSlot = { ...held, info };
-    this.#tasks = undefined;
-    this.#slots.set(id, slot);
+  /** @internal Adds the tasks of the file, in pieces. */
+  *addTasks(): Generator<void> {
+    for (const entry of this.directory.tasks) {
+      this.#entries.set(entry.id, entry);
+      if (this.#entries.size % 256 === 0) yield;
+    }
   }
 
   /** The tasks by id, in the order of the file. A snapshot: tasks added or removed later do not change it. */
   get tasks(): ReadonlyMap<string, TaskInfo> {
-    this.#tasks ??= new Map([...this.#slots].map(([id, { info }]) => [id, info]));
-    return this.#tasks;
+    if (this.#tasks) return this.#tasks;
+    const tasks = new Map<string, TaskInfo>();
+    for (const [id, entry] of this.#entries) tasks.set(id, new Info(entry, this.#slots));
+    return (this.#tasks = tasks);
+  }
+
+  /** The slot of a task, made when it is first asked for: a pack may have many tasks, and most of them are never used. */
+  #slot(id: string): TaskSlot | undefined {
+    const entry = this.#entries.get(id);
+    if (entry && !this.#slots.has(entry)) this.#slots.set(entry, { entry });
+    return entry && this.#slots.get(entry);
   }
 
   /** Counts bytes held by this object: task blobs, and the bases while they are in use, and until their first use. */
@@ -220,7 +247,7 @@ export class Pack extends Observable<PackEvents> {
   async prefetch(ids: Iterable<string>, options: ReadOptions = {}): Promise<void> {
     const all = [...(typeof ids === "string" ? [ids] : ids)];
     for (const id of this.#file.maxResidentBytes === undefined ? all : []) {
-      const slot = this.#slots.get(id);
+      const slot = this.#slot(id);
       if (!slot) continue;
       slot.stays = true;
       this.#recent.delete(slot);
@@ -233,7 +260,7 @@ export class Pack extends Observable<PackEvents> {
    * @throws TaskError naming the nearest ids when there is no such task
    */
   async load(id: string, options: ReadOptions = {}): Promise<TaskBlob> {
-    const slot = this.#slots.get(id);
+    const slot = this.#slot(id);
     if (!slot) throw this.#unknown(id);
     throwIfAborted(options.signal);
     if (slot.blob) {
@@ -246,18 +273,18 @@ export class Pack extends Observable<PackEvents> {
   }
 
   async #fetch(slot: TaskSlot, signal: AbortSignal | undefined): Promise<TaskBlob> {
-    const { id } = slot.info;
+    const { id, section } = slot.entry;
     const part = `task "${id}"`;
-    const blob = await this.#checked(slot.section!, part, { signal }, undefined, async (bytes, coded) => {
+    const blob = await this.#checked(section as Section, part, { signal }, undefined, async (bytes, coded) => {
       if (coded) await this.#file.trust?.checkDecoded(bytes, part);
-      const blob = await paced(parseTask(bytes, this.modules, this.name, slot.info), pacer(signal));
-      return this.#bounded(blob, slot.info.bytes);
+      const blob = await paced(parseTask(bytes, this.modules, this.name, slot.entry), pacer(signal));
+      return this.#bounded(blob, section.length);
     });
     // The task may have been removed meanwhile, or read by a later request.
-    if (this.#slots.get(id) !== slot || slot.blob) return slot.blob ?? blob;
+    if (this.#slot(id) !== slot || slot.blob) return slot.blob ?? blob;
     slot.blob = blob;
     slot.loading = undefined;
-    this.tell("taskread", { task: id, bytes: slot.info.bytes });
+    this.tell("taskread", { task: id, bytes: section.length });
     if (slot.stays) return blob;
     this.#recent.add(slot);
     this.#most = Math.max(this.#most, RESIDENT_TASKS * blob.bytes.length);
@@ -283,10 +310,10 @@ export class Pack extends Observable<PackEvents> {
    * @throws TaskError, SourceError, FormatError, TrustError as `load`
    */
   async stored(id: string, options: ReadOptions = {}): Promise<Uint8Array> {
-    const slot = this.#slots.get(id);
+    const slot = this.#slot(id);
     // A copy passes the same checks as a task that is used.
     await this.load(id, options);
-    return slot!.stored ?? this.#read(slot!.section!, `task "${id}"`, options);
+    return slot!.stored ?? this.#read(slot!.entry.section as Section, `task "${id}"`, options);
   }
 
   /**
@@ -352,7 +379,7 @@ export class Pack extends Observable<PackEvents> {
       };
       return await parse(await decodeSection(read, how), true);
     } catch (error) {
-      throw await explain(error, this.#file.source, this.directory.bytes);
+      throw await withDiagnosis(error, this.#file.source, this.directory.bytes);
     }
   }
 
@@ -372,8 +399,13 @@ export class Pack extends Observable<PackEvents> {
    */
   async addTask(id: string, file: SourceInput, options: AddTaskOptions = {}): Promise<void> {
     const { addTaskFile } = await import("./task-file.ts");
-    await addTaskFile(file, id, this, this.#slots, this.#file.trust, options, (entry, integrity, stored, blob) => {
-      this.#add(entry, stored.length, integrity, { stored, blob: this.#bounded(blob, stored.length) });
+    const ids = this.#entries;
+    await addTaskFile(file, id, this, ids, this.#file.trust, options, (entry, integrity, stored, blob) => {
+      const { length } = stored;
+      const added = { ...entry, section: { length, integrity } };
+      this.#tasks = undefined;
+      this.#entries.set(id, added);
+      this.#slots.set(added, { entry: added, stored, blob: this.#bounded(blob, length) });
     });
   }
 
@@ -382,16 +414,17 @@ export class Pack extends Observable<PackEvents> {
    * @throws TaskError when there is no such task
    */
   removeTask(id: string): void {
-    const slot = this.#slots.get(id);
+    const slot = this.#slot(id);
     if (!slot) throw this.#unknown(id);
     this.#recent.delete(slot);
     this.#tasks = undefined;
-    this.#slots.delete(id);
+    this.#slots.delete(slot.entry);
+    this.#entries.delete(id);
   }
 
   #unknown(id: string): Error {
     if (typeof id !== "string") return new TypeError(`task: expected an id, got ${described(id)}`);
-    const close = nearest(id, this.#slots.keys());
+    const close = nearest(id, this.#entries.keys());
     const hint = close.length ? `; the nearest are ${close.map(described).join(", ")}` : "";
     return new TaskError(`no task "${id}" in ${this.name}${hint}`, { task: id, nearest: close });
   }
@@ -488,9 +521,11 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     const source = { name, byteLength, read, clear: async () => inner.clear?.(), close: async () => inner.close?.() };
     if (bases) await checkSection(bases, directory.bases, "bases", name, trust, signal);
     const { maxResidentBytes, maxExpansion } = options;
-    return new Pack({ source, reads, window, directory, maxResidentBytes, maxExpansion, trust, bases });
+    const pack = new Pack({ source, reads, window, directory, maxResidentBytes, maxExpansion, trust, bases });
+    await paced(pack.addTasks(), pacer(signal));
+    return pack;
   } catch (error) {
-    const refused = await explain(error, inner, directoryBytes);
+    const refused = await withDiagnosis(error, inner, directoryBytes);
     await inner.close?.();
     throw refused;
   }

@@ -1,82 +1,42 @@
 /**
  * The rest of a task: classifier heads, biases and token rows, whole parameters that change with the task without being
  * adapted modules. Computed in plain JS, since they are small; the result is the list of parameters that differ from the
- * base. Loaded when a task brings some.
+ * base. Loaded when a task overrides some.
  */
 
 import { at } from "../backends/backend.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import type { TaskParameter } from "../format/format.ts";
 import { encodeFloats, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
-import {
-  type CpuView,
-  type Parameter,
-  sameShape,
-  type View,
-  viewValues,
-  type WeightHost,
-  type WeightResolver,
-} from "./base.ts";
-import type { ActiveTask, KernelSession } from "./kernel-session.ts";
+import { type CpuView, type Parameter, sameShape, viewValues } from "./base.ts";
+import type { ActiveTask } from "./kernel-session.ts";
 import { addDifferences, blendHeads, changesOf, decode, type Merged, type ParameterChange } from "./merge.ts";
-import { findWeight } from "./mismatch.ts";
-import type { PackView } from "./part.ts";
-import type { TiedBase } from "./tied.ts";
-import { readWeight, type WeightBinding } from "./weights.ts";
-
-/** A parameter of the active task that differs from the base's. */
-export interface Replacement {
-  readonly view: View & { readonly data: Uint8Array<ArrayBuffer> };
-}
-
-/** Parameters of a selection's tasks that replace those of the base. */
-export interface Resolved {
-  /** Changed parameters, by the base's names. */
-  readonly parameters: ReadonlyMap<string, Replacement>;
-  /** Bytes of adapted weights, by module, where they are folded. Where they are not, they are among `parameters`. */
-  readonly weights: ReadonlyMap<number, Uint8Array<ArrayBuffer>>;
-  /** Names of embeddings whose rows change: whatever lies in the same memory is tied to them, and changes as well. */
-  readonly tables: ReadonlySet<string>;
-  /** Names of all of them that the base lacks, and of the others. */
-  readonly added: readonly string[];
-  readonly replaced: readonly string[];
-}
-
-/** Sources of the base's values. */
-export interface BaseValues {
-  readonly host: WeightHost | undefined;
-  readonly kernels: KernelSession;
-  readonly folded: boolean;
-}
+import { findWeight, type TiedBase } from "./mismatch.ts";
+import { type Resolved, type RuntimeContext, readWeight, type WeightBinding } from "./weights.ts";
 
 /** Parameters of the base that tasks touch, pristine, and the active task's versions of them. */
 export class Parameters {
   /** Parameters of the active task, by the base's names. */
-  active: ReadonlyMap<string, Replacement> = new Map();
+  active: ReadonlyMap<string, CpuView> = new Map();
   /** Bytes of new memory since the last `activate`. */
   allocated = 0;
+  readonly #context: RuntimeContext;
   /** Memory of earlier tasks' parameters, by length: what `resolve` fills while the active ones must stay whole. */
-  readonly #pool = new Map<number, Uint8Array<ArrayBuffer>[]>();
+  readonly #pool = new Map<number, Uint8Array[]>();
   /** Decoded values on their way from a blob to a parameter. */
   #values = new Float32Array(0);
-  readonly #base: WeightResolver;
-  readonly #bindings: readonly WeightBinding[];
   /** Pristine values of parameters; those of adapted weights are in the bindings. */
   readonly #pristine = new Map<string, CpuView>();
   /** Names of parameters that are tied to an embedding, by its name. */
   readonly #tied = new Map<string, readonly string[]>();
-  readonly #ignored: ReadonlySet<string>;
 
-  /** @param ignored names of parameters that are left as they are */
-  constructor(base: WeightResolver, bindings: readonly WeightBinding[], ignored: ReadonlySet<string>) {
-    this.#base = base;
-    this.#bindings = bindings;
-    this.#ignored = ignored;
+  constructor(context: RuntimeContext) {
+    this.#context = context;
   }
 
   /** Makes what `resolve` returned the active parameters. */
   activate({ parameters, weights }: Resolved): void {
-    for (const data of [...[...this.active.values()].map(({ view }) => view.data), ...weights.values()]) {
+    for (const data of [...[...this.active.values()].map(({ data }) => data), ...weights.values()]) {
       this.#pool.set(data.length, [...(this.#pool.get(data.length) ?? []), data]);
     }
     this.active = parameters;
@@ -90,7 +50,7 @@ export class Parameters {
 
   /** The values of a parameter of the active task. */
   values(name: string): Float32Array | undefined {
-    const view = this.active.get(name)?.view;
+    const view = this.active.get(name);
     return view && viewValues(view);
   }
 
@@ -103,51 +63,47 @@ export class Parameters {
   get activeBytes(): number {
     let bytes = this.#values.byteLength;
     for (const [length, pooled] of this.#pool) bytes += length * pooled.length;
-    for (const { view } of this.active.values()) bytes += view.data.length;
+    for (const { data } of this.active.values()) bytes += data.length;
     return bytes;
   }
 
   /**
-   * Prepares `parts`; nothing changes until the result is given to `activate`.
-   * @param parts as `reconcile` gives them
+   * Prepares what tasks override; nothing changes until the result is given to `activate`.
+   * @param tasks as `reconcile` gives them
    * @throws TaskError when heads cannot be blended, BaseMismatchError when a parameter does not fit the base
    */
-  async resolve(
-    parts: readonly ActiveTask[],
-    pack: PackView,
-    base: BaseValues,
-    signal: AbortSignal | undefined,
-  ): Promise<Resolved> {
-    const alone = parts.length === 1 && parts[0]!.strength === 1;
-    const changes = changesOf(parts, ({ part, parameter }) =>
-      this.#baseName(parameter, part.id, alone, base.host !== undefined),
-    );
+  async resolve(tasks: readonly ActiveTask[], signal: AbortSignal | undefined): Promise<Resolved> {
+    const { bindings, resolver, mode, view } = this.#context;
+    const known = resolver.parameters;
+    const alone = tasks.length === 1 && tasks[0]!.strength === 1;
+    const changes = changesOf(tasks, ({ part, parameter }) => this.#baseName(parameter, part.id, alone));
     const tables = [...changes.values()].flat().some(({ parameter }) => parameter.role === "rows")
-      ? await (await import("./tied.ts")).tieRows(changes, this.#tiedBase(base, signal))
+      ? await (await import("./mismatch.ts")).tieRows(changes, this.#tiedBase(signal))
       : new Set<string>();
-    const parameters = new Map<string, Replacement>();
-    const weights = new Map<number, Uint8Array<ArrayBuffer>>();
-    const [added, replaced]: string[][] = [[], []];
+    const parameters = new Map<string, CpuView>();
+    const weights = new Map<number, Uint8Array>();
     for (const [name, list] of changes) {
-      const index = this.#bindings.findIndex(({ weight }) => weight.name === name);
-      const binding = this.#bindings[index];
-      const known = this.#base.parameters.get(name);
+      const index = bindings.findIndex(({ weight }) => weight.name === name);
+      const binding = bindings[index];
+      const parameter = known.get(name);
       const whole = isWhole(name, list);
-      const original = binding && whole ? undefined : await this.#original(name, binding, base, signal);
-      const merged = whole
-        ? { shape: list[0]!.parameter.shape, values: blendHeads(name, this.#decode(list[0]!), list, pack) }
+      // A head is read too: the next task may put it back.
+      const original = whole && binding ? undefined : await this.#original(name, binding, signal);
+      const values = whole
+        ? { shape: list[0]!.parameter.shape, values: blendHeads(name, this.#decode(list[0]!), list, view) }
         : this.#changed(name, binding, list, original);
       const stored = binding
-        ? asStored(binding, list, merged)
-        : whole && known
-          ? headAsStored(known, list[0]!, merged)
-          : merged;
-      const replacement = this.#replacement(name, stored, known?.dtype ?? "f32");
-      (known ? replaced : added)!.push(name);
-      if (binding && base.folded) weights.set(index, replacement.view.data);
+        ? asStored(binding, list, values)
+        : whole && parameter
+          ? headAsStored(parameter, list[0]!, values)
+          : values;
+      const replacement = this.#encoded(name, stored, parameter?.dtype ?? "f32");
+      if (binding && mode === "folded") weights.set(index, replacement.data);
       else parameters.set(name, replacement);
     }
-    return { parameters, weights, tables, added: added!, replaced: replaced! };
+    const names = [...changes.keys()];
+    const added = names.filter((name) => !known.has(name));
+    return { parameters, weights, tables, added, replaced: names.filter((name) => known.has(name)) };
   }
 
   /** The base's values with what tasks change of them; rows of a weight that is stored as [in, out] are its columns. */
@@ -158,24 +114,23 @@ export class Parameters {
     original: CpuView | undefined,
   ): Merged {
     const base = original && { shape: original.shape, values: viewValues(original) };
-    const { layout = binding?.module.layout } = binding?.weight ?? this.#base.parameters.get(name) ?? {};
+    const { layout = binding?.module.layout } = binding?.weight ?? this.#context.resolver.parameters.get(name) ?? {};
     const across = base && layout === "in-out" && list.some(({ parameter }) => parameter.role === "rows");
     return across ? turn(addDifferences(name, list, turn(base))) : addDifferences(name, list, base);
   }
 
-  /** The base as `tied.ts` looks for what is tied in it. */
-  #tiedBase(base: BaseValues, signal: AbortSignal | undefined): TiedBase {
-    const bindingOf = (name: string): WeightBinding | undefined =>
-      this.#bindings.find(({ weight }) => weight.name === name);
-    const { parameters } = this.#base;
+  /** The base, for a search for what is tied in it. */
+  #tiedBase(signal: AbortSignal | undefined): TiedBase {
+    const { bindings, host, ignored, resolver } = this.#context;
+    const bindingOf = (name: string): WeightBinding | undefined => bindings.find(({ weight }) => weight.name === name);
     return {
-      ...{ parameters, host: base.host, ignored: this.#ignored, tied: this.#tied },
+      ...{ parameters: resolver.parameters, host, ignored, tied: this.#tied },
       moduleOf: (name) => bindingOf(name)?.module.name,
-      table: async (name) => (await this.#original(name, bindingOf(name), base, signal))!,
+      table: async (name) => (await this.#original(name, bindingOf(name), signal))!,
       read: async (name) => {
         const binding = bindingOf(name);
-        const kept = this.#pristine.get(name) ?? (binding && (await this.#original(name, binding, base, signal)));
-        return kept ?? ((await base.host!.read(name, undefined, { signal })) as CpuView);
+        const kept = this.#pristine.get(name) ?? (binding && (await this.#original(name, binding, signal)));
+        return kept ?? ((await host!.read(name, undefined, { signal })) as CpuView);
       },
     };
   }
@@ -184,17 +139,17 @@ export class Parameters {
   async #original(
     name: string,
     binding: WeightBinding | undefined,
-    { host, kernels: { backend } }: BaseValues,
     signal: AbortSignal | undefined,
   ): Promise<CpuView | undefined> {
+    const { host, kernels, resolver } = this.#context;
     if (binding) {
       const { pristine, weight } = binding;
       const data = pristine
-        ? (backend.view?.(at(pristine), weight.byteLength) ?? (await backend.read!(at(pristine), weight.byteLength)))
+        ? await kernels.bytesAt(at(pristine), weight.byteLength)
         : await readWeight(host!, binding, undefined, { signal });
       return { ...weight, data, byteOffset: 0 };
     }
-    if (this.#base.parameters.has(name) && !this.#pristine.has(name)) {
+    if (resolver.parameters.has(name) && !this.#pristine.has(name)) {
       const view = (await host!.read(name, undefined, { signal })) as CpuView;
       // A writable host reads its live memory: what is pristine now must be copied.
       this.#pristine.set(name, host!.begin ? { ...view, data: view.data.slice() } : view);
@@ -203,18 +158,18 @@ export class Parameters {
   }
 
   /** @param alone whether the task is the only one, at strength 1: then a whole bias needs no base */
-  #baseName(parameter: TaskParameter, task: string, alone: boolean, based: boolean): string {
-    const { name, role } = parameter;
+  #baseName({ name, role }: TaskParameter, task: string, alone: boolean): string {
+    const { bindings, host, resolver } = this.#context;
     // The weight of an adapted module is where the module was found, perhaps by hand.
-    const binding = this.#bindings.find(({ module }) => `${module.name}.weight` === name);
+    const binding = bindings.find(({ module }) => `${module.name}.weight` === name);
     const module = name.replace(/\.weight$/, "");
     // A name that is mapped by hand must be found: no other may take its place.
-    if (!binding && this.#base.byHand?.has(module)) findWeight(this.#base.names, module, this.#base.byHand);
-    const found = binding ? { name: binding.weight.name } : this.#base.find(name);
+    if (!binding && resolver.byHand?.has(module)) findWeight(resolver.names, module, resolver.byHand);
+    const found = binding ? { name: binding.weight.name } : resolver.find(name);
     if ("name" in found) return found.name;
     if (role === "saved" && !found.ambiguous) return name;
-    if (!based && role === "bias" && alone) return name;
-    if (!based) {
+    if (!host && role === "bias" && alone) return name;
+    if (!host) {
       throw new TaskError(`task "${task}" changes "${name}" (${role}), which needs the base's values: pass \`base\``, {
         task,
       });
@@ -237,12 +192,13 @@ export class Parameters {
     return decode(change, this.#values).subarray(0, rows * width);
   }
 
-  #replacement(name: string, { shape, values }: Merged, dtype: FloatDtype): Replacement {
+  /** Values as the base's type, in memory of an earlier task where there is some. */
+  #encoded(name: string, { shape, values }: Merged, dtype: FloatDtype): CpuView {
     try {
       const length = rowBytes(dtype, values.length);
       const pooled = this.#pool.get(length)?.pop();
       if (!pooled) this.allocated += length;
-      return { view: { dtype, shape, data: encodeFloats(dtype, values, pooled), byteOffset: 0 } };
+      return { dtype, shape, data: encodeFloats(dtype, values, pooled as Uint8Array<ArrayBuffer>), byteOffset: 0 };
     } catch (cause) {
       throw new TaskError(`"${name}" does not fit the base's ${dtype}: ${(cause as Error).message}`, {
         task: name,

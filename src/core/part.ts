@@ -53,6 +53,7 @@ class PackPart implements PackView {
     });
     return {
       ...info,
+      metadata: info.metadata,
       brings,
       get resident() {
         return info.resident;

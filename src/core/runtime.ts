@@ -6,17 +6,17 @@
  */
 /// <reference lib="esnext.disposable" preserve="true" />
 import { checkChoice, checkOptions, checkPack, nearest } from "../arguments.ts";
-import type { Backend, DeviceHandle } from "../backends/backend.ts";
+import type { DeviceHandle } from "../backends/backend.ts";
 import { type BackendOptions, createBackend } from "../backends/select.ts";
 import { BackendError } from "../errors.ts";
 import { now, pacer, throwIfAborted } from "../pace.ts";
 import { Changes } from "../queue.ts";
 import { FETCH_OPTIONS, type FetchOptions } from "../source.ts";
-import { type BaseInput, type CpuView, onDevice, type View, type WeightHost, WeightResolver } from "./base.ts";
-import { type ActiveTask, KernelSession, planTasks, type Started } from "./kernel-session.ts";
-import type { Pack } from "./pack.ts";
-import type { Parameters, Replacement, Resolved } from "./parameters.ts";
-import type { ModuleFilter, PackView } from "./part.ts";
+import { type BaseInput, type CpuView, onDevice, type View, WeightResolver } from "./base.ts";
+import { type ActiveTask, KernelSession, planTasks } from "./kernel-session.ts";
+import type { Bases, Pack } from "./pack.ts";
+import type { Parameters } from "./parameters.ts";
+import type { ModuleFilter } from "./part.ts";
 import {
   copySelection,
   type LoadedTasks,
@@ -33,19 +33,13 @@ import {
   bindWeights,
   FoldedWeights,
   loadWeights,
-  type TaskWriter,
+  type Resolved,
+  type RuntimeContext,
+  type TaskChange,
   type WeightBinding,
-  type WeightChange,
 } from "./weights.ts";
 
 const NOTHING: Resolved = { parameters: new Map(), weights: new Map(), tables: new Set(), added: [], replaced: [] };
-
-/** A selection, read: what it does to the model. Nothing is changed yet. */
-interface Loaded {
-  readonly parts: readonly ActiveTask[];
-  readonly resolved: Resolved;
-  readonly change: WeightChange;
-}
 
 /** A pack at work. Made by `createRuntime`. */
 export class Runtime extends Switching<RuntimeSwitchReport> {
@@ -55,76 +49,47 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   /** Why backends before the one that runs were not used. */
   readonly passedOver: readonly string[];
 
-  #kernels: KernelSession;
-  #host: WeightHost | undefined;
-  readonly #bindingsByName = new Map<string, WeightBinding>();
-  /** Made when a task first brings some. */
-  #parameters: Parameters | undefined;
   readonly #parts: RuntimeParts;
+  readonly #bindingsByName = new Map<string, WeightBinding>();
+  /** Made when a task first overrides some. */
+  #parameters: Parameters | undefined;
   readonly #weights: FoldedWeights;
   /** Active selection with its tasks: the pack may have others under their ids by now, or be out of reach. */
   #now: LoadedTasks = { selection: null, head: undefined, tasks: [] };
-  /** Why the device is gone, until another one is at work. */
-  #loss: Error | undefined;
   readonly #queue = new Changes();
   #closed = false;
 
   /** @internal Use `createRuntime`. */
-  constructor(parts: RuntimeParts, { kernels, passedOver, host }: Started) {
+  constructor(pack: Pack, parts: RuntimeParts) {
     super();
-    const { pack, mode, policy, bindings } = parts;
+    const { mode, policy, passedOver, bindings, kernels } = parts;
     this.pack = pack;
     this.mode = mode;
     this.policy = policy;
     this.passedOver = passedOver;
     this.#parts = parts;
-    this.#kernels = kernels;
-    this.#host = host;
-    this.#weights = new FoldedWeights(bindings);
+    this.#weights = new FoldedWeights(parts, (name) => this.#parameters?.pristine(name));
     for (const binding of bindings)
       for (const { name } of [binding.weight, binding.module]) this.#bindingsByName.set(moduleName(name), binding);
-    this.#watch();
+    const { lost } = kernels.backend;
+    if (!lost) return;
+    // A device may live on after many runtimes, and would keep them.
+    const runtime = new WeakRef(this);
+    void lost.then(({ message }) => {
+      const still = runtime.deref();
+      if (still && !still.#closed) still.tell("devicelost", { message });
+    });
   }
 
   /** Which backend runs, for instance "wasm (simd)". */
   get backend(): string {
-    const { name, variant } = this.#kernels.backend;
+    const { name, variant } = this.#parts.kernels.backend;
     return name === "js" ? "js" : `${name} (${variant})`;
   }
 
-  /** The WebGPU device that it runs on; another one after a loss, where `webgpu.recreate` asks for that. */
+  /** The WebGPU device that it runs on. */
   get device(): DeviceHandle | undefined {
-    return this.#kernels.backend.device;
-  }
-
-  #watch(): void {
-    const { backend } = this.#kernels;
-    // Engines without WeakRef have no devices.
-    if (!backend.lost) return;
-    // A device may live on after many runtimes, and would keep them.
-    const runtime = new WeakRef(this);
-    const used = new WeakRef(backend);
-    void backend.lost.then((reason) => {
-      const still = runtime.deref();
-      if (!still || still.#closed || still.#kernels.backend !== used.deref()) return;
-      still.#loss = reason;
-      still.tell("devicelost", { message: reason.message });
-      if (still.#parts.restart) still.#queue.change(() => still.#recover()).catch(() => undefined);
-    });
-  }
-
-  /** Replaces a device that is gone, and brings the active task back. @throws BackendError when it cannot */
-  async #recover(): Promise<void> {
-    if (!this.#loss || this.#closed) return;
-    if (!this.#parts.restart) throw this.#loss;
-    this.#kernels.backend.close();
-    const { kernels, host } = await this.#parts.restart();
-    this.#kernels = kernels;
-    this.#host = host;
-    this.#weights.restart();
-    this.#loss = undefined;
-    this.#watch();
-    await this.#switch(this.#now.selection, this.#now, this.#now.tasks);
+    return this.#parts.kernels.backend.device;
   }
 
   /** The active task. */
@@ -168,34 +133,31 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   ): Promise<RuntimeSwitchReport> {
     const started = now();
     const { signal, head } = options;
-    await this.#ready();
+    const { kernels, terms } = this.#parts;
+    const { reads } = this.pack;
+    this.#live();
     throwIfAborted(signal);
-    const before = { ...this.pack.reads };
-    const { parts, resolved, change } = await this.#load(selection, options, tasks);
+    const { bytes, requests } = reads;
+    const change = await this.#load(selection, options, tasks);
     const read = now();
     throwIfAborted(signal);
-    this.#kernels.allocated = 0;
-    this.#kernels.dispatches = 0;
-    const pristine = (name: string): CpuView | undefined => this.#parameters?.pristine(name);
+    kernels.allocated = 0;
+    kernels.dispatches = 0;
     const { selection: formerly, tasks: former, ...how } = this.#now;
-    const activate = await this.#writer.write(
-      change,
-      { kernels: this.#kernels, host: this.#host!, pristine },
-      async () => (await this.#load(formerly, how, former)).change,
-      signal,
-    );
-    const allocated = this.#kernels.allocated + (this.#parameters?.allocated ?? 0);
+    const activate = await (terms ?? this.#weights).write(change, () => this.#load(formerly, how, former), signal);
+    const { resolved, weights } = change;
+    const allocated = kernels.allocated + (this.#parameters?.allocated ?? 0);
     // No pause from here on: a reader in between would see one task's weights and another one's head.
     activate();
     this.#parameters?.activate(resolved);
-    this.#now = { selection, head, tasks: parts };
+    this.#now = { selection, head, tasks: change.tasks };
     const done = now();
     return {
       task: selection,
-      bytesRead: this.pack.reads.bytes - before.bytes,
-      requests: this.pack.reads.requests - before.requests,
-      modules: change.weights.size,
-      dispatches: this.#kernels.dispatches,
+      bytesRead: reads.bytes - bytes,
+      requests: reads.requests - requests,
+      modules: weights.size,
+      dispatches: kernels.dispatches,
       allocated,
       added: resolved.added,
       replaced: resolved.replaced,
@@ -204,42 +166,34 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   }
 
   /** Reads everything that a switch needs, before anything is changed. */
-  async #load(selection: Selection, options: SwitchOptions, tasks?: readonly ActiveTask[]): Promise<Loaded> {
-    const { view, ignored } = this.#parts;
-    const pause = pacer(options.signal);
-    const parts = tasks ?? (await loadParts(view, selection, options, ignored));
-    if (!this.#host) this.#parts.terms?.checkUnbased(view, parts);
+  async #load(selection: Selection, options: SwitchOptions, known?: readonly ActiveTask[]): Promise<TaskChange> {
+    const { view, ignored, host, kernels, terms } = this.#parts;
     const { signal } = options;
-    const resolved = await this.#resolve(parts, signal);
-    const plans = planTasks(parts, view.modules, this.#kernels.buffer);
+    const pause = pacer(signal);
+    const tasks = known ?? (await loadParts(view, selection, options, ignored));
+    if (!host) terms?.checkUnbased(tasks);
+    let resolved = NOTHING;
+    if (tasks.some(({ blob }) => blob.parameters.length > 0)) {
+      this.#parameters ??= new (await import("./parameters.ts")).Parameters(this.#parts);
+      resolved = await this.#parameters.resolve(tasks, signal);
+    }
+    kernels.buffer.used = 0;
+    const plans = planTasks(tasks, view.modules, kernels.buffer);
     const turn = pause();
     if (turn) await turn;
-    return { parts, resolved, change: await this.#writer.prepare(plans, resolved, this.#host!, signal) };
-  }
-
-  /** Parameters that the tasks override, apart from their terms. */
-  async #resolve(parts: readonly ActiveTask[], signal: AbortSignal | undefined): Promise<Resolved> {
-    if (!parts.some(({ blob }) => blob.parameters.length > 0)) return NOTHING;
-    const { resolver, bindings, ignored } = this.#parts;
-    this.#parameters ??= new (await import("./parameters.ts")).Parameters(resolver, bindings, ignored);
-    const base = { host: this.#host, kernels: this.#kernels, folded: !this.#parts.terms };
-    return this.#parameters.resolve(parts, this.#parts.view, base, signal);
+    return { tasks, plans, resolved, weights: await (terms ?? this.#weights).read(plans, resolved, signal) };
   }
 
   /** Parameters of the active task. */
-  get #active(): ReadonlyMap<string, Replacement> {
+  get #active(): ReadonlyMap<string, CpuView> {
     return this.#parameters?.active ?? NOTHING.parameters;
-  }
-
-  get #writer(): TaskWriter {
-    return this.#parts.terms ?? this.#weights;
   }
 
   /**
    * A parameter of the model as the active task has it. Valid until the next switch; copy what has to last. A weight that the
    * runtime holds on a device is that device's buffer.
    * @param name of an adapted module ("encoder.layer.0.attention.self.query", with or without ".weight") or of a parameter
-   *   that tasks bring ("classifier.weight")
+   *   that tasks override ("classifier.weight")
    * @throws RangeError when no task of the pack changes such a parameter, or the active one does not have it
    * @throws BackendError while a switch is under way, and where one failed and the task before it could not be put back
    */
@@ -249,17 +203,17 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     this.#weights.check();
     const parameter = this.#parameterName(name);
     const replaced = this.#active.get(parameter) ?? this.#active.get(name);
-    if (replaced) return replaced.view;
-    const binding = this.#bindingsByName.get(moduleName(name)) ?? this.#bindingsByName.get(moduleName(parameter));
+    if (replaced) return replaced;
+    const { host, kernels } = this.#parts;
+    const [binding] = [name, parameter].flatMap((each) => this.#bindingsByName.get(moduleName(each)) ?? []);
     const { active, weight } = binding ?? {};
-    const host = this.#host!;
-    if (host.begin) {
-      const view = host.view?.(weight?.name ?? parameter);
+    if (host!.begin) {
+      const view = host!.view?.(weight?.name ?? parameter);
       if (view) return view;
       throw new TypeError("weight: the weights are in the host; read them there");
     }
     if (active && weight) {
-      const data = active.block.device ?? this.#kernels.backend.view!(active, weight.byteLength);
+      const data = active.block.device ?? kernels.backend.view!(active, weight.byteLength);
       return { dtype: weight.dtype, shape: weight.shape, data, byteOffset: active.byteOffset };
     }
     const pristine = this.#parameters?.pristine(parameter);
@@ -276,7 +230,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   readWeight(name: string): Promise<CpuView> {
     return this.#queue.change(async () => {
       const view = this.weight(name);
-      return (await import("./device-host.ts")).copyView(this.#kernels.backend, view);
+      return (await import("./open-base.ts")).copyView(this.#parts.kernels.backend, view);
     });
   }
 
@@ -316,8 +270,8 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   async apply(name: string, x: View, y: View, options: ApplyOptions = {}): Promise<void> {
     checkOptions("apply", options, ["tasks"]);
     return this.#queue.change(async () => {
-      await this.#ready();
-      await this.#terms.apply(this.#parts, this.#kernels, this.#host, this.#now.tasks, name, x, y, options.tasks);
+      this.#live();
+      await this.#terms.apply(this.#now.tasks, name, x, y, options.tasks);
     });
   }
 
@@ -329,24 +283,26 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   changes(): ReadonlyMap<string, View> {
     this.#live();
     const views = new Map<string, View>();
+    const { bindings, host } = this.#parts;
     for (const index of this.mode === "folded" ? this.#weights.modules : []) {
-      const { name } = this.#parts.bindings[index]!.weight;
-      const view = this.#host!.begin ? this.#host!.view?.(name) : this.weight(name);
+      const { name } = bindings[index]!.weight;
+      const view = host!.begin ? host!.view?.(name) : this.weight(name);
       if (view) views.set(name, view);
     }
-    for (const [name, { view }] of this.#active) views.set(name, view);
+    for (const [name, view] of this.#active) views.set(name, view);
     return views;
   }
 
   /** Resident bytes by owner. Memory of the caller's own (a map of tensors, a host) is not counted. */
   memory(): MemoryReport {
-    const bytes = this.#kernels.backend.memory();
+    const { kernels, terms } = this.#parts;
+    const bytes = kernels.backend.memory();
     const { basis, coefficients } = this.pack.residentBytes;
     bytes.basis += basis;
     bytes.coefficients += coefficients;
     bytes.pristine += this.#parameters?.pristineBytes ?? 0;
-    bytes.active += (this.#parameters?.activeBytes ?? 0) + (this.#parts.terms?.byteLength ?? 0);
-    bytes.scratch += this.#kernels.buffer.values.byteLength;
+    bytes.active += (this.#parameters?.activeBytes ?? 0) + (terms?.byteLength ?? 0);
+    bytes.scratch += kernels.buffer.values.byteLength;
     return memoryReport(bytes);
   }
 
@@ -355,23 +311,13 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     return this.#queue.change(async () => {
       if (this.#closed) return;
       this.#closed = true;
-      this.#kernels.backend.close();
+      this.#parts.kernels.backend.close();
       await this.#parts.closeHost?.();
     });
   }
 
-  /** Closes it at the end of a block, with `await using`. */
-  [Symbol.asyncDispose](): Promise<void> {
-    return this.close();
-  }
-
   #live(): void {
     if (this.#closed) throw new BackendError("this runtime is closed; make a new one", { backend: this.backend });
-  }
-
-  async #ready(): Promise<void> {
-    this.#live();
-    if (this.#loss) await this.#recover();
   }
 }
 
@@ -380,21 +326,12 @@ function moduleName(name: string): string {
   return name.replace(/\.weight$/, "");
 }
 
-/** State that outlives a lost device. */
-export interface RuntimeParts {
-  readonly pack: Pack;
-  /** The modules of it that are used. */
-  readonly view: PackView;
-  readonly mode: "folded" | "factors" | "core";
+interface RuntimeParts extends RuntimeContext {
   readonly policy: "copy" | "reload";
-  readonly bindings: readonly WeightBinding[];
-  readonly resolver: WeightResolver;
-  readonly ignored: ReadonlySet<string>;
+  readonly passedOver: readonly string[];
   /** Undefined in mode "folded". */
   readonly terms: ActiveTerms | undefined;
   readonly closeHost: (() => Promise<void>) | undefined;
-  /** Starts another backend in place of one whose device was lost. */
-  readonly restart: (() => Promise<Started>) | undefined;
 }
 
 /** Options of `createRuntime`. */
@@ -445,53 +382,46 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
   checkChoice("mode", mode, ["core", "factors", "folded"]);
   checkChoice("policy", policy, ["copy", "reload"]);
   if (mode === "folded" && base === undefined) throw new TypeError('mode "folded" needs a base');
-  const { modules } = options;
+  const { modules, backend: asked = "auto", signal, anyBase } = options;
   const view = modules === undefined ? pack : (await import("./part.ts")).partOf(pack, modules);
-  const host = base === undefined ? undefined : await (await import("./open-base.ts")).openHost(base, options);
+  const opened = base === undefined ? undefined : await (await import("./open-base.ts")).openHost(base, options);
   // A host that the caller made is the caller's to close.
-  const closeHost = host === base ? undefined : async () => host?.close?.();
+  const closeHost = opened === base ? undefined : async () => opened?.close?.();
+  let made: Awaited<ReturnType<typeof createBackend>> | undefined;
+  let bases: Bases | undefined;
   try {
     const folded = mode === "folded";
-    const resolver = new WeightResolver(host, options.names);
-    const placed = [...resolver.parameters.keys()].find((name) => onDevice(host?.view?.(name)?.data));
-    if (policy === "reload" && (host?.begin || placed !== undefined)) {
+    const resolver = new WeightResolver(opened, options.names);
+    const placed = [...resolver.parameters.keys()].find((name) => onDevice(opened?.view?.(name)?.data));
+    const inPlace = placed !== undefined;
+    const { device } = options.webgpu || {};
+    if (inPlace && !(device && ["auto", "webgpu"].includes(asked))) {
+      throw new TypeError(`the base's "${placed}" lies on a device: pass that device, webgpu: { device }`);
+    }
+    if (policy === "reload" && (opened?.begin || inPlace)) {
       throw new TypeError('policy "reload" needs a base that is read from a file; this host is written in place');
     }
-    const gpu = options.webgpu || {};
-    const device = placed !== undefined || gpu.recreate ? await import("./device-host.ts") : undefined;
-    device?.refuseHost(gpu, host, placed);
-    const bindings = host ? await bindWeights(view.modules, resolver) : [];
-    const keep = { pristine: folded && policy === "copy", active: folded && !host?.begin };
-    const stays = folded && (!host?.begin || placed !== undefined);
+    const bindings = opened ? await bindWeights(view.modules, resolver) : [];
+    const stays = folded && (!opened?.begin || inPlace);
     const onCpu = stays ? undefined : `${folded ? "weights" : "terms"} are wanted on the CPU`;
-
-    const start = async (how: BackendOptions, signal?: AbortSignal): Promise<Started> => {
-      const bases = await view.bases({ signal });
-      let backend: Backend | undefined;
-      try {
-        const made = await createBackend(device && placed !== undefined ? device.onWebgpu(how) : how, onCpu);
-        backend = made.backend;
-        const readable = placed === undefined ? host : device!.deviceHost(base!, host!, backend);
-        const kernels = new KernelSession(backend, view.modules, bases.bytes);
-        if (host) await loadWeights(bindings, host, kernels, bases.bytes, keep, { signal, anyBase: options.anyBase });
-        // A device that has no memory left says so only now.
-        await backend.finish();
-        return { kernels, passedOver: made.passedOver, host: readable };
-      } catch (error) {
-        backend?.close();
-        throw error;
-      } finally {
-        bases.close();
-      }
-    };
-
-    const terms = folded ? undefined : new (await import("./terms.ts")).ActiveTerms(mode, view.modules, bindings);
-    const restart = gpu.recreate ? device!.restarting(start, options) : undefined;
-    const ignored = new Set(options.ignore);
-    const parts = { pack, view, mode, policy, bindings, resolver, ignored, terms, closeHost, restart };
-    return new Runtime(parts, await start(options, options.signal));
+    bases = await view.bases({ signal });
+    // Weights on a device are folded there or not at all, and WebGPU's own error then says why.
+    made = await createBackend(inPlace ? { ...options, backend: "webgpu" } : options, onCpu);
+    const { backend, passedOver } = made;
+    const kernels = new KernelSession(backend, view.modules, bases.bytes);
+    const host = inPlace && base instanceof Map ? (await import("./open-base.ts")).memoryHost(base, backend) : opened;
+    const keep = { pristine: folded && policy === "copy", active: folded && !host?.begin };
+    if (host) await loadWeights(bindings, host, kernels, bases.bytes, keep, { signal, anyBase });
+    // A device that has no memory left says so only now.
+    await backend.finish();
+    const context = { view, mode, kernels, host, resolver, bindings, ignored: new Set(options.ignore) };
+    const terms = mode === "folded" ? undefined : new (await import("./terms.ts")).ActiveTerms(context, mode);
+    return new Runtime(pack, { ...context, policy, passedOver, terms, closeHost });
   } catch (error) {
+    made?.backend.close();
     await closeHost?.();
     throw error;
+  } finally {
+    bases?.close();
   }
 }

@@ -124,7 +124,14 @@ export interface SwitchEvents<Report extends SwitchReport = SwitchReport> {
 }
 
 /** Base of what switches tasks. */
-export class Switching<Report extends SwitchReport = SwitchReport> extends Observable<SwitchEvents<Report>> {
+export abstract class Switching<Report extends SwitchReport = SwitchReport> extends Observable<SwitchEvents<Report>> {
+  abstract close(): Promise<void>;
+
+  /** Closes it at the end of a block, with `await using`. */
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+
   /** @internal Tells of a switch while it is made. */
   async switching(task: Selection, make: () => Promise<Report>): Promise<Report> {
     this.tell("switchstart", { task });

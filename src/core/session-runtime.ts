@@ -1,27 +1,20 @@
 /**
- * The runtime as sessions use it. `load` reads a selection once and puts its tasks together; everything that carries them to a model
+ * The runtime as sessions use it. `load` reads a selection once and puts its tasks together; every delivery to a model
  * starts from that: `parameters` and `terms` give values for inputs of a graph, `fold` writes weights.
  */
 
 import { createBackend } from "../backends/select.ts";
-import type { View } from "./base.ts";
-import { type ActiveTask, hasCore, KernelSession, type ModulePlan, planTasks, writeCore } from "./kernel-session.ts";
-import type { Pack } from "./pack.ts";
-import type { PackView } from "./part.ts";
-import type { PristineWeight } from "./terms.ts";
-
-export { type MemoryReport, memoryReport, type SwitchReport } from "./selection.ts";
-
 import { paced, pacer } from "../pace.ts";
 import { Changes } from "../queue.ts";
 import type { Term } from "../tensor/term.ts";
+import type { View } from "./base.ts";
+import { type ActiveTask, hasCore, KernelSession, type ModulePlan, planTasks, writeCore } from "./kernel-session.ts";
 import { type Merged, mergeAll } from "./merge.ts";
+import type { Pack } from "./pack.ts";
+import type { PackView } from "./part.ts";
 import type { Runtime, RuntimeOptions } from "./runtime.ts";
 import { type LoadedTasks, loadParts, type Selection, type SwitchOptions } from "./selection.ts";
-
-export type { ActiveTask } from "./kernel-session.ts";
-export type { Merged } from "./merge.ts";
-export { copySelection, type Selection, type SwitchOptions } from "./selection.ts";
+import type { PristineWeight } from "./terms.ts";
 
 /** Memory for a core [K_A, K_B]: the index of its first number, and the distance of its rows. */
 export interface CoreTarget {
@@ -161,6 +154,7 @@ async function makeTerms(
   const written = new Set<string>();
   const others: ModulePlan[] = [];
   const pause = pacer(signal);
+  buffer.used = 0;
   for (const plan of planTasks(tasks, modules, buffer, true)) {
     const core = hasCore(plan, mode);
     const target = core && cores.get(nameOf(plan.module));
@@ -179,16 +173,13 @@ async function makeTerms(
     return { dtype: "f32", shape: [out, inputs], data, byteOffset: 0 };
   };
   const { unfold } = await import("./terms.ts");
-  const spare = new Map<number, Pick<Term, "A" | "Bt">>();
-  for (const { module } of others) {
-    const arrays = old?.get(nameOf(module));
-    if (arrays) spare.set(module, arrays);
-  }
-  const factors = new Map<string, Term>();
-  const sidesOf = (module: number): ReadonlySet<"A" | "B"> | undefined => over?.get(nameOf(module));
-  const terms = await unfold(others, kernels, mode, weightOf, { old: spare, over: sidesOf, turned: true, signal });
-  for (const [module, term] of terms) factors.set(nameOf(module), term);
-  return { cores: written, factors };
+  const terms = await unfold(others, kernels, mode, weightOf, {
+    old: (module) => old?.get(nameOf(module)),
+    over: (module) => over?.get(nameOf(module)),
+    turned: true,
+    signal,
+  });
+  return { cores: written, factors: new Map([...terms].map(([module, term]) => [nameOf(module), term])) };
 }
 
 /**

@@ -199,5 +199,7 @@ function* parseInPieces(bytes: Uint8Array, file: string): Generator<void, TaskFi
     yield* behind.crc(behind.u32(SIGNATURE_BYTES - 4), SIGNATURE_BYTES - 4);
     signature = signatureOf(behind.bytes);
   }
-  return { ...parsed, basisId: toHex(bytes.subarray(16, 48)), blob, content: bytes.subarray(0, end), signature };
+  const { id, adapterBytes, metadata, brings } = parsed;
+  const basisId = toHex(bytes.subarray(16, 48));
+  return { id, adapterBytes, metadata, brings, basisId, blob, content: bytes.subarray(0, end), signature };
 }

@@ -8,8 +8,9 @@ import { BackendError, BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
 import { atOnce, paced, pacer } from "../pace.ts";
 import type { ReadOptions } from "../source.ts";
-import { type CpuView, type Located, onDevice, type View, type WeightHost, type WeightResolver } from "./base.ts";
-import type { KernelSession, ModulePlan } from "./kernel-session.ts";
+import { type CpuView, type Located, onDevice, type WeightHost, type WeightResolver } from "./base.ts";
+import type { ActiveTask, KernelSession, ModulePlan } from "./kernel-session.ts";
+import type { PackView } from "./part.ts";
 import { cannotPutBack } from "./selection.ts";
 
 /** An adapted weight of the base. */
@@ -20,6 +21,19 @@ export interface WeightBinding {
   pristine: Block | undefined;
   /** The weight as the active task has it: where the host has it on the device, or where it cannot be written. */
   active: Slice | undefined;
+}
+
+/** What a runtime, its weights, terms and parameters work with. */
+export interface RuntimeContext {
+  /** The modules of the pack that are used. */
+  readonly view: PackView;
+  readonly mode: "folded" | "factors" | "core";
+  readonly kernels: KernelSession;
+  readonly host: WeightHost | undefined;
+  readonly resolver: WeightResolver;
+  readonly bindings: readonly WeightBinding[];
+  /** Parameters that are left out of the tasks, by the pack's names. */
+  readonly ignored: ReadonlySet<string>;
 }
 
 /** @throws BaseMismatchError when a module is missing, ambiguous or of another shape, or two match one weight */
@@ -89,53 +103,44 @@ export async function readWeight(
   throw new BaseMismatchError(message, { module: module.name, expected: weight.byteLength, found: bytes.length });
 }
 
+/** Parameters of a selection's tasks that replace those of the base. */
+export interface Resolved {
+  /** Changed parameters, by the base's names. */
+  readonly parameters: ReadonlyMap<string, CpuView>;
+  /** Bytes of adapted weights, by module, where they are folded. Where they are not, they are among `parameters`. */
+  readonly weights: ReadonlyMap<number, Uint8Array>;
+  /** Names of embeddings whose rows change: whatever lies in the same memory is tied to them, and changes as well. */
+  readonly tables: ReadonlySet<string>;
+  /** Names of all of them that the base lacks, and of the others. */
+  readonly added: readonly string[];
+  readonly replaced: readonly string[];
+}
+
+/** A change to a selection, read: nothing is changed yet. */
+export interface TaskChange {
+  readonly tasks: readonly ActiveTask[];
+  readonly plans: readonly ModulePlan[];
+  /** Parameters that the tasks override. */
+  readonly resolved: Resolved;
+  /** All adapted weights that are written, by module, and the bytes that ΔW is added to where these are not the pristine copy. */
+  readonly weights: ReadonlyMap<number, Uint8Array | undefined>;
+}
+
 /** Brings tasks to where a runtime has them: the weights, or terms. */
 export interface TaskWriter {
-  /** Reads all that a change needs before anything is changed. */
-  prepare(
+  /** Reads the weights that a change needs, before anything is changed. */
+  read(
     plans: readonly ModulePlan[],
-    resolved: ResolvedParameters,
-    host: WeightHost,
+    resolved: Resolved,
     signal: AbortSignal | undefined,
-  ): Promise<WeightChange>;
+  ): Promise<TaskChange["weights"]>;
   /**
    * Makes a change. Where it fails, or is aborted in a pause of long work, the task from before stays or is put back.
    * @param former gives the change that made it
    * @returns marks what was written as the new task's: call it together with what else the task changes
    * @throws BackendError when the former task cannot be put back
    */
-  write(
-    change: WeightChange,
-    context: FoldContext,
-    former: () => Promise<WeightChange>,
-    signal: AbortSignal | undefined,
-  ): Promise<() => void>;
-}
-
-/** Parameters that tasks bring, with the bytes of adapted weights among them. */
-type ResolvedParameters = Pick<WeightChange, "parameters" | "tables"> & {
-  readonly weights: ReadonlyMap<number, Uint8Array>;
-};
-
-/** A change from one selection to the next. */
-export interface WeightChange {
-  readonly plans: readonly ModulePlan[];
-  /** Modules, by index, that differ from the base then. */
-  readonly modules: ReadonlySet<number>;
-  /** All adapted weights that are written, and what ΔW is added to where that is not the pristine copy in memory. */
-  readonly weights: ReadonlyMap<number, Uint8Array | undefined>;
-  /** Other parameters, by the base's names. */
-  readonly parameters: ReadonlyMap<string, { readonly view: View }>;
-  /** Names of those that change together with whatever lies in the same memory. */
-  readonly tables: ReadonlySet<string>;
-}
-
-/** The backend and host that a change is made in. */
-export interface FoldContext {
-  readonly kernels: KernelSession;
-  readonly host: WeightHost;
-  /** The base's value of another parameter; undefined where it has none. */
-  pristine(name: string): CpuView | undefined;
+  write(change: TaskChange, former: () => Promise<TaskChange>, signal: AbortSignal | undefined): Promise<() => void>;
 }
 
 /** Modules, by index, and other parameters, by the base's names, that may differ from the base. */
@@ -148,13 +153,16 @@ const NOTHING: Changed = { modules: new Set(), names: new Set() };
 
 /** The adapted weights: those of one task, or inconsistent while a change is made and after one that could not be undone. */
 export class FoldedWeights implements TaskWriter {
-  readonly #bindings: readonly WeightBinding[];
+  readonly #context: RuntimeContext;
+  readonly #pristine: (name: string) => CpuView | undefined;
   #changed = NOTHING;
   /** Thrown at readers while the weights are not those of one task. */
   #inconsistent: Error | undefined;
 
-  constructor(bindings: readonly WeightBinding[]) {
-    this.#bindings = bindings;
+  /** @param pristine gives the base's value of another parameter; undefined where it has none */
+  constructor(context: RuntimeContext, pristine: (name: string) => CpuView | undefined) {
+    this.#context = context;
+    this.#pristine = pristine;
   }
 
   /** @throws BackendError while the weights are not those of one task */
@@ -168,45 +176,37 @@ export class FoldedWeights implements TaskWriter {
     return this.#changed.modules;
   }
 
-  /** After a restart the weights are the base's, and another task is to be active. */
-  restart(): void {
-    this.#changed = NOTHING;
-    this.#inconsistent = between("webgpu");
-  }
-
-  async prepare(
+  async read(
     plans: readonly ModulePlan[],
-    { weights: replaced, parameters, tables }: ResolvedParameters,
-    host: WeightHost,
+    { weights: replaced }: Resolved,
     signal: AbortSignal | undefined,
-  ): Promise<WeightChange> {
-    const modules = new Set([...plans.map(({ module }) => module), ...replaced.keys()]);
+  ): Promise<TaskChange["weights"]> {
+    const { bindings, host } = this.#context;
     const weights = new Map<number, Uint8Array | undefined>();
-    for (const index of new Set([...this.#changed.modules, ...modules])) {
-      const binding = this.#bindings[index]!;
-      const kept = replaced.has(index) || binding.pristine;
-      weights.set(index, kept ? replaced.get(index) : await readWeight(host, binding, undefined, { signal }));
+    for (const index of new Set([...this.#changed.modules, ...modulesOf(plans, replaced)])) {
+      const binding = bindings[index]!;
+      const known = replaced.has(index) || binding.pristine;
+      weights.set(index, known ? replaced.get(index) : await readWeight(host!, binding, undefined, { signal }));
     }
-    return { plans, modules, weights, parameters, tables };
+    return weights;
   }
 
   async write(
-    change: WeightChange,
-    context: FoldContext,
-    former: () => Promise<WeightChange>,
+    change: TaskChange,
+    former: () => Promise<TaskChange>,
     signal: AbortSignal | undefined,
   ): Promise<() => void> {
     const changed = this.#changed;
     const inconsistent = this.#inconsistent;
+    const { host, kernels } = this.#context;
     try {
-      return await this.#apply(change, context, signal);
+      return await this.#apply(change, signal);
     } catch (error) {
       // Nothing was written yet, or a rollback has failed; or there was nothing consistent to go back to.
       if (inconsistent || !this.#inconsistent || error === this.#inconsistent) throw error;
-      const { host, kernels } = context;
       try {
         // A transaction puts back what it was given; what was written in place is written again.
-        if (host.view || !host.begin) (await this.#apply(await former(), context))();
+        if (host!.view || !host!.begin) (await this.#apply(await former()))();
       } catch (second) {
         throw (this.#inconsistent = cannotPutBack(error, second, kernels.backend.name));
       }
@@ -216,18 +216,17 @@ export class FoldedWeights implements TaskWriter {
     }
   }
 
-  async #apply(
-    change: WeightChange,
-    { kernels, host, pristine }: FoldContext,
-    signal?: AbortSignal,
-  ): Promise<() => void> {
-    // All that can fail before something is changed: memory, the upload of coefficients, the host's consent.
-    const { plans, modules, weights, parameters, tables } = change;
+  async #apply({ plans, resolved, weights }: TaskChange, signal?: AbortSignal): Promise<() => void> {
+    const { bindings, kernels } = this.#context;
+    const host = this.#context.host!;
     const { backend } = kernels;
+    const { parameters, tables } = resolved;
+    const modules = modulesOf(plans, resolved.weights);
+    // All that can fail before something is changed: memory, the upload of coefficients, the host's consent.
     kernels.prepare(plans);
     const planOf = new Map(plans.map((plan) => [plan.module, plan]));
     const jobs = Array.from(weights, ([index, fresh]): WeightJob => {
-      return { binding: this.#bindings[index]!, plan: planOf.get(index), fresh, changes: modules.has(index) };
+      return { binding: bindings[index]!, plan: planOf.get(index), fresh, changes: modules.has(index) };
     });
     const held = jobs.filter(({ binding }) => binding.active);
     const passing = jobs.filter(({ binding }) => !binding.active);
@@ -240,7 +239,9 @@ export class FoldedWeights implements TaskWriter {
       [...namesOf(jobs.filter(({ plan }) => plan)), ...alone.filter((name) => !tables.has(name))],
     );
     this.#changed = { modules: new Set(weights.keys()), names };
-    this.#inconsistent ??= between(backend.name);
+    this.#inconsistent ??= new BackendError("the weights are between two tasks: wait for a switch that succeeds", {
+      backend: backend.name,
+    });
     const pause = pacer(signal);
     try {
       if (held.length > 0) await host.flush?.(namesOf(held));
@@ -266,7 +267,7 @@ export class FoldedWeights implements TaskWriter {
         if (written) await written;
       }
       for (const name of transaction ? names : [])
-        await transaction!.write(name, parameters.get(name)?.view ?? pristine(name) ?? null);
+        await transaction!.write(name, parameters.get(name) ?? this.#pristine(name) ?? null);
       await backend.finish();
       await transaction?.commit();
     } catch (error) {
@@ -282,6 +283,11 @@ export class FoldedWeights implements TaskWriter {
       this.#inconsistent = undefined;
     };
   }
+}
+
+/** Modules whose weights differ from the base then. */
+function modulesOf(plans: readonly ModulePlan[], replaced: Resolved["weights"]): Set<number> {
+  return new Set([...plans.map(({ module }) => module), ...replaced.keys()]);
 }
 
 /** A weight that a change writes. */
@@ -316,8 +322,4 @@ function follow(host: WeightHost, binding: WeightBinding, kernels: KernelSession
   if (!place) throw new TypeError(`the host's "${binding.weight.name}" lies on no device any more`);
   binding.active = place;
   if (place.block !== former) kernels.backend.free(former);
-}
-
-function between(backend: string): BackendError {
-  return new BackendError("the weights are between two tasks: wait for a switch that succeeds", { backend });
 }

@@ -639,11 +639,11 @@ export function openModule({ A, B }: BySide<Basis>, products?: Products): Module
 
 /**
  * Brings one more adapter onto a stored basis: its coefficients, and what it loses.
- * @throws UnstorableError for values that are not finite, or too large for the type
+ * @throws RangeError for factors of other widths, NaN and infinity; UnstorableError for values too large for the type
  */
 export function projectModule(space: ModuleSpace, member: ModuleMember, options: ProjectOptions): TaskUpdate {
   const { rank: most, coefficientDtype, step } = options;
-  const pair = gauged(pairOf(member), space, options);
+  const pair = gauged(memberPair(member, space.B.width, space.A.width), space, options);
   const a = targetsOf(space.A, pair.A, [pair.rank], most)[0]!;
   const b = targetsOf(space.B, pair.Bt, [pair.rank], most)[0]!;
   const steps = step === undefined ? undefined : rowSteps(leadingRows(pair, a.kept), step);
@@ -747,12 +747,26 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
   return { A: A.basis, B: B.basis, tasks };
 }
 
+/** The factors of a member, [rank, in] and [rank, out]. @throws RangeError for factors of other widths, NaN and infinity */
+export function memberPair(member: ModuleMember, out: number, inputs: number): Pair {
+  for (const [name, values, width] of [
+    ["A", member.A, inputs],
+    ["Bt", member.Bt, out],
+  ] as const) {
+    const found = `adapter ${member.id}: ${name} holds ${values.length} values, expected rank ${member.rank} times ${width}`;
+    if (!(member.rank >= 1) || values.length !== member.rank * width) throw new RangeError(found);
+    const bad = values.findIndex((value) => !Number.isFinite(value));
+    if (bad >= 0) throw new RangeError(`adapter ${member.id}: value ${bad} of ${name} is ${values[bad]}`);
+  }
+  return pairOf(member);
+}
+
 /** The pairs of a stack in the factorisation asked for, and their rows that are kept, as views. */
 function gaugedPairs(
   stack: ModuleStack,
   { gauge, centering, normalize, rank = Infinity, products }: ExtractOptions,
 ): { pairs: Pair[]; kept: Pair[] } {
-  const trained = stack.members.map(pairOf);
+  const trained = stack.members.map((member) => memberPair(member, stack.out, stack.in));
   const pairs = gauge === "balanced" ? trained.map((pair) => balance(pair, stack.out, stack.in, products)) : trained;
   const kept = pairs.map((pair) => leadingRows(pair, rank));
   // A sign cancels between component and coefficient unless a mean is kept, which depends on it.

@@ -72,6 +72,8 @@ export async function wasmWork(
   const bytes = new Uint8Array(memory.buffer);
   bytes.set(stored, STORED);
   bytes.set(before, start - before.length);
+  // Memory beyond what is kept is new, and zero.
+  bytes.fill(0, start, Math.min(start + size, MOST_KEPT));
   let begun = false;
   return {
     next() {

@@ -107,6 +107,7 @@ export async function plainDirectory(
     view.setUint32(at + 8, offset >>> 0, true);
     view.setUint32(at + 12, offset / 2 ** 32, true);
     end = offset + f.u64(at + 16);
+    if (i % 4096 === 4095) await pause();
   }
   return f;
 }

@@ -155,17 +155,13 @@ function* parseParts(f: Fields, superblock: Superblock, stored: Uint8Array): Gen
   if (hashes > 0 && hashes !== HASH_BYTES * count) f.fail(`${hashes} bytes of hashes for ${count} sections`);
   const parts = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES + basisLength + tasksLength + hashes;
   if (parts !== bytes.length) f.fail(`${bytes.length} bytes, but its parts add up to ${parts}`);
-  const sections = yield* parseSections(f, count, hashes && bytes.length - hashes, superblock);
-  const [bases, ...others] = sections.filter(({ kind }) => kind === SECTION_BASES);
-  if (!bases || others.length > 0) f.fail(`${others.length + (bases ? 1 : 0)} bases sections, expected 1`);
-  if (bases.offset !== superblock.basesOffset || bases.length !== superblock.basesLength)
-    f.fail("section table and superblock disagree about the bases");
+  const table = { f, count, hashes: hashes && bytes.length - hashes };
+  const { bases, blobs } = yield* parseSections(table, superblock);
   const start = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES;
   const basisBytes = bytes.subarray(start, start + basisLength);
   const { basis, size } = yield* parseBasis(basisBytes, bases, file);
   const tasksStart = start + basisLength;
   const root = yield* decode(bytes.subarray(tasksStart, tasksStart + tasksLength), file, "task list", "tasks");
-  const blobs = sections.filter((s) => s.kind === SECTION_TASK);
   const seen = new Set<string>();
   let names = 0;
   const tasks: (TaskEntry & { section: Section })[] = [];
@@ -177,23 +173,38 @@ function* parseParts(f: Fields, superblock: Superblock, stored: Uint8Array): Gen
     if (entry.brings && value.get("brings").kind === "array") names += entry.brings.length;
     if (names > MOST_BROUGHT) f.fail(`tasks bring ${names} names, at most ${MOST_BROUGHT} are allowed together`);
     seen.add(entry.id);
-    tasks.push(Object.assign(entry, { section: blobs[tasks.length]! }));
+    entry.section = blobs[tasks.length]!;
+    tasks.push(entry as Entry & { section: Section });
     if (tasks.length % 256 === 0) yield;
   }
-  return { sections, bytes: stored, basis, basisBytes, bases: { ...bases, size }, tasks };
+  return {
+    ...{ bytes: stored, basis, basisBytes, bases: { ...bases, size }, tasks },
+    // Free ones may be many, and only what changes or checks a file wants them.
+    get sections() {
+      return Array.from({ length: count }, (_, index) => sectionAt(table, index));
+    },
+  };
+}
+
+/** The section table of a directory: how many entries, and where their hashes begin, 0 where there are none. */
+interface SectionTable {
+  readonly f: Fields;
+  readonly count: number;
+  readonly hashes: number;
 }
 
 /**
- * The section table. Sections and the directory tile the file: each begins where the part before it ends, at the next multiple of 64.
- * @param hashes where the hashes begin, 0 where there are none
+ * Checks the section table. Sections and the directory tile the file: each begins where the part before it ends, at the next multiple
+ * of 64.
+ * @returns the sections that every reader needs
  */
 function* parseSections(
-  f: Fields,
-  count: number,
-  hashes: number,
-  { directoryOffset, directoryLength, committed }: Superblock,
-): Generator<void, Section[]> {
-  const sections: Section[] = [];
+  table: SectionTable,
+  { directoryOffset, directoryLength, basesOffset, basesLength, committed }: Superblock,
+): Generator<void, { bases: Section; blobs: Section[] }> {
+  const { f, count } = table;
+  const bases: Section[] = [];
+  const blobs: Section[] = [];
   let end = WINDOW_BYTES;
   const follow = (offset: number, length: number, name: string): void => {
     if (offset !== align64(end)) f.fail(`${name} starts at ${offset}, expected ${align64(end)}`);
@@ -201,41 +212,64 @@ function* parseSections(
   };
   let before = true;
   for (let i = 0; i < count; i++) {
-    const section = parseSection(f, i, hashes);
-    const { kind, required, offset, length } = section;
+    const kind = checkSection(table, i);
+    const at = DIRECTORY_HEAD_BYTES + i * SECTION_ENTRY_BYTES;
+    const offset = f.u64(at + 8);
     if (before && directoryOffset < offset) {
       follow(directoryOffset, directoryLength, "the directory");
       before = false;
     }
-    follow(offset, length, `section ${i}`);
-    if (required && (kind === 0 || kind > SECTION_FREE))
-      f.fail(`it needs a section of kind ${kind}, unknown here; update eigenlora`);
-    sections.push(section);
+    follow(offset, f.u64(at + 16), `section ${i}`);
+    if (kind === SECTION_BASES) bases.push(sectionAt(table, i));
+    if (kind === SECTION_TASK) blobs.push(sectionAt(table, i));
     if (i % 256 === 255) yield;
   }
   if (before) follow(directoryOffset, directoryLength, "the directory");
   if (end !== committed) f.fail(`the sections end at ${end}, the file at ${committed}`);
-  return sections;
+  if (bases.length !== 1) f.fail(`${bases.length} bases sections, expected 1`);
+  if (bases[0]!.offset !== basesOffset || bases[0]!.length !== basesLength)
+    f.fail("section table and superblock disagree about the bases");
+  return { bases: bases[0]!, blobs };
 }
 
-function parseSection(f: Fields, index: number, hashes: number): Section {
+/** @returns the kind of what is in a section, once decoded, and whether it is coded */
+function kindOf(stored: number): { kind: number; coded: boolean } {
+  const coded = stored > SECTION_CODED && stored <= SECTION_CODED + SECTION_TASK;
+  return { kind: coded ? stored - SECTION_CODED : stored, coded };
+}
+
+/** Checks an entry of the section table by itself. @returns its kind */
+function checkSection({ f, hashes }: SectionTable, index: number): number {
   const at = DIRECTORY_HEAD_BYTES + index * SECTION_ENTRY_BYTES;
   const hash = hashes + index * HASH_BYTES;
   const stored = f.u32(at);
   const flags = f.u32(at + 4);
-  const length = f.u64(at + 16);
-  const coded = stored > SECTION_CODED && stored <= SECTION_CODED + SECTION_TASK;
-  const kind = coded ? stored - SECTION_CODED : stored;
+  const { kind } = kindOf(stored);
   const needed = kind === SECTION_BASES || kind === SECTION_TASK;
   if (flags > 1 || flags < Number(needed))
     f.fail(`section ${index} has flags ${flags}, expected ${needed ? "1" : "0 or 1"}`);
   const free = kind === SECTION_FREE;
   if (free && flags > 0) f.fail(`section ${index} is free and required`);
-  if (length === 0 && stored !== SECTION_BASES) f.fail(`section ${index} is empty`);
+  if (f.u64(at + 16) === 0 && stored !== SECTION_BASES) f.fail(`section ${index} is empty`);
   f.zero(at + (free ? 24 : 28), at + 32);
   if (free && hashes > 0) f.zero(hash, hash + HASH_BYTES);
+  if (flags > 0 && (kind === 0 || kind > SECTION_FREE))
+    f.fail(`it needs a section of kind ${kind}, unknown here; update eigenlora`);
+  return kind;
+}
+
+/** An entry that was checked. */
+function sectionAt({ f, hashes }: SectionTable, index: number): Section {
+  const at = DIRECTORY_HEAD_BYTES + index * SECTION_ENTRY_BYTES;
+  const hash = hashes + index * HASH_BYTES;
+  const { kind, coded } = kindOf(f.u32(at));
   return {
-    ...{ kind, coded, length, required: flags > 0, offset: f.u64(at + 8), crc: f.u32(at + 24) },
+    kind,
+    coded,
+    required: f.u32(at + 4) > 0,
+    offset: f.u64(at + 8),
+    length: f.u64(at + 16),
+    crc: f.u32(at + 24),
     integrity: hashes > 0 ? toIntegrity(f.bytes.subarray(hash, hash + HASH_BYTES)) : undefined,
   };
 }
@@ -318,22 +352,38 @@ function parseSide(value: Value, dimension: number, tensor: PlaceTensor): Side {
 }
 
 /** @param earlier entries of the list before this one */
-export function* parseEntry(value: Value, earlier: readonly TaskEntry[]): Generator<void, TaskEntry> {
+export function* parseEntry(value: Value, earlier: readonly TaskEntry[]): Generator<void, Entry> {
   const id = value.get("id").string(255);
   if (CONTROL.test(id)) value.fail(`the task id ${JSON.stringify(id)} has control characters`);
   const metadata: Value = value.get("metadata");
-  let plain: TaskMetadata | undefined;
   // Nil is as good as nothing, here as everywhere in a map.
   if (!metadata.absent) yield* checkMetadata(metadata);
-  return {
-    id,
-    adapterBytes: value.get("adapterBytes").integer(0, Number.MAX_SAFE_INTEGER),
-    // Made when it is asked for: a list has the metadata of many tasks, and few of them are used.
-    get metadata() {
-      return (plain ??= metadata.absent ? {} : (metadata.plain() as TaskMetadata));
-    },
-    brings: yield* parseBrings(value.get("brings"), earlier),
-  };
+  const adapterBytes = value.get("adapterBytes").integer(0, Number.MAX_SAFE_INTEGER);
+  return new Entry(id, adapterBytes, yield* parseBrings(value.get("brings"), earlier), metadata);
+}
+
+/** An entry that makes its metadata when asked: a list has those of many tasks, and few of them are used. */
+class Entry implements TaskEntry {
+  /** Where its blob lies, of entries in the directory of a pack. */
+  section: Section | undefined;
+  readonly id: string;
+  readonly adapterBytes: number;
+  readonly brings: readonly string[] | undefined;
+  #value: Value | undefined;
+  #metadata: TaskMetadata | undefined;
+
+  constructor(id: string, adapterBytes: number, brings: readonly string[] | undefined, metadata: Value) {
+    this.id = id;
+    this.adapterBytes = adapterBytes;
+    this.brings = brings;
+    this.#value = metadata.absent ? undefined : metadata;
+  }
+
+  get metadata(): TaskMetadata {
+    this.#metadata ??= this.#value ? (this.#value.plain() as TaskMetadata) : {};
+    this.#value = undefined;
+    return this.#metadata;
+  }
 }
 
 function* parseBrings(value: Value, earlier: readonly TaskEntry[]): Generator<void, readonly string[] | undefined> {

@@ -220,6 +220,14 @@ class Reader extends Fields {
     return kind === "map" ? Object.fromEntries(items as [string, unknown][]) : items;
   }
 
+  /** True if a string is this one, of ASCII. */
+  is(index: number, text: string): boolean {
+    this.head(index);
+    if (this.count !== text.length) return false;
+    for (let i = 0; i < text.length; i++) if (this.bytes[this.at + i] !== text.charCodeAt(i)) return false;
+    return true;
+  }
+
   /** Checks all that there is, without making anything of it. */
   *check(depth: number, most: number): Generator<void> {
     const { length } = this.bytes;
@@ -287,8 +295,6 @@ export class Value {
   readonly #name: string | number;
   readonly #reader: Reader;
   readonly #index: number;
-  /** Numbers of the values of a map. */
-  #values: Map<unknown, number> | undefined;
 
   constructor(reader: Reader, index: number | undefined, name: string | number, around?: Value) {
     this.kind = index === undefined ? "nil" : reader.head(index);
@@ -327,13 +333,9 @@ export class Value {
   get(key: string): Value {
     if (this.kind !== "map") this.#expected("a map");
     const reader = this.#reader;
-    if (!this.#values) {
-      this.#values = new Map();
-      let index = this.#index + 1;
-      for (let i = 0; i < this.count; i++, index = reader.nexts[index + 1]!)
-        this.#values.set(reader.plain(index), index + 1);
-    }
-    return new Value(reader, this.#values.get(key), key, this);
+    for (let i = 0, index = this.#index + 1; i < this.count; i++, index = reader.nexts[index + 1]!)
+      if (reader.is(index, key)) return new Value(reader, index + 1, key, this);
+    return new Value(reader, undefined, key, this);
   }
 
   /** The items of an array, one after the other. */

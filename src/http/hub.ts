@@ -8,34 +8,22 @@
 
 import { createHash, randomUUID } from "node:crypto";
 import { constants, createReadStream } from "node:fs";
-import {
-  type FileHandle,
-  mkdir,
-  open,
-  readdir,
-  readFile,
-  rename,
-  rm,
-  stat,
-  symlink,
-  writeFile,
-} from "node:fs/promises";
+import { mkdir, open, readFile, rename, rm, stat, symlink, writeFile } from "node:fs/promises";
 import { homedir } from "node:os";
-import { dirname, join, relative, sep } from "node:path";
+import { dirname, join, relative } from "node:path";
 import { nearest } from "../arguments.ts";
 import { openDisk, reasonOf } from "../disk.ts";
 import { SourceError } from "../errors.ts";
 import { throwIfAborted } from "../pace.ts";
 import { type FileProgress, type OnProgress, teller } from "../progress.ts";
 import { type AbortOptions, type ByteSource, type FetchOptions, type ReadOptions, SharedWork } from "../source.ts";
-import { fromLatin1, fromUtf8 } from "../text.ts";
+import { fromUtf8 } from "../text.ts";
 import { type HubName, hubEndpoint, hubName, hubText, hubUrl, isInside } from "./hub-name.ts";
-import { follow } from "./redirects.ts";
 import { UrlSource } from "./url-source.ts";
 
 /** Options of requests to the Hub. Default of `headers`: the token of HF_TOKEN, or the one that `hf auth login` has kept. */
 export interface HubOptions extends FetchOptions, AbortOptions {
-  /** Told of the files that were not in the cache. */
+  /** Receives the progress of files that were not in the cache. */
   readonly onProgress?: OnProgress | undefined;
 }
 
@@ -69,59 +57,51 @@ export async function openHub(text: string, options: FetchOptions & AbortOptions
  */
 export async function openSnapshot(name: HubName, options: SnapshotOptions = {}): Promise<Snapshot> {
   const { repository, revision } = name;
-  const cache = cacheOf(repository);
+  const { HF_HUB_CACHE, HF_HUB_OFFLINE = "" } = process.env;
+  const cache = join(absolute(HF_HUB_CACHE || join(hubHome(), "hub")), `models--${repository.replace("/", "--")}`);
+  const isOffline = /^(1|on|yes|true)$/i.test(HF_HUB_OFFLINE);
+  const hub: Hub = { name, isOffline, endpoint: hubEndpoint(), ...options, headers: await headersOf(options) };
   const known = await commitOf(cache, revision);
-  const offline = isOffline();
-  const client = new HubClient(name, options);
-  if (known !== undefined && (offline || known === revision)) {
-    const files =
-      (await listed(cache, known)) ?? (offline ? await filesIn(join(cache, "snapshots", known)) : undefined);
-    if (files) return new Snapshot(client, cache, known, files);
+  if (known !== undefined && (isOffline || known === revision)) {
+    const files = await listed(cache, known);
+    if (files) return new Snapshot(hub, cache, known, files);
   }
-  if (offline) throw new SourceError(OFFLINE, { file: hubText({ ...name, path: "" }) });
-  const { commit, tree } = await client.listing().catch((error: unknown) => {
-    // No answer means the network; the cache can be used knowingly.
-    if (!(error instanceof SourceError) || error.status !== undefined || known === undefined) throw error;
-    const message = `${error.message.slice(error.file.length + 2)}. What is in the cache is taken with HF_HUB_OFFLINE=1`;
-    const { file, transient = false } = error;
-    throw new SourceError(message, { file, transient, cause: error });
-  });
-  const files = filesOf(tree);
+  const { commit, tree } = await listingOf(hub);
   try {
     // Python's listing says more of each file: it stays.
     if (!(await listed(cache, commit))) {
-      const text = JSON.stringify({ format_version: 1, files: Object.fromEntries(tree) }, null, 1);
+      const text = JSON.stringify({ format_version: 1, files: tree }, null, 1);
       await writeWhole(treeOf(cache, commit), text);
     }
     if (revision !== commit) await writeWhole(join(cache, "refs", revision), commit);
   } catch {
     // It saves requests, no more: a cache that was made by others may not be ours to write.
   }
-  return new Snapshot(client, cache, commit, files);
+  return new Snapshot(hub, cache, commit, filesOf(tree));
 }
 
 /** The files of a repository at one commit. */
 export class Snapshot {
   /** Folder in the cache in which its files lie once they are downloaded. */
   readonly folder: string;
-  /** Files by path; undefined for those that only the cache knows, without the Hub. */
-  readonly files: ReadonlyMap<string, HubFile | undefined>;
-  readonly #client: HubClient;
+  /** Files by path. */
+  readonly files: ReadonlyMap<string, HubFile>;
+  readonly #hub: Hub;
   readonly #cache: string;
   readonly #commit: string;
 
   /** @internal Use `openSnapshot`. */
-  constructor(client: HubClient, cache: string, commit: string, files: ReadonlyMap<string, HubFile | undefined>) {
+  constructor(hub: Hub, cache: string, commit: string, files: ReadonlyMap<string, HubFile>) {
     this.folder = join(cache, "snapshots", commit);
     this.files = files;
-    this.#client = client;
+    this.#hub = hub;
     this.#cache = cache;
     this.#commit = commit;
   }
 
   /** A file's or folder's name on the Hub, with the commit, so that it always names this content. */
   nameOf(path: string): string {
-    return hubText({ repository: this.#client.name.repository, revision: this.#commit, path });
+    return hubText({ repository: this.#hub.name.repository, revision: this.#commit, path });
   }
 
   /**
@@ -129,86 +109,79 @@ export class Snapshot {
    * @returns their paths on the disk
    * @throws SourceError when one is not in the repository, or cannot be had
    */
-  async get(paths: readonly string[], options: ReadOptions = this.#client.options): Promise<string[]> {
+  async get(paths: readonly string[], { signal, onBytes }: ReadOptions = this.#hub): Promise<string[]> {
     const missing: string[] = [];
-    for (const path of paths) if ((await this.#here(path)) === undefined) missing.push(path);
-    const { onProgress, stage = "adapter" } = this.#client.options;
+    for (const path of paths) if (!(await this.#isHere(path))) missing.push(path);
+    const { onProgress, stage = "adapter" } = this.#hub;
     // All are reported before the first is asked for, so that a listener knows how much there is.
     const waiting = missing.map((path) => {
       const tell = onProgress && teller(this.nameOf(path), stage, onProgress);
-      tell?.("initiate", 0, this.#find(path)?.size ?? 0);
+      tell?.("initiate", 0, this.#find(path).size);
       return { path, tell };
     });
-    const { signal, onBytes } = options;
     const stop = new AbortController();
-    const all = signal ? AbortSignal.any([signal, stop.signal]) : stop.signal;
-    const failures: unknown[] = [];
-    const work = async (): Promise<void> => {
-      for (let next = waiting.shift(); next && failures.length === 0; next = waiting.shift())
-        await this.#download(next.path, { signal: all, onBytes }, next.tell).catch((error: unknown) => {
-          failures.push(error);
-          stop.abort();
-        });
-    };
-    await Promise.all(Array.from({ length: AT_A_TIME }, work));
-    if (failures.length > 0) throw failures[0];
+    const how = { signal: signal ? AbortSignal.any([signal, stop.signal]) : stop.signal, onBytes };
+    const lanes = Array.from({ length: AT_A_TIME }, async () => {
+      for (let next = waiting.shift(); next; next = waiting.shift()) await this.#download(next.path, how, next.tell);
+    });
+    await Promise.all(lanes).finally(() => {
+      stop.abort();
+      return Promise.allSettled(lanes);
+    });
     return paths.map((path) => this.#place(path));
   }
 
   /** Opens a file for reads of parts, without downloading it as a whole. @throws SourceError as `get` */
   async open(path: string): Promise<ByteSource> {
-    const here = await this.#here(path);
-    return here === undefined ? this.#remote(path) : openDisk(here, this.nameOf(path));
+    if (await this.#isHere(path)) return openDisk(this.#place(path), this.nameOf(path));
+    return this.#remote(path);
   }
 
   /** Opens a file that the first read downloads, where it is missing. @throws SourceError as `get` */
   async openWhole(path: string): Promise<ByteSource> {
     const name = this.nameOf(path);
-    const here = await this.#here(path);
-    if (here !== undefined) return openDisk(here, name);
-    if (isOffline()) throw new SourceError(OFFLINE, { file: name });
-    const download = async (options: ReadOptions): Promise<ByteSource> => {
-      const [place] = await this.get([path], options);
-      throwIfAborted(options.signal);
-      return openDisk(place!, name);
-    };
+    if (this.#hub.isOffline || (await this.#isHere(path))) return this.open(path);
     let coming: SharedWork<ByteSource> | undefined;
     return {
       name,
-      byteLength: this.#find(path)!.size,
-      async read(offset, length, { signal, onBytes } = {}) {
-        if (!coming || coming.stopped) coming = new SharedWork((stop) => download({ signal: stop, onBytes }), signal);
+      byteLength: this.#find(path).size,
+      read: async (offset, length, { signal, onBytes } = {}) => {
+        const download = async (stop: AbortSignal | undefined): Promise<ByteSource> => {
+          const [place] = await this.get([path], { signal: stop, onBytes });
+          throwIfAborted(stop);
+          return openDisk(place!, name);
+        };
+        coming = SharedWork.join(coming, download, signal);
         return (await coming.wait(signal)).read(offset, length, { signal });
       },
-      async close() {
-        await coming?.wait(undefined).then(
-          (disk) => disk.close?.(),
-          () => undefined,
-        );
+      close: async () => {
+        const disk = await coming?.wait(undefined).catch(() => undefined);
+        await disk?.close?.();
       },
     };
+  }
+
+  /** @throws SourceError where the Hub must not be asked */
+  #remote(path: string): UrlSource {
+    const { name, endpoint } = this.#hub;
+    return sourceOf(this.#hub, hubUrl(endpoint, { ...name, revision: this.#commit, path }), path);
   }
 
   #place(path: string): string {
     return join(this.folder, ...path.split("/"));
   }
 
-  /** The path of a file that is on the disk, whole. */
-  async #here(path: string): Promise<string | undefined> {
-    const file = this.#find(path);
-    return (await isWhole(this.#place(path), file)) ? this.#place(path) : undefined;
-  }
-
-  /** @throws SourceError when the Hub must not be asked */
-  #remote(path: string): UrlSource {
-    if (!isOffline()) return this.#client.open(path, this.#commit);
-    throw new SourceError(OFFLINE, { file: this.nameOf(path) });
+  /** True for a file that is on the disk, whole. */
+  #isHere(path: string): Promise<boolean> {
+    return isWhole(this.#place(path), this.#find(path));
   }
 
   /** @throws SourceError when it cannot be had or written, or is not what was promised */
   async #download(path: string, how: ReadOptions, tell: ReturnType<typeof teller> | undefined): Promise<void> {
     const source = this.#remote(path);
-    const file = this.#find(path)!;
+    const file = this.#find(path);
+    const blob = join(this.#cache, "blobs", file.hash);
+    const place = this.#place(path);
     let before = 0;
     const onBytes = (loaded: number): void => {
       how.onBytes?.(loaded - before);
@@ -217,130 +190,111 @@ export class Snapshot {
     };
     tell?.("download", 0, file.size);
     try {
-      const blob = join(this.#cache, "blobs", file.hash);
-      await written(blob, () => mkdir(dirname(blob), { recursive: true }));
+      await mkdir(dirname(blob), { recursive: true });
       if (!(await isWhole(blob, file))) await receive(blob, file, source, how.signal, onBytes);
-      const place = this.#place(path);
-      await written(place, async () => {
-        await mkdir(dirname(place), { recursive: true });
-        await rm(place, { force: true });
-        await symlink(relative(dirname(place), blob), place).catch(async (error: NodeJS.ErrnoException) => {
-          if (error.code === "EEXIST" && (await isWhole(place, file))) return;
-          // Windows allows links to some users only: the file itself lies there then, as Python puts it.
-          await rename(blob, place);
-        });
+      await mkdir(dirname(place), { recursive: true });
+      await rm(place, { force: true });
+      await symlink(relative(dirname(place), blob), place).catch(async (error: NodeJS.ErrnoException) => {
+        if (error.code === "EEXIST" && (await isWhole(place, file))) return;
+        // Windows allows links to some users only: the file itself lies there then, as Python puts it.
+        await rename(blob, place);
       });
       tell?.("done", file.size, file.size);
+    } catch (cause) {
+      // Errors of the system have a code; those of a signal are its own.
+      if (cause instanceof SourceError || (cause as NodeJS.ErrnoException).syscall === undefined) throw cause;
+      const advice = "HF_HOME or HF_HUB_CACHE name another place for the cache";
+      throw new SourceError(`cannot be written: ${reasonOf(cause)}; ${advice}`, { file: place, cause });
     } finally {
       await source.close();
     }
   }
 
-  #find(path: string): HubFile | undefined {
-    if (this.files.has(path)) return this.files.get(path);
+  #find(path: string): HubFile {
+    const file = this.files.get(path);
+    if (file) return file;
     const close = nearest(path, this.files.keys());
-    const all = [...this.files.keys()];
-    const more = all.length > 8 ? ` and ${all.length - 8} more` : "";
-    const has = all.length === 0 ? "none" : `${all.slice(0, 8).join(", ")}${more}`;
-    const listed = close.length > 0 ? `the nearest are ${close.join(", ")}` : `it has ${has}`;
+    const names = close.length > 0 ? `; the nearest are ${close.join(", ")}` : "";
     const problem = path === "" ? "names a repository, and a file of it is needed" : "there is no such file";
-    throw new SourceError(`${problem}; ${listed}`, { file: this.nameOf(path) });
+    throw new SourceError(`${problem}${names}`, { file: this.nameOf(path) });
   }
 }
 
-/** Requests to the Hub about one repository. */
-class HubClient {
+/** A repository, and the way to ask for it. */
+interface Hub extends SnapshotOptions {
   readonly name: HubName;
-  readonly options: SnapshotOptions;
-  readonly #endpoint = hubEndpoint();
-  #token: Promise<string | undefined> | undefined;
+  readonly endpoint: string;
+  readonly isOffline: boolean;
+  /** Headers of each request: the token. */
+  readonly headers: Record<string, string>;
+}
 
-  constructor(name: HubName, options: SnapshotOptions) {
-    this.name = name;
-    this.options = options;
+/** @throws SourceError when it is not shown, or another server answers */
+async function listingOf(hub: Hub): Promise<{ commit: string; tree: Tree }> {
+  const { name, endpoint, signal } = hub;
+  const revision = encodeURIComponent(name.revision);
+  const source = sourceOf(
+    hub,
+    new URL(`${endpoint}/api/models/${name.repository}/revision/${revision}?blobs=true`),
+    "",
+  );
+  const bytes = await source.readAll({ signal, most: () => MOST_LISTING });
+  if (bytes.length > MOST_LISTING) {
+    const message = `lists more files than fit into ${MOST_LISTING} bytes; download what you need, and give its folder`;
+    throw new SourceError(message, { file: source.name });
   }
-
-  /** @throws SourceError when it is not shown, or another server answers */
-  async listing(): Promise<{ commit: string; tree: ReadonlyMap<string, TreeEntry> }> {
-    const { repository, revision } = this.name;
-    const address = `${this.#endpoint}/api/models/${repository}/revision/${encodeURIComponent(revision)}?blobs=true`;
-    const source = this.#source(new URL(address));
-    const bytes = await source.readAll({ signal: this.options.signal, most: () => MOST_LISTING });
-    if (bytes.length > MOST_LISTING) {
-      const message = `lists more files than fit into ${MOST_LISTING} bytes; download what you need, and give its folder`;
-      throw new SourceError(message, { file: source.name });
-    }
-    try {
-      const { sha, siblings } = JSON.parse(fromUtf8(bytes)) as Listing;
-      if (typeof sha !== "string" || !COMMIT.test(sha)) throw new TypeError(`"sha" is ${sha}`);
-      const tree = new Map(
-        siblings.map(({ rfilename, size, blobId, lfs }) => {
-          const large = lfs ? { lfs_sha256: lfs.sha256, lfs_size: lfs.size } : {};
-          return [rfilename, { size, blob_id: blobId, ...large }];
-        }),
-      );
-      filesOf(tree);
-      return { commit: sha, tree };
-    } catch (cause) {
-      const message = `does not answer as the Hub does (${(cause as Error).message}); check HF_ENDPOINT`;
-      throw new SourceError(message, { file: source.name, cause });
-    }
+  try {
+    const { sha, siblings } = JSON.parse(fromUtf8(bytes)) as Listing;
+    if (typeof sha !== "string" || !COMMIT.test(sha)) throw new TypeError(`"sha" is ${sha}`);
+    const tree = Object.fromEntries(
+      siblings.map(({ rfilename, size, blobId, lfs }) => {
+        const large = lfs ? { lfs_sha256: lfs.sha256, lfs_size: lfs.size } : {};
+        return [rfilename, { size, blob_id: blobId, ...large }];
+      }),
+    );
+    filesOf(tree);
+    return { commit: sha, tree };
+  } catch (cause) {
+    const message = `does not answer as the Hub does (${(cause as Error).message}); check HF_ENDPOINT`;
+    throw new SourceError(message, { file: source.name, cause });
   }
+}
 
-  open(path: string, commit: string): UrlSource {
-    return this.#source(hubUrl(this.#endpoint, { ...this.name, revision: commit, path }));
-  }
-
-  #source(address: URL): UrlSource {
-    const { headers: _, ...options } = this.options;
-    return new UrlSource(address, { ...options, fetch: (url, init) => this.#ask(url, init) });
-  }
-
-  /** Asks, and follows redirects itself: files lie on servers of others, and they must not see the token. */
-  async #ask(address: string, init: RequestInit): Promise<Response> {
-    const { fetch: ask = (url, how) => fetch(url, how) } = this.options;
-    const hop = async (url: URL, own: boolean): Promise<Response> => {
-      const headers = own ? await this.#headers(init.headers) : init.headers!;
-      const response = await ask(url.href, { ...init, headers, redirect: "manual" });
-      if (own) await this.#refuse(response, address.includes("/resolve/"));
+/** @param path of the file that is asked for; empty for the listing @throws SourceError where the Hub must not be asked */
+function sourceOf(hub: Hub, address: URL, path: string): UrlSource {
+  if (hub.isOffline) throw new SourceError(OFFLINE, { file: hubText({ ...hub.name, path }) });
+  const { fetch: ask = (url, init) => fetch(url, init) } = hub;
+  return new UrlSource(address, {
+    ...hub,
+    fetch: async (url, init) => {
+      const response = await ask(url, init);
+      // Files lie on servers of others, where a redirect leads.
+      if ((response.url || url).startsWith(`${hub.endpoint}/`)) refuse(hub, response, path !== "");
       return response;
-    };
-    return follow(new URL(address), hop, (message) => {
-      throw new SourceError(`${message}; check HF_ENDPOINT`, { file: hubText(this.name) });
-    });
-  }
+    },
+  });
+}
 
-  /** Adds what only the Hub may see: HF_TOKEN, or the token that `hf auth login` has kept. */
-  async #headers(given?: HeadersInit): Promise<Headers> {
-    const headers = new Headers(given);
-    for (const [name, value] of Object.entries(this.options.headers ?? {})) headers.set(name, value);
-    this.#token ??= tokenOf();
-    const token = await this.#token;
-    if (token !== undefined && !headers.has("authorization")) headers.set("authorization", `Bearer ${token}`);
-    return headers;
+/** @param isFile a file was asked for: its repository is known then @throws SourceError for what the Hub refuses */
+function refuse({ name, endpoint, headers: sent }: Hub, { status, headers }: Response, isFile: boolean): void {
+  if (![401, 403, 404].includes(status)) return;
+  const { repository, revision } = name;
+  const token = "authorization" in sent;
+  const code = headers.get("x-error-code");
+  const explanation = headers.get("x-error-message");
+  const fail = (message: string): never => {
+    throw new SourceError(`${message} (status ${status})`, { file: hubText({ ...name, path: "" }), status });
+  };
+  if (/invalid (credentials|user token|username)/i.test(explanation ?? ""))
+    fail(`the Hub does not know the token that was sent; make another at ${endpoint}/settings/tokens`);
+  if (code === "RevisionNotFound") fail(`has no revision "${revision}"; check the branch, tag or commit`);
+  if (code === "GatedRepo" || (isFile && status !== 404)) {
+    const who = token ? "the account that HF_TOKEN is of" : "your account, and set HF_TOKEN to its token";
+    fail(`is gated: accept its licence at ${endpoint}/${repository} with ${who}`);
   }
-
-  /** @param file whether a file was asked for: its repository is known then @throws SourceError for what the Hub refuses */
-  async #refuse({ status, headers }: Response, file: boolean): Promise<void> {
-    if (![401, 403, 404].includes(status)) return;
-    const { repository, revision } = this.name;
-    const token = (await this.#headers()).has("authorization");
-    const code = headers.get("x-error-code");
-    const said = headers.get("x-error-message");
-    const refuse = (message: string): never => {
-      throw new SourceError(`${message} (status ${status})`, { file: hubText({ ...this.name, path: "" }), status });
-    };
-    if (/invalid (credentials|user token|username)/i.test(said ?? ""))
-      refuse(`the Hub does not know the token that was sent; make another at ${this.#endpoint}/settings/tokens`);
-    if (code === "RevisionNotFound") refuse(`has no revision "${revision}"; check the branch, tag or commit`);
-    if (code === "GatedRepo" || (file && status !== 404)) {
-      const who = token ? "the account that HF_TOKEN is of" : "your account, and set HF_TOKEN to its token";
-      refuse(`is gated: accept its licence at ${this.#endpoint}/${repository} with ${who}`);
-    }
-    if (status === 403) refuse(`the token that was sent may not read it${said === null ? "" : `: ${said}`}`);
-    const hint = token ? "check that the token may see it" : "set HF_TOKEN if it is private";
-    if (!file) refuse(`the Hub has no such repository, or does not show it: check the name, and ${hint}`);
-  }
+  if (status === 403) fail(`the token that was sent may not read it${explanation === null ? "" : `: ${explanation}`}`);
+  const hint = token ? "check that the token may see it" : "set HF_TOKEN if it is private";
+  if (!isFile) fail(`the Hub has no such repository, or does not show it: check the name, and ${hint}`);
 }
 
 /** Answer of the Hub about a repository, as far as it is used. */
@@ -354,25 +308,11 @@ interface Listing {
   }[];
 }
 
-async function tokenOf(): Promise<string | undefined> {
-  const { HF_TOKEN, HF_TOKEN_PATH } = process.env;
-  const kept = HF_TOKEN?.trim() || (await readFile(HF_TOKEN_PATH || join(hubHome(), "token"), "utf8").catch(() => ""));
-  return kept.trim() || undefined;
-}
-
-function isOffline(): boolean {
-  const { HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE } = process.env;
-  return /^(1|on|yes|true)$/i.test(HF_HUB_OFFLINE || TRANSFORMERS_OFFLINE || "");
-}
-
-/** Files that another program has downloaded, which left no listing. */
-async function filesIn(folder: string): Promise<Map<string, undefined>> {
-  const found = await readdir(folder, { recursive: true, withFileTypes: true }).catch(() => []);
-  const files = found.filter((entry) => !entry.isDirectory());
-  const base = folder.length + 1;
-  return new Map(
-    files.map(({ parentPath, name }) => [join(parentPath, name).slice(base).split(sep).join("/"), undefined]),
-  );
+/** The headers that only the Hub may see, by names in lower case: those given, and HF_TOKEN or the token that `hf auth login` has kept. */
+async function headersOf(options: HubOptions): Promise<Record<string, string>> {
+  const given = Object.entries(options.headers ?? {}).map(([name, value]) => [name.toLowerCase(), value]);
+  const token = process.env["HF_TOKEN"] || (await readFile(join(hubHome(), "token"), "utf8").catch(() => ""));
+  return { ...(token.trim() !== "" && { authorization: `Bearer ${token.trim()}` }), ...Object.fromEntries(given) };
 }
 
 // The cache of the Hugging Face Hub on this disk, in the layout of Python's huggingface_hub, so that each finds what the other has
@@ -391,34 +331,20 @@ interface HubFile {
   readonly hash: string;
 }
 
-/** Files of a commit, by path. */
-type HubFiles = ReadonlyMap<string, HubFile>;
-
 /** A full commit hash, which names one state for ever. */
 const COMMIT: RegExp = /^[0-9a-f]{40}$/;
 
 /**
- * Bytes of a first request, and of the largest. What a request has not brought to its end is lost, so they grow while they are quick: each
- * begins with a redirect, which takes its time whatever follows.
+ * Bytes of a first request, and of the largest. What a request has not brought to its end is lost, so each asks for twice as much as the one
+ * before: each begins with a redirect, which takes its time whatever follows.
  */
 const FIRST_PIECE = 2 ** 20;
 const LARGEST_PIECE = 2 ** 25;
-const QUICK_MS = 1000;
-/** Beginning of the files that Git LFS leaves in the place of others, and more bytes than such files have. */
-const POINTER = "version https://git-lfs.github.com/spec/";
-const POINTER_BYTES = 1024;
 
-/** Where Hugging Face keeps things: HF_HOME, or below XDG_CACHE_HOME. */
+/** Folder of Hugging Face's files: HF_HOME, or below XDG_CACHE_HOME. */
 function hubHome(): string {
   const cache = process.env["XDG_CACHE_HOME"] || join(homedir(), ".cache");
   return absolute(process.env["HF_HOME"] || join(cache, "huggingface"));
-}
-
-/** The cache of one repository. */
-function cacheOf(repository: string): string {
-  const { HF_HUB_CACHE, HUGGINGFACE_HUB_CACHE } = process.env;
-  const cache = absolute(HF_HUB_CACHE || HUGGINGFACE_HUB_CACHE || join(hubHome(), "hub"));
-  return join(cache, `models--${repository.replace("/", "--")}`);
 }
 
 /** The commit that a branch or tag was at when it was last asked for. */
@@ -433,10 +359,10 @@ function treeOf(cache: string, commit: string): string {
 }
 
 /** All files of a commit, on the disk or not; undefined where they were never listed. */
-async function listed(cache: string, commit: string): Promise<HubFiles | undefined> {
+async function listed(cache: string, commit: string): Promise<ReadonlyMap<string, HubFile> | undefined> {
   try {
     const { format_version, files } = JSON.parse(await readFile(treeOf(cache, commit), "utf8"));
-    return format_version === 1 ? filesOf(Object.entries(files)) : undefined;
+    return format_version === 1 ? filesOf(files) : undefined;
   } catch {
     return undefined;
   }
@@ -450,21 +376,21 @@ async function writeWhole(path: string, text: string): Promise<void> {
   await rename(temporary, path);
 }
 
-/** Entry of a file in huggingface_hub's `trees/COMMIT.json`. */
-interface TreeEntry {
-  readonly size: number;
-  readonly blob_id: string;
-  readonly lfs_sha256?: string;
-  readonly lfs_size?: number;
-}
+/** Files by path, as huggingface_hub writes them into `trees/COMMIT.json`. */
+type Tree = Readonly<
+  Record<
+    string,
+    { readonly size: number; readonly blob_id: string; readonly lfs_sha256?: string; readonly lfs_size?: number }
+  >
+>;
 
 /** @throws TypeError when a name or promise is none */
-function filesOf(entries: Iterable<readonly [path: string, entry: TreeEntry]>): HubFiles {
+function filesOf(tree: Tree): ReadonlyMap<string, HubFile> {
   const files = new Map<string, HubFile>();
-  for (const [path, { size, blob_id, lfs_sha256, lfs_size = size }] of entries) {
+  for (const [path, { size, blob_id, lfs_sha256, lfs_size = size }] of Object.entries(tree)) {
     const hash = lfs_sha256 ?? blob_id;
-    const known = isInside(path) && Number.isSafeInteger(lfs_size) && lfs_size >= 0;
-    if (!known || typeof hash !== "string" || !/^([0-9a-f]{40}|[0-9a-f]{64})$/.test(hash))
+    const isKnown = isInside(path) && Number.isSafeInteger(lfs_size) && lfs_size >= 0;
+    if (!isKnown || typeof hash !== "string" || !/^([0-9a-f]{40}|[0-9a-f]{64})$/.test(hash))
       throw new TypeError(`${JSON.stringify(path)} has the size ${lfs_size} and the hash ${hash}`);
     files.set(path, { size: lfs_size, hash });
   }
@@ -481,80 +407,44 @@ async function receive(
 ): Promise<void> {
   // Not Python's name: older versions append to what they find.
   const partial = `${blob}.eigenlora.incomplete`;
-  const handle = await written(partial, () => open(partial, constants.O_RDWR | constants.O_CREAT));
+  const handle = await open(partial, constants.O_RDWR | constants.O_CREAT);
   try {
     let at = (await handle.stat()).size;
     if (at > file.size) await handle.truncate((at = 0));
     let most = FIRST_PIECE;
     for (onBytes(at); at < file.size; onBytes(at)) {
-      const began = performance.now();
-      const piece = await read(source, at, Math.min(most, file.size - at), file.size, signal);
-      if (performance.now() - began < QUICK_MS) most = Math.min(2 * most, LARGEST_PIECE);
-      await written(partial, () => writeAt(handle, piece, at));
+      const piece = await source.read(at, Math.min(most, file.size - at), { signal });
+      most = Math.min(2 * most, LARGEST_PIECE);
+      for (let done = 0; done < piece.length; )
+        done += (await handle.write(piece, done, piece.length - done, at + done)).bytesWritten;
       at += piece.length;
     }
-    await written(partial, () => handle.sync());
+    await handle.sync();
   } finally {
     await handle.close();
   }
-  await written(blob, async () => {
-    try {
-      const problem = await problemOf(partial, file);
-      if (problem === undefined) return await rename(partial, blob);
-      await rm(partial, { force: true });
-      throw new SourceError(`${problem}; nothing of it was kept, try again`, { file: source.name });
-    } catch (error) {
-      // Another process may have given it its name meanwhile.
-      if (!(await isWhole(blob, file))) throw error;
-    }
-  });
-}
-
-/** The next piece. @throws SourceError saying what is there instead, when the file is another than the one promised */
-async function read(source: ByteSource, at: number, length: number, size: number, signal: AbortSignal | undefined) {
   try {
-    return await source.read(at, length, { signal });
+    const found = await hashOf(partial, file);
+    if (found === file.hash) return await rename(partial, blob);
+    await rm(partial, { force: true });
+    const message = `has the hash ${found}, where the Hub promises ${file.hash}; nothing of it was kept, try again`;
+    throw new SourceError(message, { file: source.name });
   } catch (error) {
-    const found = source.byteLength;
-    if (found === undefined || found === size) throw error;
-    const head = found < POINTER_BYTES ? fromLatin1(await source.read(0, found, { signal })) : "";
-    const what = head.startsWith(POINTER) ? ": it is a Git LFS pointer, and the file itself is not there" : "";
-    const message = `has ${found} bytes, where the Hub promises ${size}${what}; check HF_ENDPOINT, or try again later`;
-    throw new SourceError(message, { file: source.name, cause: error });
+    // Another process may have given it its name meanwhile.
+    if (!(await isWhole(blob, file))) throw error;
   }
 }
 
-/** Compares a whole file on the disk with the promised hash. @returns the difference, in words */
-async function problemOf(path: string, { size, hash }: HubFile): Promise<string | undefined> {
+/** Hash of a whole file on the disk, of the kind that is promised. */
+async function hashOf(path: string, { size, hash }: HubFile): Promise<string> {
   const sum = hash.length === 40 ? createHash("sha1").update(`blob ${size}\0`) : createHash("sha256");
-  let bytes = 0;
-  for await (const chunk of createReadStream(path)) {
-    sum.update(chunk as Uint8Array);
-    bytes += (chunk as Uint8Array).length;
-  }
-  const found = sum.digest("hex");
-  return found === hash
-    ? undefined
-    : `has ${bytes} bytes with the hash ${found}, where the Hub promises ${size} with ${hash}`;
+  for await (const chunk of createReadStream(path)) sum.update(chunk as Uint8Array);
+  return sum.digest("hex");
 }
 
-async function isWhole(path: string, file: HubFile | undefined): Promise<boolean> {
+async function isWhole(path: string, { size }: HubFile): Promise<boolean> {
   const there = await stat(path).catch(() => undefined);
-  return there?.isFile() === true && there.size === (file?.size ?? there.size);
-}
-
-async function writeAt(handle: FileHandle, bytes: Uint8Array, at: number): Promise<void> {
-  for (let done = 0; done < bytes.length; )
-    done += (await handle.write(bytes, done, bytes.length - done, at + done)).bytesWritten;
-}
-
-/** @throws SourceError saying why a file of the cache cannot be written */
-async function written<T>(path: string, work: () => Promise<T>): Promise<T> {
-  return work().catch((cause: unknown) => {
-    if (cause instanceof SourceError) throw cause;
-    const advice = "HF_HOME or HF_HUB_CACHE name another place for the cache";
-    throw new SourceError(`cannot be written: ${reasonOf(cause)}; ${advice}`, { file: path, cause });
-  });
+  return there?.isFile() === true && there.size === size;
 }
 
 function absolute(folder: string): string {

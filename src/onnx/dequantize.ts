@@ -7,14 +7,13 @@ import type { WeightAt } from "../core/mismatch.ts";
 import { FormatError } from "../errors.ts";
 import type { ReadOptions } from "../source.ts";
 import { bf16ToF32, f16ToF32 } from "../tensor/dtypes.ts";
-import { producer } from "./linear.ts";
-import { attribute, type OnnxModel, type Use } from "./model.ts";
+import { producer, UINT8 } from "./linear.ts";
+import { type Graph, intOf, type OnnxModel, type Use } from "./model.ts";
 import { matrixShape, type OnnxParameter, partSize, partStart, type Stored } from "./modules.ts";
 import type { NodeProto } from "./protobuf.ts";
 import type { ModelFile } from "./read.ts";
 import { INTEGERS, readTensor } from "./tensors.ts";
 
-/** Element i of a tensor, row-major. */
 type Values = (i: number) => number;
 
 /**
@@ -27,10 +26,10 @@ export async function readQuantizedWeight(
   options?: ReadOptions,
 ): Promise<WeightAt | undefined> {
   const [out, inputs] = matrixShape(parameter) ?? [0, 0];
-  const reader = new TensorReader(file, options);
+  const read = readerOf(file, options);
   const use = parameter.uses[0];
-  if (use?.node.opType === "MatMulNBits") return nBits(reader, use.node);
-  return affine(reader, file.model, parameter, use, parameter.layout === "in-out", out, inputs);
+  if (use?.node.opType === "MatMulNBits") return nBits(read, use.node);
+  return affine(read, file.model, parameter, use, parameter.layout === "in-out", out, inputs);
 }
 
 /**
@@ -44,11 +43,11 @@ export async function readVector(
 ): Promise<Float32Array> {
   const { model } = file;
   const { name, initializer } = parameter;
-  const reader = new TensorReader(file, options);
-  const values = await reader.values(initializer);
+  const read = readerOf(file, options);
+  const values = await read(initializer);
   const node = model.graph.consumers.get(initializer)?.find((use) => use.node.opType === "DequantizeLinear")?.node;
-  const scales = values?.integer ? await reader.values(node?.input[1]) : undefined;
-  const zeros = await reader.values(node?.input[2]);
+  const scales = values?.integer ? await read(node?.input[1]) : undefined;
+  const zeros = await read(node?.input[2]);
   const count = parameter.shape.length === 0 ? 1 : partSize(parameter);
   const from = partStart(parameter);
   if (!values || (values.integer && !scales)) {
@@ -70,21 +69,14 @@ interface TensorValues {
   integer: boolean;
 }
 
-class TensorReader {
-  readonly #file: ModelFile;
-  readonly #options: ReadOptions | undefined;
+/** Reads an initializer; undefined when none has this name, or its type is not supported. */
+type Read = (name: string | undefined) => Promise<TensorValues | undefined>;
 
-  constructor(file: ModelFile, options: ReadOptions | undefined) {
-    this.#file = file;
-    this.#options = options;
-  }
-
-  /** Values of an initializer; undefined when none has this name, or its type is not supported. */
-  async values(name: string | undefined): Promise<TensorValues | undefined> {
-    const { model, external } = this.#file;
+function readerOf({ model, external }: ModelFile, options: ReadOptions | undefined): Read {
+  return async (name) => {
     const tensor = name ? model.graph.initializers.get(name) : undefined;
     if (!tensor) return undefined;
-    const { data, dtype, shape } = await readTensor(tensor, model.name, external, this.#options);
+    const { data, dtype, shape } = await readTensor(tensor, model.name, external, options);
     const view = new DataView(data.buffer, data.byteOffset, data.byteLength);
     const integer = INTEGERS.get(tensor.dataType);
     const count = shape.reduce((a, b) => a * b, 1);
@@ -102,7 +94,7 @@ class TensorReader {
         ? (i) => view.getFloat32(4 * i, true)
         : (i) => (dtype === "f16" ? f16ToF32 : bf16ToF32)(view.getUint16(2 * i, true));
     return { at, shape, bytes: data, integer: false };
-  }
+  };
 }
 
 /** Unpacks integers, low bits first. */
@@ -120,15 +112,14 @@ function integers(view: DataView, bits: number, signed: boolean): Values {
 /**
  * Decodes B [N, blocks, block_size · bits / 8], scales [N · blocks], and zero points packed by row, 2^(bits - 1) where there are none.
  */
-async function nBits(reader: TensorReader, node: NodeProto): Promise<WeightAt | undefined> {
-  const number = (name: string, otherwise: number): number => Number(attribute(node, name)?.i ?? otherwise);
-  const inputs = number("K", 0);
-  const out = number("N", 0);
-  const bits = number("bits", 4);
-  const size = number("block_size", 0);
-  const packed = await reader.values(node.input[1]);
-  const scales = await reader.values(node.input[2]);
-  const zeros = await reader.values(node.input[3]);
+async function nBits(read: Read, node: NodeProto): Promise<WeightAt | undefined> {
+  const inputs = intOf(node, "K");
+  const out = intOf(node, "N");
+  const bits = intOf(node, "bits", 4);
+  const size = intOf(node, "block_size");
+  const packed = await read(node.input[1]);
+  const scales = await read(node.input[2]);
+  const zeros = await read(node.input[3]);
   if (!packed || !scales || ![2, 4, 8].includes(bits) || size < 16 || node.input[4]) return undefined;
   const blocks = Math.ceil(inputs / size);
   const values = integers(viewOf(packed.bytes), bits, false);
@@ -161,7 +152,7 @@ function viewOf(bytes: Uint8Array): DataView {
 
 /** Decodes integers with scales and zero points: one for all, one for each column or row, or blocks along one axis. */
 async function affine(
-  reader: TensorReader,
+  read: Read,
   model: OnnxModel,
   { initializer, shape }: Stored,
   use: Use | undefined,
@@ -170,10 +161,10 @@ async function affine(
   inputs: number,
 ): Promise<WeightAt | undefined> {
   const quantization = scalesOf(model, initializer, use);
-  const values = await reader.values(initializer);
-  const scales = await reader.values(quantization?.scale);
+  const values = await read(initializer);
+  const scales = await read(quantization?.scale);
   if (!quantization || !values || !scales || out * inputs === 0) return undefined;
-  const zeros = await reader.values(quantization.zero);
+  const zeros = await read(quantization.zero);
   const { axis, block } = quantization;
   const [rows, columns] = shape as [number, number];
   const count = countOf(scales);
@@ -203,38 +194,44 @@ interface Quantization {
   block: number;
 }
 
+/** Indices of the inputs that hold scale and zero of a weight, and its axis, by operator. */
+const SCALES: ReadonlyMap<string, readonly [scale: number, zero: number, axis: number]> = new Map([
+  ["QLinearConv", [4, 5, 0]],
+  ["QLinearMatMul", [4, 5, 1]],
+  ["DynamicQuantizeMatMul", [2, 3, 1]],
+]);
+
 function scalesOf(model: OnnxModel, initializer: string, use: Use | undefined): Quantization | undefined {
-  const direct = model.graph.consumers.get(initializer)?.find(({ node }) => node.opType === "DequantizeLinear")?.node;
-  if (direct) {
-    const axis = Number(attribute(direct, "axis")?.i ?? 1);
-    const block = Number(attribute(direct, "block_size")?.i ?? 0);
-    return { scale: direct.input[1], zero: direct.input[2], axis: axis < 0 ? axis + 2 : axis, block };
-  }
+  const { graph } = model;
+  const take = ({ input }: NodeProto, scale: number, zero: number, axis: number, block = 0): Quantization => {
+    return { scale: input[scale], zero: input[zero], axis: axis < 0 ? axis + 2 : axis, block };
+  };
+  const direct = graph.consumers.get(initializer)?.find(({ node }) => node.opType === "DequantizeLinear")?.node;
+  if (direct) return take(direct, 1, 2, intOf(direct, "axis", 1), intOf(direct, "block_size"));
   if (!use) return undefined;
   const { node } = use;
-  if (node.opType === "GatherBlockQuantized") {
-    const number = (name: string, otherwise: number): number => Number(attribute(node, name)?.i ?? otherwise);
-    // Bytes without zero points are centred, and may hold two numbers each; no known tool writes such.
-    if (model.graph.initializers.get(initializer)?.dataType === 2) return undefined;
-    const [, , scale, zero] = node.input;
-    return { scale, zero, axis: number("quantize_axis", 1), block: number("block_size", 128) };
+  const known = SCALES.get(node.opType);
+  const next = nextOf(graph, node);
+  if (known) return take(node, ...known);
+  switch (node.opType) {
+    case "GatherBlockQuantized":
+      // Bytes without zero points are centred, and may hold two numbers each; no known tool writes such.
+      if (graph.initializers.get(initializer)?.dataType === UINT8) return undefined;
+      return take(node, 2, 3, intOf(node, "quantize_axis", 1), intOf(node, "block_size", 128));
+    case "Gather":
+      return next?.opType === "DequantizeLinear" ? take(next, 1, 2, 0) : undefined;
+    case "MatMulInteger":
+    case "ConvInteger": {
+      // A Cast, then a Mul by (scale of x · scale of the weight), which another Mul has computed.
+      const factors = next && nextOf(graph, next)?.input.find((value) => value !== next.output[0]);
+      const product = factors === undefined ? undefined : producer(model, use.graph, factors);
+      return { ...take(node, -1, 3, 1), scale: product?.input.find((value) => graph.initializers.has(value)) };
+    }
+    default:
+      return undefined;
   }
-  if (node.opType === "QLinearConv") return { scale: node.input[4], zero: node.input[5], axis: 0, block: 0 };
-  if (node.opType === "QLinearMatMul") return { scale: node.input[4], zero: node.input[5], axis: 1, block: 0 };
-  if (node.opType === "DynamicQuantizeMatMul") return { scale: node.input[2], zero: node.input[3], axis: 1, block: 0 };
-  const next = (made: NodeProto): NodeProto | undefined => model.graph.consumers.get(made.output[0]!)?.[0]?.node;
-  if (node.opType === "Gather") {
-    const floats = next(node);
-    return floats?.opType === "DequantizeLinear"
-      ? { scale: floats.input[1], zero: floats.input[2], axis: 0, block: 0 }
-      : undefined;
-  }
-  if (node.opType !== "MatMulInteger" && node.opType !== "ConvInteger") return undefined;
-  // MatMulInteger → Cast → Mul by (scale of x · scale of the weight), which another Mul has computed.
-  const cast = next(node);
-  const scaled = cast && next(cast);
-  const factors = scaled?.input.find((value) => value !== cast?.output[0]);
-  const product = factors === undefined ? undefined : producer(model, use.graph, factors);
-  const scale = product?.input.find((value) => model.graph.initializers.has(value));
-  return { scale, zero: node.input[3], axis: 1, block: 0 };
+}
+
+function nextOf({ consumers }: Graph, { output: [value = ""] }: NodeProto): NodeProto | undefined {
+  return consumers.get(value)?.[0]?.node;
 }

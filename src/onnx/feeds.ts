@@ -3,7 +3,7 @@
  * model run.
  */
 import { BOOL, FLOAT, FLOAT16, INT64 } from "./linear.ts";
-import { attribute, type OnnxModel } from "./model.ts";
+import { dimsOf, intOf, type OnnxModel } from "./model.ts";
 import { makeValue } from "./nodes.ts";
 import type { ValueInfoProto } from "./protobuf.ts";
 
@@ -21,14 +21,7 @@ const MOST_ELEMENTS = 2 ** 23;
 
 /** Copies inputs with names, types and dimensions only, so that nothing else of the file stays in memory. */
 export function plainInputs(inputs: readonly ValueInfoProto[]): ValueInfoProto[] {
-  return inputs.map((input) => {
-    const { value } = input.type ?? {};
-    if (value?.case !== "tensorType") return makeValue(input.name, 0);
-    const dims = value.value.shape?.dim.map(({ value: dim }) => {
-      return dim.case === "dimValue" ? Number(dim.value) : dim.case === "dimParam" ? dim.value : "";
-    });
-    return makeValue(input.name, value.value.elemType, dims);
-  });
+  return inputs.map((input) => makeValue(input.name, input.type?.tensorType?.elemType ?? 0, dimsOf(input)));
 }
 
 /** Rows of the tables that inputs are indices into, by input. */
@@ -52,18 +45,17 @@ const CACHES: ReadonlySet<number> = new Set([3, 4]);
 /** Sizes of free dimensions that the graph implies, by name: the width of a head in a cache. */
 export function knownSizes({ graph }: OnnxModel, inputs: readonly ValueInfoProto[]): Map<string, number> {
   const found = new Map<string, number>();
-  for (const { name, type } of inputs) {
-    const dims = type?.value.case === "tensorType" ? type.value.value.shape?.dim : undefined;
-    const width = dims?.[3]?.value;
-    if (width?.case !== "dimParam") continue;
-    for (const { node, input } of graph.consumers.get(name) ?? []) {
+  for (const cache of inputs) {
+    const width = dimsOf(cache)?.[3];
+    if (typeof width !== "string") continue;
+    for (const { node, input } of graph.consumers.get(cache.name) ?? []) {
       if (node.opType !== "GroupQueryAttention" || !CACHES.has(input)) continue;
       // The result, all heads side by side, enters a linear layer.
       const after = graph.consumers.get(node.output[0]!)?.[0]?.node;
-      const packed = after?.opType === "MatMulNBits" ? attribute(after, "K")?.i : undefined;
+      const packed = after?.opType === "MatMulNBits" ? intOf(after, "K") : undefined;
       const all = packed ?? graph.initializers.get(after?.input[1] ?? "")?.dims[0];
-      const size = Number(all ?? 0) / Number(attribute(node, "num_heads")?.i ?? 0);
-      if (Number.isInteger(size) && size > 0) found.set(width.value, size);
+      const size = Number(all ?? 0) / intOf(node, "num_heads");
+      if (Number.isInteger(size) && size > 0) found.set(width, size);
     }
   }
   return found;
@@ -73,12 +65,11 @@ export function knownSizes({ graph }: OnnxModel, inputs: readonly ValueInfoProto
  * Name of each free dimension of inputs. Without a past, the present and the sum of past and present are equally long and get one name.
  */
 export function presentNames(inputs: readonly ValueInfoProto[]): (dimension: string) => string {
-  const names = new Set<string>();
-  for (const { type } of inputs) {
-    for (const { value } of type?.value.case === "tensorType" ? (type.value.value.shape?.dim ?? []) : [])
-      if (value.case === "dimParam") names.add(value.value);
-  }
-  const plain = [...names].filter((name) => /seq/.test(name) && !/past|total|\+/.test(name));
+  const plain = inputs.flatMap((input) =>
+    (dimsOf(input) ?? [])
+      .filter((name) => typeof name === "string")
+      .filter((name) => /seq/.test(name) && !/past|total|\+/.test(name)),
+  );
   return (dimension) => {
     const parts = dimension.split("+").map((part) => part.trim());
     const present = parts.filter((part) => !/past/.test(part));
@@ -91,25 +82,15 @@ export function presentNames(inputs: readonly ValueInfoProto[]): (dimension: str
 
 /** Rows of a batch, all different as far as made-up ones can be. */
 const ROWS = 3;
-/** Size of all other free dimensions. */
 const LENGTH = 6;
 
-/**
- * Makes feeds whose rows differ.
- * @param tables as `tableRows` gives them
- * @param known as `knownSizes` gives them
- * @returns undefined as `tinyFeeds`
- */
+/** Makes feeds whose rows differ, with results of `tableRows` and `knownSizes`. @returns undefined as `tinyFeeds` */
 export function feedsOfRows(
   inputs: readonly ValueInfoProto[],
   tables: ReadonlyMap<string, number>,
   known: ReadonlyMap<string, number>,
 ): ReadonlyMap<string, Feed> | undefined {
-  const leading = new Set<string>();
-  for (const { type } of inputs) {
-    const first = type?.value.case === "tensorType" ? type.value.value.shape?.dim[0]?.value : undefined;
-    leading.add((first?.case === "dimParam" && first.value) || "dimension 0");
-  }
+  const leading = new Set(inputs.map((input) => dimsOf(input)?.[0] || "dimension 0"));
   const feeds = tinyFeeds(inputs, known, (dimension) => (leading.has(dimension) ? ROWS : LENGTH));
   for (const [name, rows] of tables) {
     const { data } = feeds?.get(name) ?? {};
@@ -133,16 +114,16 @@ export function tinyFeeds(
 ): Map<string, Feed> | undefined {
   const feeds = new Map<string, Feed>();
   let left = MOST_ELEMENTS;
-  for (const { name, type } of inputs) {
-    if (type?.value.case !== "tensorType" || !type.value.value.shape) return undefined;
-    const { elemType, shape } = type.value.value;
-    const dims = shape.dim.map(({ value }, axis) => {
-      if (value.case === "dimValue") return Number(value.value);
+  for (const input of inputs) {
+    const { name } = input;
+    const dims = dimsOf(input)?.map((dim, axis) => {
+      if (typeof dim === "number") return dim;
       // Caches begin empty; a dimension for past and present together is as long as the present.
-      if (value.case === "dimParam" && /past/.test(value.value) && !/\+|total/.test(value.value)) return 0;
-      const dimension = value.case === "dimParam" && value.value !== "" ? value.value : `dimension ${axis}`;
+      if (/past/.test(dim) && !/\+|total/.test(dim)) return 0;
+      const dimension = dim || `dimension ${axis}`;
       return known.get(dimension) ?? size(dimension);
     });
+    if (!dims) return undefined;
     const count = dims.reduce((a, b) => a * b, 1);
     left -= count;
     if (dims.some((size) => size < 0) || !(left >= 0)) return undefined;
@@ -153,9 +134,10 @@ export function tinyFeeds(
       [INT32]: () => new Int32Array(count).fill(/position/.test(name) ? 0 : 1),
       [BOOL]: () => new Uint8Array(count),
     };
-    const data = ones[elemType]?.();
+    const { elemType: dataType } = input.type!.tensorType!;
+    const data = ones[dataType]?.();
     if (!data) return undefined;
-    feeds.set(name, { dataType: elemType, dims, data });
+    feeds.set(name, { dataType, dims, data });
   }
   return feeds;
 }

@@ -14,8 +14,7 @@
  * A table: rows of E_Aᵀ [vocabulary, K_A] are looked up, then as in a linear layer. A normalisation: y' = y + x̂·(w − w_base), where x̂ is
  * what it makes with ones for its weight.
  */
-import { transpose } from "../tensor/tensor-file.ts";
-import type { GraphTools } from "./inject.ts";
+import { type GraphTools, transpose } from "./inject.ts";
 import {
   type AdaptedLayer,
   type AdaptedVector,
@@ -30,9 +29,9 @@ import {
   typeOf,
   type VectorPlace,
 } from "./linear.ts";
-import { attribute, type OnnxModel, type Use } from "./model.ts";
+import { intOf, type OnnxModel, type Use } from "./model.ts";
 import type { OnnxParameter } from "./modules.ts";
-import { type Place, PREFIX } from "./nodes.ts";
+import { type Operand, type Place, PREFIX } from "./nodes.ts";
 import type { NodeProto } from "./protobuf.ts";
 
 /** @returns the kind of a layer that is not linear, and its applications; the reason where a use of the weight cannot be adapted */
@@ -62,7 +61,7 @@ const WEIGHTS: Readonly<Record<string, number>> = { Conv: 1, ConvInteger: 1, QLi
 
 function convolutionOf(model: OnnxModel, use: Use): Site | string {
   const { node: op, graph, input } = use;
-  const groups = Number(attribute(op, "group")?.i ?? 1);
+  const groups = intOf(op, "group", 1);
   if (WEIGHTS[op.opType] !== input) return "is none of Conv, ConvInteger, QLinearConv";
   if (groups !== 1) return `is a grouped convolution (${groups} groups), whose groups see other channels each`;
   if (op.opType === "Conv") {
@@ -77,7 +76,7 @@ function convolutionOf(model: OnnxModel, use: Use): Site | string {
 
 function tableOf(model: OnnxModel, use: Use): Site | string {
   const { node: op, graph, input } = use;
-  const axis = Number(attribute(op, op.opType === "Gather" ? "axis" : "gather_axis")?.i ?? 0);
+  const axis = intOf(op, op.opType === "Gather" ? "axis" : "gather_axis");
   if (!/^Gather(BlockQuantized)?$/.test(op.opType) || input !== 0 || axis !== 0) return "does not look up rows";
   const place = { graph, x: op.input[1]! };
   if (op.opType !== "Gather") return { ...place, node: op, type: typeOf(model, graph, op.input[2]!) };
@@ -131,121 +130,75 @@ function inputsOf(tools: GraphTools, { name, in: width, out, components, factors
 
 // ---- convolutions
 
-/** Parts of a term: the weight of the convolution that enters it, and what its channels are multiplied with. */
-interface Pieces {
-  /** E_A [K_A, channels, …] and coreᵀ [tasks, 1, K_B, K_A] and E_Bᵀ [out, K_B]. */
-  readonly shared: { readonly EA: string; readonly core: string; readonly EB: string; readonly KA: number } | undefined;
-  /** Aᵀ of all tasks [tasks · q, channels, …], Bᵀ [tasks, 1, out, q], the vector [q]. */
-  readonly own: { readonly A: string; readonly B: string; readonly q: string } | undefined;
-  /** [tasks, 1, out, 1]. */
-  readonly scale: string | undefined;
-}
-
-function addConvolution(tools: GraphTools, module: AdaptedLayer): void {
-  const pieces = piecesOf(tools, module);
-  for (const place of module.sites) convolve(tools, module, place, pieces);
-}
-
-function piecesOf(tools: GraphTools, module: AdaptedLayer): Pieces {
-  const { name, out, components } = module;
-  const kernel = module.shape!.slice(1);
-  const { core, A, B, scale } = inputsOf(tools, module);
-  const at = (what: string): string => `${PREFIX}/${name}/${what}`;
-  /** [tasks, a, b] as [tasks, 1, b, a]. */
-  const turned = (what: string, value: string, b: number, a: number): string => {
-    const swapped = tools.first(`${at(what)}/swapped`, "Transpose", [value], { perm: [0, 2, 1] });
-    return tools.first(at(what), "Reshape", [swapped, tools.ints([0, 1, b, a])]);
-  };
-  const scaled = scale && tools.first(at("scale"), "Reshape", [scale, tools.ints([0, 1, out, 1])]);
-  const shared = core !== undefined && components ? { core, ...components } : undefined;
-  const KA = shared?.A.rows ?? 0;
-  const KB = shared?.B.rows ?? 0;
-  return {
-    scale: scaled,
-    shared: shared && {
-      KA,
-      EA: tools.add(at("E_A"), [KA, ...kernel], shared.A.floats()),
-      EB: tools.add(at("E_B"), [out, KB], transpose(shared.B.floats(), KB, out)),
-      core: turned("core", shared.core, KB, KA),
-    },
-    own:
-      A !== undefined && B !== undefined
-        ? {
-            A: tools.first(at("A"), "Reshape", [
-              tools.first(`${at("A")}/swapped`, "Transpose", [A], { perm: [0, 2, 1] }),
-              tools.ints([-1, ...kernel]),
-            ]),
-            B: turned("B", B, out, -1),
-            q: tools.dims("q", A, 2, 3),
-          }
-        : undefined,
-  };
-}
-
 /** Attributes of a convolution that hold for the term's too. */
 const GEOMETRY = /^(auto_pad|dilations|kernel_shape|pads|strides)$/;
 
-function convolve(tools: GraphTools, module: AdaptedLayer, found: Site, { shared, own, scale }: Pieces): void {
-  const { name, out, shape } = module;
-  const { graph, node, type, bias } = found;
-  const op = found.product!;
-  const geometry = op.attribute.filter((one) => GEOMETRY.test(one.name));
-  const place = tools.place(name, graph, node, type);
-  // DoRA scales y without its bias.
-  const apart = scale !== undefined && bias !== undefined;
-  if (apart) op.input.length = 2;
-  const x = place.up(found.x);
-  const y = place.begin();
-  const flat = place.op("Shape", [place.op("Reshape", [y, tools.ints([0, out, -1])])]);
-  const positions = place.op("Slice", [flat, tools.ints([2]), tools.ints([3])]);
+/** Reads values like y [n, channels, …], whose batch comes first. */
+function channelsOf(tools: GraphTools, place: Place, y: string, channels: number) {
+  const flat = place.shapeOf(place.reshape(y, [0, channels, -1]));
+  const positions = place.slice(flat, 0, 2, 3);
   /** [n, channels, …] as [tasks, n / tasks, channels, S]. */
-  const byTask = (value: string, channels: string): string => {
-    const shape = place.op("Concat", [tools.tasks(), tools.ints([-1]), channels, positions], { axis: 0 });
-    return place.op("Reshape", [value, shape]);
-  };
-  const conv = (weight: string): string =>
-    place.like(op, [x, weight], { opType: "Conv", domain: "", attribute: geometry });
-  const terms: string[] = [];
-  if (own) {
-    const rows = ownChannels(tools, place, conv(own.A), { flat, positions, q: own.q });
-    terms.push(place.op("MatMul", [own.B, byTask(rows, own.q)]));
-  }
-  if (shared) {
-    const mixed = place.op("MatMul", [shared.core, byTask(conv(shared.EA), tools.ints([shared.KA]))]);
-    terms.push(place.op("MatMul", [shared.EB, mixed]));
-  }
-  const term = terms.length === 2 ? place.op("Add", terms) : terms[0]!;
-  const whole = place.op("Shape", [y]);
-  if (scale === undefined) {
-    place.end(place.op("Add", [y, place.down(place.op("Reshape", [term, whole]))]));
-    return;
-  }
-  const sum = place.op("Add", [byTask(place.up(y), tools.ints([out])), term]);
-  const result = place.op("Reshape", [place.op("Mul", [sum, scale]), whole]);
-  place.end(place.down(apart ? addChannels(tools, place, result, place.up(bias), shape!.length - 2) : result));
+  const byTask = (value: string, channels: Operand): string =>
+    place.reshape(value, place.concat([tools.tasks(), [-1], channels, positions], 0));
+  return { flat, positions, byTask };
 }
 
-/** x + a vector [channels], of its channels. */
-function addChannels(tools: GraphTools, place: Place, x: string, vector: string, dimensions: number): string {
-  const ones = Array<number>(dimensions).fill(1);
-  return place.op("Add", [x, place.op("Reshape", [vector, tools.ints([-1, ...ones])])]);
-}
-
-/** Takes from [n, tasks · q, …] the q channels of each row's own task: row i of n is one of task ⌊i · tasks / n⌋. */
-function ownChannels(
-  tools: GraphTools,
-  place: Place,
-  all: string,
-  { flat, positions, q }: Readonly<Record<"flat" | "positions" | "q", string>>,
-): string {
-  const blocks = place.op("Concat", [tools.ints([-1]), q, positions], { axis: 0 });
-  const scalar = (value: string): string => place.op("Squeeze", [value]);
-  const n = scalar(place.op("Slice", [flat, tools.ints([0]), tools.ints([1])]));
-  const tasks = scalar(tools.tasks());
-  const zero = scalar(tools.ints([0]));
-  const from = place.op("Range", [zero, place.op("Mul", [n, tasks]), tasks]);
-  const index = place.op("Add", [from, place.op("Div", [from, n])]);
-  return place.op("Gather", [place.op("Reshape", [all, blocks]), index], { axis: 0 });
+function addConvolution(tools: GraphTools, module: AdaptedLayer): void {
+  const { name, out, components, shape } = module;
+  const kernel = shape!.slice(1);
+  const { core, A, B, scale } = inputsOf(tools, module);
+  const turned = (value: string): string => tools.transpose(value, [0, 2, 1]);
+  const scales = scale && tools.reshape(scale, [0, 1, out, 1]);
+  const own = A !== undefined &&
+    B !== undefined && {
+      A: tools.reshape(turned(A), [-1, ...kernel]),
+      B: tools.reshape(turned(B), [0, 1, out, -1]),
+      q: tools.dims(A, 2, 3),
+    };
+  const KA = components?.A.rows ?? 0;
+  const KB = components?.B.rows ?? 0;
+  const shared = core !== undefined &&
+    components && {
+      EA: tools.tensor(`${PREFIX}/${name}/E_A`, FLOAT, [KA, ...kernel], () => components.A.floats()),
+      EB: tools.tensor(`${PREFIX}/${name}/E_B`, FLOAT, [out, KB], () => transpose(components.B.floats(), KB, out)),
+      core: tools.reshape(turned(core), [0, 1, KB, KA]),
+    };
+  for (const { graph, node, x, type, bias, product } of module.sites) {
+    const op = product!;
+    const geometry = op.attribute.filter((one) => GEOMETRY.test(one.name));
+    const place = tools.place(name, graph, node, type);
+    // DoRA scales y without its bias.
+    const apart = scales !== undefined && bias !== undefined;
+    if (apart) op.input.length = 2;
+    const entering = place.up(x);
+    const y = place.begin();
+    const { flat, positions, byTask } = channelsOf(tools, place, y, out);
+    const conv = (weight: string): string =>
+      place.like(op, [entering, weight], { opType: "Conv", domain: "", attribute: geometry });
+    const terms: string[] = [];
+    if (own) {
+      // Each row of [n, tasks · q, …] takes the q channels of its own task: row i of n is one of task ⌊i · tasks / n⌋.
+      const n = place.op("Squeeze", place.slice(flat, 0, 0, 1));
+      const tasks = place.op("Squeeze", tools.tasks());
+      const from = place.op("Range", place.int(0), place.mul(n, tasks), tasks);
+      const blocks = place.reshape(conv(own.A), place.concat([[-1], own.q, positions], 0));
+      const rows = place.gather(blocks, place.add(from, place.div(from, n)));
+      terms.push(place.matMul(own.B, byTask(rows, own.q)));
+    }
+    if (shared) {
+      const mixed = place.matMul(shared.core, byTask(conv(shared.EA), [KA]));
+      terms.push(place.matMul(shared.EB, mixed));
+    }
+    const term = terms.reduce((a, b) => place.add(a, b));
+    const whole = place.shapeOf(y);
+    if (scales === undefined) place.end(place.add(y, place.down(place.reshape(term, whole))));
+    else {
+      const sum = place.add(byTask(place.up(y), [out]), term);
+      const result = place.reshape(place.mul(sum, scales), whole);
+      const column = [-1, ...kernel.slice(1).map(() => 1)];
+      place.end(place.down(apart ? place.add(result, place.reshape(place.up(bias), column)) : result));
+    }
+  }
 }
 
 // ---- tables
@@ -253,11 +206,13 @@ function ownChannels(
 function addTable(tools: GraphTools, module: AdaptedLayer): void {
   const { name, in: rows, out, components, sites } = module;
   const { core, A, B, scale } = inputsOf(tools, module);
-  const at = (what: string): string => `${PREFIX}/${name}/${what}`;
-  const EA =
-    components &&
-    tools.add(at("E_A"), [rows, components.A.rows], transpose(components.A.floats(), components.A.rows, rows));
-  const EB = components && tools.add(at("E_B"), [components.B.rows, out], components.B.floats());
+  const KA = components?.A.rows ?? 0;
+  const KB = components?.B.rows ?? 0;
+  const shared = core !== undefined &&
+    components && {
+      EA: tools.tensor(`${PREFIX}/${name}/E_A`, FLOAT, [rows, KA], () => transpose(components.A.floats(), KA, rows)),
+      EB: tools.tensor(`${PREFIX}/${name}/E_B`, FLOAT, [KB, out], () => components.B.floats()),
+    };
   for (const { graph, node, x: ids, type } of sites) {
     const place = tools.place(name, graph, node, type);
     const y = place.begin();
@@ -265,43 +220,30 @@ function addTable(tools: GraphTools, module: AdaptedLayer): void {
     const asIs = A === undefined && tools.rank(graph, ids) === 2;
     const byTask = (value: string, width: number): string => (asIs ? value : tools.rowsOf(place, value, width));
     const terms: string[] = [];
-    if (A !== undefined && B !== undefined) terms.push(place.op("MatMul", [ownRows(tools, place, A, ids, rows), B]));
-    if (core !== undefined && components) {
-      const found = byTask(place.op("Gather", [EA!, ids], { axis: 0 }), components.A.rows);
-      terms.push(place.op("MatMul", [place.op("MatMul", [found, core]), EB!]));
+    if (A !== undefined && B !== undefined) terms.push(place.matMul(ownRows(tools, place, A, ids, rows), B));
+    if (shared) {
+      const found = byTask(place.gather(shared.EA, ids), KA);
+      terms.push(place.matMul(place.matMul(found, core!), shared.EB));
     }
-    const term = terms.length === 2 ? place.op("Add", terms) : terms[0]!;
-    const asY = (value: string): string => (asIs ? value : place.op("Reshape", [value, place.op("Shape", [y])]));
-    if (scale === undefined) place.end(place.op("Add", [y, place.down(asY(term))]));
+    const term = terms.reduce((a, b) => place.add(a, b));
+    const asY = (value: string): string => (asIs ? value : place.reshape(value, place.shapeOf(y)));
+    if (scale === undefined) place.end(place.add(y, place.down(asY(term))));
     else {
-      const sum = place.op("Add", [byTask(place.up(y), out), term]);
-      place.end(place.down(asY(place.op("Mul", [sum, scale]))));
+      const sum = place.add(byTask(place.up(y), out), term);
+      place.end(place.down(asY(place.mul(sum, scale))));
     }
   }
 }
 
 /** Rows of A [tasks, rows, q] as [tasks, ids / tasks, q], each of its own task. */
 function ownRows(tools: GraphTools, place: Place, A: string, ids: string, rows: number): string {
-  const at = (what: string): string => `${PREFIX}/table/${what}`;
-  const scalar = (name: string, value: string): string => tools.first(at(name), "Squeeze", [value]);
-  const tasks = scalar("tasks", tools.tasks());
-  const range = tools.first(at("range"), "Range", [
-    scalar("zero", tools.ints([0])),
-    tasks,
-    scalar("one", tools.ints([1])),
-  ]);
-  const column = tools.first(at("column"), "Reshape", [range, tools.ints([-1, 1])]);
-  const first = tools.first(at(`first/${rows}`), "Mul", [column, tools.ints([rows])]);
-  const q = tools.dims("q", A, 2, 3);
-  const shape = tools.first(`${A}/shape`, "Concat", [tools.ints([-1]), q], { axis: 0 });
-  const table = tools.first(`${A}/table`, "Reshape", [A, shape]);
+  const range = tools.range(tools.op("Squeeze", tools.tasks()));
+  const first = tools.mul(tools.reshape(range, [-1, 1]), [rows]);
+  const table = tools.reshape(A, tools.concat([[-1], tools.dims(A, 2, 3)], 0));
   // An index may count from the end.
-  const within = place.op("Mod", [place.op("Cast", [ids], { to: INT64 }), tools.ints([rows])]);
-  const byTask = place.op("Reshape", [
-    within,
-    tools.first(at("ids"), "Concat", [tools.tasks(), tools.ints([-1])], { axis: 0 }),
-  ]);
-  return place.op("Gather", [table, place.op("Add", [byTask, first])], { axis: 0 });
+  const within = place.op("Mod", place.cast(ids, INT64), [rows]);
+  const byTask = place.reshape(within, tools.concat([tools.tasks(), [-1]], 0));
+  return place.gather(table, place.add(byTask, first));
 }
 
 // ---- vectors
@@ -313,12 +255,11 @@ export function addVector(tools: GraphTools, { name, size, places }: AdaptedVect
     if (found.kind === "weight") scaleDifferently(tools, place, size, found, change);
     else {
       const y = place.begin();
-      const column = tools.first(`${change}/column`, "Reshape", [change, tools.ints([0, 1, size, 1])]);
-      const flat = place.op("Shape", [place.op("Reshape", [y, tools.ints([0, size, -1])])]);
-      const positions = place.op("Slice", [flat, tools.ints([2]), tools.ints([3])]);
-      const shape = place.op("Concat", [tools.tasks(), tools.ints([-1, size]), positions], { axis: 0 });
-      const sum = place.op("Add", [place.op("Reshape", [place.up(y), shape]), column]);
-      place.end(place.down(place.op("Reshape", [sum, place.op("Shape", [y])])));
+      const sum = place.add(
+        channelsOf(tools, place, y, size).byTask(place.up(y), [size]),
+        tools.reshape(change, [0, 1, size, 1]),
+      );
+      place.end(place.down(place.reshape(sum, place.shapeOf(y))));
     }
   }
 }
@@ -335,14 +276,14 @@ function scaleDifferently(
   const y = place.begin();
   const rank = tools.rank(graph, op.input[op.opType === "Mul" ? 1 - input : 0]!);
   const x = rank === 3 ? plain : tools.rowsOf(place, plain, size);
-  const term = place.op("Mul", [x, change]);
-  const back = rank === 3 ? term : place.op("Reshape", [term, place.op("Shape", [y])]);
-  place.end(place.op("Add", [y, place.down(back)]));
+  const term = place.mul(x, change);
+  const back = rank === 3 ? term : place.reshape(term, place.shapeOf(y));
+  place.end(place.add(y, place.down(back)));
 }
 
 /** The normalisation once more in f32, with ones for its weight and without what is added behind. */
 function normalised(tools: GraphTools, place: Place, op: NodeProto, input: number, size: number): string {
-  const ones = tools.add(`${PREFIX}/ones/${size}`, [size], new Float32Array(size).fill(1));
+  const ones = tools.tensor(`${PREFIX}/ones/${size}`, FLOAT, [size], () => new Float32Array(size).fill(1));
   const inputs = op.input.flatMap((value, i) => {
     if (i === input) return [ones];
     // The bias follows the weight; a Skip…'s third addend behind it is a part of the normalised sum.

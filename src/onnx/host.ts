@@ -30,48 +30,34 @@ export async function openOnnxHost(input: SourceInput, options: ModelOptions = {
   return onnxHost(await readModel(input, options));
 }
 
-/**
- * The float parameters of a model in memory. Read-only.
- * @param pieces further parameters: parts of packed ones, or made of several
- */
+/** The float parameters of a model in memory. Read-only. @param pieces parts of packed parameters, or made of several */
 export function onnxHost(file: ModelFile, pieces: readonly OnnxParameter[] = []): WeightHost {
   const { model, external, close } = file;
-  const parameters = new Map<string, OnnxParameter & { dtype: FloatDtype }>();
   const all = findParameters(model);
   const copies = new Copies(file, all);
-  /** Names with one weight, or with weights that are all equal. */
-  const sound = new Set<string>();
-  for (const parameter of all) {
-    const { name, dtype, candidates } = parameter;
-    if (dtype !== "other") parameters.set(name, { ...parameter, dtype });
-    if (!candidates.some(({ equal }) => equal)) sound.add(name);
-  }
-  const made = new Map(pieces.map((piece) => [piece.name, { ...piece, dtype: piece.dtype as FloatDtype }]));
+  const floats = [...all, ...pieces].flatMap((parameter) => {
+    const { dtype } = parameter;
+    return dtype === "other" ? [] : [[parameter.name, { ...parameter, dtype }] as const];
+  });
+  const parameters = new Map(floats);
   return {
     *list() {
-      for (const { name, shape, dtype, layout } of parameters.values()) {
-        yield { name, shape, dtype, ...(layout ? { layout } : {}) };
-      }
-      for (const piece of made.values()) {
-        const { name, dtype, layout } = piece;
-        yield { name, shape: pieceShape(piece), dtype, ...(layout ? { layout } : {}) };
+      for (const parameter of parameters.values()) {
+        const { name, dtype, layout } = parameter;
+        yield { name, shape: pieceShape(parameter), dtype, ...(layout ? { layout } : {}) };
       }
     },
     async read(name, into, options): Promise<View> {
-      const piece = made.get(name);
-      if (piece) {
-        const view = await readPiece(file, piece, options);
-        into?.set(view.data);
-        return into ? { ...view, data: into } : view;
-      }
       const parameter = parameters.get(name);
       if (!parameter) throw new SourceError(`has no float parameter "${name}"`, { file: model.name });
-      if (!sound.has(name)) await copies.of(parameter);
-      sound.add(name);
-      const tensor = model.graph.initializers.get(parameter.initializer)!;
-      const { shape, data } = await readTensor(tensor, model.name, external, options);
+      const { dtype, slice, joined, candidates, initializer } = parameter;
+      if (candidates.some(({ equal }) => equal)) await copies.of(parameter);
+      const { shape, data } =
+        slice || joined
+          ? await readPiece(file, parameter, options)
+          : await readTensor(model.graph.initializers.get(initializer)!, model.name, external, options);
       into?.set(data);
-      return { dtype: parameter.dtype, shape, data: into ?? data, byteOffset: 0 };
+      return { dtype, shape, data: into ?? data, byteOffset: 0 };
     },
     close,
   };
@@ -82,7 +68,7 @@ async function readPiece(
   { model, external }: ModelFile,
   parameter: OnnxParameter & { readonly dtype: FloatDtype },
   options?: ReadOptions,
-): Promise<CpuView> {
+): Promise<Pick<CpuView, "shape" | "data">> {
   const { copyPart } = await import("./packed.ts");
   const axis = outputAxis(parameter);
   const { dtype, joined = [parameter] } = parameter;
@@ -97,5 +83,5 @@ async function readPiece(
     copyPart({ ...whole, start: partStart(part) }, { data, shape, start: done }, axis, size, width);
     done += size;
   }
-  return { dtype, shape, data, byteOffset: 0 };
+  return { shape, data };
 }

@@ -29,19 +29,18 @@ import {
   type Site,
   UINT8,
 } from "./linear.ts";
-import { attribute, type OnnxModel, Ranks } from "./model.ts";
+import { intOf, type OnnxModel, Ranks } from "./model.ts";
 import {
   type Added,
-  type Attributes,
   CONTRIBUTED,
+  Constants,
   dropUnused,
   freeLast,
   importContributed,
-  makeInts,
-  makeNode,
   makeSplit,
   makeValue,
   NodeEdits,
+  NodeWriter,
   Place,
   PREFIX,
 } from "./nodes.ts";
@@ -108,10 +107,7 @@ export interface ProbeOutputs {
   readonly term: string;
 }
 
-/**
- * GraphChanges `model.proto` in place.
- * @param model that `checkInjectable` has passed; weights that are folded may have a place of their own since then
- */
+/** Changes the graph, in place, of a model that `checkInjectable` has passed. Weights that are folded may have a place of their own. */
 export function inject(
   model: OnnxModel,
   { modules, biases, rows, heads, vectors }: GraphChanges,
@@ -132,27 +128,27 @@ export function inject(
   return injector.finish(heads);
 }
 
-/** Task inputs, constants and nodes that every place shares, places to edit, values to probe. Knows no layers. */
-export class GraphTools {
+/** Task inputs, places to edit, and nodes in front of all others that every place shares. Knows no layers. */
+export class GraphTools extends NodeWriter {
   readonly model: OnnxModel;
   readonly main: GraphProto;
   inputs: TaskInput[] = [];
   readonly added: Added[] = [];
-  /** Nodes that every place shares; they depend on a task input only and go in front. */
-  readonly shared: NodeProto[] = [];
   readonly edits: NodeEdits = new NodeEdits();
   readonly #ranks: Ranks;
-  readonly #made = new Set<string>();
-  #count = 0;
+  #places = 0;
 
   constructor(model: OnnxModel) {
+    super(new Constants(model.graph.proto, model.opset, PREFIX), `${PREFIX}/shared`);
     this.model = model;
     this.main = model.graph.proto;
     this.#ranks = new Ranks(model);
   }
 
-  add(name: string, dims: readonly number[], data: Float32Array): string {
-    if (this.#isNew(name)) this.added.push({ name, type: FLOAT, dims, data });
+  /** A tensor that is added to the model, once. */
+  tensor(name: string, type: number, dims: readonly number[], data: () => Added["data"]): string {
+    if (!this.made.has(name)) this.added.push({ name, type, dims, data: data() });
+    this.made.set(name, name);
     return name;
   }
 
@@ -168,53 +164,21 @@ export class GraphTools {
     return name;
   }
 
-  /** Makes a constant int64 vector, once. */
-  ints(values: readonly number[]): string {
-    const name = `${PREFIX}/ints/${values.join(",")}`;
-    if (this.#isNew(name)) this.main.initializer.push(makeInts(name, values));
-    return name;
+  dims(input: string, from: number, to: number): string {
+    return this.slice(this.shapeOf(input), 0, from, to);
   }
 
-  /** The numbers from 0 to `count` − 1, made once. */
-  range(count: number): string {
-    const scalars = [0, count, 1].map((n) => this.first(`${PREFIX}/scalar/${n}`, "Squeeze", [this.ints([n])]));
-    return this.first(`${PREFIX}/range/${count}`, "Range", scalars);
-  }
-
-  /** The shape of an input from one dimension to another, made once. */
-  dims(name: string, input: string, from: number, to: number): string {
-    const out = `${PREFIX}/${name}/${input}`;
-    const shape = `${out}/shape`;
-    if (this.#isNew(out)) {
-      this.shared.push(makeNode("Shape", shape, [input], shape));
-      this.shared.push(makeNode("Slice", out, [shape, this.ints([from]), this.ints([to])], out));
-    }
-    return out;
-  }
-
-  /** The vector [tasks]. */
   tasks(): string {
-    return this.dims("tasks", this.inputs[0]!.name, 0, 1);
-  }
-
-  /** Makes a node in front of all others, once, that depends on inputs only. Its name is that of its result. */
-  first(name: string, opType: string, input: readonly string[], attributes?: Attributes): string {
-    if (this.#isNew(name)) this.shared.push(makeNode(opType, name, input, name, attributes));
-    return name;
-  }
-
-  #isNew(name: string): boolean {
-    return !this.#made.has(name) && Boolean(this.#made.add(name));
+    return this.dims(this.inputs[0]!.name, 0, 1);
   }
 
   /** rows [n, width] as [tasks, n / tasks, width]. */
   rowsOf(place: Place, value: string, width: number): string {
-    const shape = [this.tasks(), this.ints([-1, width])];
-    return place.op("Reshape", [value, this.first(`${PREFIX}/rows/${width}`, "Concat", shape, { axis: 0 })]);
+    return place.reshape(value, this.concat([this.tasks(), [-1, width]], 0));
   }
 
   place(of: string, graph: GraphProto, node: NodeProto, type: number): Place {
-    return new Place(this.edits, graph, node, `${PREFIX}/${of}/${this.#count++}`, type);
+    return new Place(this.edits, this.constants, graph, node, `${PREFIX}/${of}/${this.#places++}`, type);
   }
 
   /** Rank of a value in the main graph; undefined elsewhere, and where it cannot be told. */
@@ -229,14 +193,6 @@ interface Mixed {
   readonly value: string;
 }
 
-/** The x of a layer in the shape that multiplies with task inputs. */
-interface RowsInto {
-  readonly rank: number | undefined;
-  readonly rows: string;
-  /** rows [n, width] as [tasks, n / tasks, width], where they have no batch of their own. */
-  readonly byTask: (value: string, width: number) => string;
-}
-
 class Injector extends GraphTools {
   readonly #products: ComponentProducts;
   readonly #wantsProbe: boolean;
@@ -244,7 +200,7 @@ class Injector extends GraphTools {
 
   constructor(model: OnnxModel, { integers = [], probe = true }: InjectOptions, layers: readonly AdaptedLayer[]) {
     super(model);
-    this.#products = new ComponentProducts(integers, this.added, layers);
+    this.#products = new ComponentProducts(integers, this, layers);
     this.#wantsProbe = probe;
   }
 
@@ -298,7 +254,7 @@ class Injector extends GraphTools {
       return block;
     });
     this.input(joined(cores.map(({ module }) => module)), "core", [row, column], { cores });
-    return this.inputs[this.inputs.length - 1]!;
+    return this.inputs.at(-1)!;
   }
 
   /** x·E_Aᵀ·core, in front of the first of the layers. @returns the columns of each */
@@ -311,9 +267,9 @@ class Injector extends GraphTools {
     const { rows, byTask } = this.#rowsInto(place, graph, x);
     const sides = members.map(({ components }) => components!.A);
     const projected = this.#products.project(place, rows, sides, `${PREFIX}/${core.of}/E_A`);
-    const mixed = place.op("MatMul", [byTask(projected, KA), core.name]);
+    const mixed = place.matMul(byTask(projected, KA), core.name);
     const widths = core.cores!.map(({ KB }) => KB);
-    const parts = widths.length === 1 ? [mixed] : place.split(this.model, mixed, widths);
+    const parts = widths.length === 1 ? [mixed] : place.split(mixed, -1, widths);
     place.before();
     return parts.map((value) => ({ rows, value }));
   }
@@ -331,39 +287,36 @@ class Injector extends GraphTools {
     const terms: string[] = [];
     if (A !== undefined && B !== undefined) {
       const read = over?.A ? this.#products.project(place, rows, [over.A], `${PREFIX}/${name}/E_A`) : rows;
-      const made = place.op("MatMul", [place.op("MatMul", [byTask(read, over?.A?.rows ?? inputs), A]), B]);
+      const made = place.matMul(place.matMul(byTask(read, over?.A?.rows ?? inputs), A), B);
       terms.push(over?.B ? this.#products.expand(place, made, over.B, `${PREFIX}/${name}/E_B`) : made);
     }
     if (mixed) terms.push(this.#products.expand(place, mixed.value, components!.B, `${PREFIX}/${name}/E_B`));
-    const term = terms.length === 2 ? place.op("Add", terms) : terms[0]!;
+    const term = terms.reduce((a, b) => place.add(a, b));
     if (this.#wantsProbe && site.graph === this.main) this.#probe ??= { module: name, x: rows, term };
     const bias = scale && site.bias;
     // y without its bias: DoRA scales it.
     if (bias) site.node.input.length = 2;
     const y = place.begin();
     if (scale === undefined) {
-      place.end(place.op("Add", [y, place.down(this.#asY(place, term, y, rank, out))]));
+      place.end(place.add(y, place.down(this.#asY(place, term, y, rank, out))));
       return;
     }
-    const scaled = place.op("Mul", [place.op("Add", [byTask(place.up(y), out), term]), scale]);
+    const scaled = place.mul(place.add(byTask(place.up(y), out), term), scale);
     const whole = this.#asY(place, scaled, y, rank, out);
-    place.end(place.down(bias ? place.op("Add", [whole, place.up(bias)]) : whole));
+    place.end(place.down(bias ? place.add(whole, place.up(bias)) : whole));
   }
 
   /** A value [tasks, n / tasks, out] in the shape of y. */
   #asY(place: Place, value: string, y: string, rank: number | undefined, out: number): string {
     if (rank === 3) return value;
-    return place.op("Reshape", [value, rank === 2 ? this.ints([-1, out]) : place.op("Shape", [y])]);
+    return place.reshape(value, rank === 2 ? [-1, out] : place.shapeOf(y));
   }
 
-  /**
-   * x as f32 rows: [batch, sequence, in], which multiplies with [tasks, …] as it is, or [n, in], which `byTask` reshapes.
-   * @param made the result of another place
-   */
-  #rowsInto(place: Place, graph: GraphProto, x: string, made?: string): RowsInto {
+  /** x as f32 rows: [batch, sequence, in], which multiplies with [tasks, …] as it is, or [n, in], which `byTask` reshapes. */
+  #rowsInto(place: Place, graph: GraphProto, x: string, made?: string) {
     const rank = this.rank(graph, x);
-    const flat = (): string =>
-      rank === 3 || rank === 2 ? place.up(x) : place.op("Flatten", [place.up(x)], { axis: -1 });
+    const flat = (): string => (rank === 3 || rank === 2 ? place.up(x) : place.rows(place.up(x)));
+    /** rows [n, width] as [tasks, n / tasks, width], where they have no batch of their own. */
     const byTask = (value: string, width: number): string => (rank === 3 ? value : this.rowsOf(place, value, width));
     return { rank, rows: made ?? flat(), byTask };
   }
@@ -373,7 +326,7 @@ class Injector extends GraphTools {
     for (const { graph, node } of places) {
       const place = this.place(name, graph, node, type);
       const y = place.begin();
-      const sum = place.op("Add", [this.rowsOf(place, place.up(y), size), change]);
+      const sum = place.add(this.rowsOf(place, place.up(y), size), change);
       place.end(place.down(this.#asY(place, sum, y, undefined, size)));
     }
   }
@@ -384,14 +337,12 @@ class Injector extends GraphTools {
     for (const { graph, node } of places) {
       const place = this.place(name, graph, node, type);
       const y = place.begin();
-      const ids = this.rowsOf(place, place.op("Cast", [node.input[1]!], { to: INT64 }), 1);
-      const met = place.op("Cast", [place.op("Equal", [ids, indices])], { to: FLOAT });
-      const found = place.op("MatMul", [met, change]);
-      const part = (from: number, to: number): string =>
-        place.op("Slice", [found, this.ints([from]), this.ints([to]), this.ints([-1])]);
+      const ids = this.rowsOf(place, place.cast(node.input[1]!, INT64), 1);
+      const met = place.cast(place.op("Equal", ids, indices), FLOAT);
+      const found = place.matMul(met, change);
       const old = this.rowsOf(place, place.up(y), width);
-      const left = place.op("Sub", [old, place.op("Mul", [old, part(width, width + 1)])]);
-      const sum = place.op("Add", [left, part(0, width)]);
+      const left = place.sub(old, place.mul(old, place.slice(found, -1, width, width + 1)));
+      const sum = place.add(left, place.slice(found, -1, 0, width));
       place.end(place.down(this.#asY(place, sum, y, undefined, width)));
     }
   }
@@ -399,24 +350,19 @@ class Injector extends GraphTools {
   rowsOfLayer({ name, count: out, width, sites }: AdaptedRows): void {
     const indices = this.input(name, "indices", [1, "rows"]);
     const change = this.input(name, "rows", ["rows", width + 1]);
-    const columns = (value: string): string =>
-      this.first(`${value}/columns`, "Transpose", [value], { perm: [0, 2, 1] });
-    const outputs = this.range(out);
-    const isMet = this.first(`${indices}/met`, "Equal", [columns(indices), outputs]);
-    const met = this.first(`${isMet}/float`, "Cast", [isMet], { to: FLOAT });
-    const part = (from: number, to: number): string => {
-      const bounds = [this.ints([from]), this.ints([to]), this.ints([-1])];
-      return columns(this.first(`${change}/${from}`, "Slice", [change, ...bounds]));
-    };
-    const strength = this.first(`${change}/strength`, "MatMul", [part(width, width + 1), met]);
+    const columns = (value: string): string => this.transpose(value, [0, 2, 1]);
+    const outputs = this.range(this.int(out));
+    const met = this.cast(this.op("Equal", columns(indices), outputs), FLOAT);
+    const values = columns(this.slice(change, -1, 0, width));
+    const strength = this.matMul(columns(this.slice(change, -1, width, width + 1)), met);
     for (const { graph, node, x, type } of sites) {
       const place = this.place(name, graph, node, type);
       const { rank, rows, byTask } = this.#rowsInto(place, graph, x);
-      const found = place.op("MatMul", [byTask(rows, width), part(0, width)]);
+      const found = place.matMul(byTask(rows, width), values);
       const y = place.begin();
       const old = byTask(place.up(y), out);
-      const left = place.op("Sub", [old, place.op("Mul", [old, strength])]);
-      const sum = place.op("Add", [left, place.op("MatMul", [found, met])]);
+      const left = place.sub(old, place.mul(old, strength));
+      const sum = place.add(left, place.matMul(found, met));
       place.end(place.down(this.#asY(place, sum, y, rank, out)));
     }
   }
@@ -424,24 +370,19 @@ class Injector extends GraphTools {
   head({ name, in: inputs, bias: hasBias, places }: AdaptedHead): void {
     const weight = this.input(name, "headWeight", [inputs, "labels"]);
     const bias = hasBias ? this.input(name, "headBias", [1, "labels"]) : undefined;
-    const labels = this.dims("labels", weight, 2, 3);
+    const labels = this.dims(weight, 2, 3);
     for (const { site, end } of places) {
       const place = this.place(name, site.graph, end, site.type);
-      const x = place.op("Flatten", [place.up(site.x)], { axis: -1 });
-      let y = place.op("MatMul", [this.rowsOf(place, x, inputs), weight]);
+      const x = place.rows(place.up(site.x));
+      let y = place.matMul(this.rowsOf(place, x, inputs), weight);
       // A task without a bias keeps the model's.
       const added = bias ?? (site.bias && place.up(site.bias));
-      if (added) y = place.op("Add", [y, added]);
-      const leading = place.op("Slice", [place.op("Shape", [site.x]), this.ints([0]), this.ints([-1])]);
-      const shape = place.op("Concat", [leading, labels], { axis: 0 });
-      place.replace(place.down(place.op("Reshape", [y, shape])));
+      if (added) y = place.add(y, added);
+      place.replace(place.down(place.unrows(y, site.x, labels)));
     }
   }
 
-  /**
-   * Puts cores that are equally wide below each other in one input, which nodes split again: a runtime takes some microseconds for each
-   * input of each run.
-   */
+  /** Joins cores of one width to one input, which nodes split again: a runtime takes some microseconds for each input of each run. */
   joinCores(): void {
     const isCore = ({ kind }: TaskInput): boolean => kind === "core";
     for (const width of new Set(this.inputs.filter(isCore).map(({ dims }) => dims[2] as number))) {
@@ -456,7 +397,7 @@ class Injector extends GraphTools {
       });
       const name = `${PREFIX}.cores.${width}`;
       const names = parts.map((part) => part.name);
-      this.shared.unshift(makeSplit(this.model, `${PREFIX}/cores/${width}`, name, names, heights, 1));
+      this.nodes.unshift(makeSplit(this.model, `${PREFIX}/cores/${width}`, name, names, heights, 1));
       this.inputs = this.inputs.filter((input) => !parts.includes(input));
       const of = joined(parts.map((part) => part.of));
       this.inputs.push({ name, of, kind: "core", dims: ["tasks", height, width], cores });
@@ -467,7 +408,7 @@ class Injector extends GraphTools {
     const { main, inputs } = this;
     this.edits.apply();
     // ONNX wants nodes behind those that make their inputs.
-    main.node.unshift(...this.shared);
+    main.node.unshift(...this.nodes);
     for (const { name, kind, dims } of inputs) {
       const free = dims.map((d) => (typeof d === "number" ? d : d === "tasks" ? `${PREFIX}.tasks` : ""));
       main.input.push(makeValue(name, kind === "indices" ? INT64 : FLOAT, free));
@@ -491,7 +432,6 @@ function joined([first = "", ...others]: readonly string[]): string {
 
 // Products with components.
 
-/** Form in which components enter the graph. */
 type Format = "floats" | "bytes" | "nibbles";
 
 /**
@@ -500,21 +440,18 @@ type Format = "floats" | "bytes" | "nibbles";
  */
 class ComponentProducts {
   readonly #by: IntegerProducts;
-  readonly #added: Added[];
+  readonly #tools: GraphTools;
   readonly #level: number;
-  readonly #shared = new Set<string>();
   /** True if an operator of onnxruntime's own domain was used. */
   contributed = false;
 
-  /**
-   * @param by operators for integers; none: floats only
-   * @param layers that terms are added to: where the model has all of their inputs rounded to 8 bits, products with 4 bits do the same
-   */
-  constructor(by: IntegerProducts, added: Added[], layers: readonly AdaptedLayer[]) {
+  /** @param layers where the model rounds all of their inputs to 8 bits, products with 4 bits do the same */
+  constructor(by: IntegerProducts, tools: GraphTools, layers: readonly AdaptedLayer[]) {
     this.#by = by;
-    this.#added = added;
-    const levelOf = (node: NodeProto): number => Number(attribute(node, "accuracy_level")?.i ?? 0);
-    const levels = layers.flatMap(({ sites }) => sites.map(({ node, product = node }) => levelOf(product)));
+    this.#tools = tools;
+    const levels = layers.flatMap(({ sites }) =>
+      sites.map(({ node, product = node }) => intOf(product, "accuracy_level")),
+    );
     this.#level = levels.length > 0 && levels.every((level) => level === EIGHT_BITS) ? EIGHT_BITS : F32;
   }
 
@@ -536,75 +473,50 @@ class ComponentProducts {
     return rows && { K: rows.rows, scales: this.scalesOf(rows) };
   }
 
-  /**
-   * Product x [.., width] · Eᵀ with all sides one below the other: [.., Σ rows].
-   * @param sides of one form and width
-   */
-  project(place: Place, x: string, sides: readonly ComponentRows[], name: string): string {
-    const width = sides[0]!.width;
-    const count = sides.reduce((sum, { rows }) => sum + rows, 0);
-    return this.#product(place, x, name, width, count, this.formatOf(sides[0]!), (values) => {
-      const joined = new (values(sides[0]!).constructor as Float32ArrayConstructor)(count * width);
-      let at = 0;
-      for (const side of sides) {
-        joined.set(values(side) as Float32Array, at);
-        at += side.rows * width;
-      }
-      return { values: joined, inner: 1, outer: width };
-    });
+  /** Product x [.., width] · Eᵀ with components of one form and width, one below the other: [.., Σ rows]. */
+  project(place: Place, x: string, factors: readonly ComponentRows[], name: string): string {
+    const rows = factors.reduce((sum, { rows }) => sum + rows, 0);
+    return this.#product(place, x, name, factors, factors[0]!.width, rows, true);
   }
 
   /** Product x [.., rows] · E: [.., width]. */
-  expand(place: Place, x: string, side: ComponentRows, name: string): string {
-    return this.#product(place, x, name, side.rows, side.width, this.formatOf(side), (values) => {
-      return { values: values(side), inner: side.width, outer: 1 };
-    });
+  expand(place: Place, x: string, factor: ComponentRows, name: string): string {
+    return this.#product(place, x, name, [factor], factor.rows, factor.width, false);
   }
 
-  /**
-   * Product x [.., inner] · M, with M[i, o] = values[i · strides.inner + o · strides.outer].
-   * @param matrix returns the values of the sides in the form
-   */
+  /** Product x [.., inner] · M. @param transposed true if the components, one below the other, are Mᵀ [outer, inner] */
   #product(
     place: Place,
     x: string,
     name: string,
+    factors: readonly ComponentRows[],
     inner: number,
     outer: number,
-    format: Format,
-    matrix: (values: (side: ComponentRows) => Float32Array | Int8Array) => Matrix,
+    transposed: boolean,
   ): string {
-    const isNew = !this.#shared.has(name);
-    this.#shared.add(name);
+    const format = this.formatOf(factors[0]!);
+    const tools = this.#tools;
+    const asMatrix = <T extends Float32Array | Int8Array>(values: T): T =>
+      transposed ? transpose(values, outer, inner) : values;
     if (format === "floats") {
-      if (isNew)
-        this.#add(
-          name,
-          FLOAT,
-          [inner, outer],
-          turned(
-            matrix((side) => side.floats()),
-            inner,
-            outer,
-          ),
-        );
-      return place.op("MatMul", [x, name]);
+      const values = () => asMatrix(stacked(factors.map((factor) => factor.floats())));
+      return place.matMul(x, tools.tensor(name, FLOAT, [inner, outer], values));
     }
-    const integers = (): Matrix => matrix((side) => side.integers!.values());
+    const integers = (): Int8Array => stacked(factors.map((factor) => factor.integers!.values()));
     // Rounded inputs share a scale within a block: small ones keep what is rounded as exact as in the model's own layers.
     const block = this.#level === EIGHT_BITS ? 32 : blockOf(inner);
     const blocks = Math.ceil(inner / block);
     if (format === "bytes" && !this.#multipliesBytes(inner, blocks * block)) {
-      if (isNew) this.#add(name, INT8, [inner, outer], turned(integers(), inner, outer));
-      return place.op("MatMul", [x, place.op("DequantizeLinear", [name, this.#ones(1, [])])]);
+      const bytes = tools.tensor(name, INT8, [inner, outer], () => asMatrix(integers()));
+      return place.matMul(x, place.op("DequantizeLinear", bytes, this.#ones(1, [])));
     }
     const bits = format === "bytes" ? 8 : 4;
-    const pack = format === "bytes" ? padded : nibbles;
-    if (isNew)
-      this.#add(name, UINT8, [outer, blocks, (block * bits) / 8], pack(integers(), inner, outer, blocks * block));
+    const weight = tools.tensor(name, UINT8, [outer, blocks, (block * bits) / 8], () =>
+      packed(integers(), bits, inner, outer, blocks * block, transposed),
+    );
     this.contributed = true;
     const attributes = { K: inner, N: outer, bits, block_size: block, accuracy_level: this.#level };
-    return place.op("MatMulNBits", [x, name, this.#ones(outer * blocks)], attributes, CONTRIBUTED);
+    return place.op(`${CONTRIBUTED}.MatMulNBits`, x, weight, this.#ones(outer * blocks), attributes);
   }
 
   /**
@@ -617,16 +529,7 @@ class ComponentProducts {
 
   /** Scales of blocks, all 1; products of one shape share them. */
   #ones(count: number, dims: readonly number[] = [count]): string {
-    const name = `${PREFIX}/scales/${dims.join()}`;
-    if (!this.#shared.has(name)) {
-      this.#shared.add(name);
-      this.#add(name, FLOAT, dims, new Float32Array(count).fill(1));
-    }
-    return name;
-  }
-
-  #add(name: string, type: number, dims: readonly number[], data: Added["data"]): void {
-    this.#added.push({ name, type, dims, data });
+    return this.#tools.tensor(`${PREFIX}/scales/${dims.join()}`, FLOAT, dims, () => new Float32Array(count).fill(1));
   }
 }
 
@@ -634,22 +537,25 @@ class ComponentProducts {
 const F32 = 1;
 const EIGHT_BITS = 4;
 
-/** Values with their strides along both dimensions of a matrix. */
-interface Matrix {
-  readonly values: Float32Array | Int8Array;
-  readonly inner: number;
-  readonly outer: number;
+/** [rows, columns] → [columns, rows]. */
+export function transpose<T extends Float32Array | Int8Array>(values: T, rows: number, columns: number): T {
+  const out = values.slice() as T;
+  for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) out[c * rows + r] = values[r * columns + c]!;
+  return out;
 }
 
-/** Copies a matrix to [inner, outer], row-major. */
-function turned<T extends Float32Array | Int8Array>(matrix: Matrix, inner: number, outer: number): T {
-  const { values } = matrix;
-  if (matrix.outer === 1) return values as T;
-  const out = new (values.constructor as Float32ArrayConstructor)(inner * outer);
-  for (let i = 0; i < inner; i++) {
-    for (let o = 0; o < outer; o++) out[i * outer + o] = values[i * matrix.inner + o * matrix.outer]!;
+/** Joins arrays, one behind the other. */
+function stacked<T extends Float32Array | Int8Array>(parts: readonly T[]): T {
+  const [first] = parts as [T];
+  if (parts.length === 1) return first;
+  const length = parts.reduce((sum, part) => sum + part.length, 0);
+  const out = new (first.constructor as new (length: number) => T)(length);
+  let at = 0;
+  for (const part of parts) {
+    out.set(part, at);
+    at += part.length;
   }
-  return out as unknown as T;
+  return out;
 }
 
 /** Block size that wastes least, its f32 scale included; the largest of equals. */
@@ -658,25 +564,27 @@ function blockOf(inner: number): number {
   return [256, 128, 64, 32, 16].reduce((best, block) => (bytes(block) < bytes(best) ? block : best));
 }
 
-/** Bytes [outer, inner] as MatMulNBits needs them: each with 128 added; rows are padded with zeros. */
-function padded({ values, ...strides }: Matrix, inner: number, outer: number, width: number): Uint8Array {
-  const out = new Uint8Array(outer * width).fill(128);
-  for (let o = 0; o < outer; o++)
-    for (let i = 0; i < inner; i++) out[o * width + i] = values[o * strides.outer + i * strides.inner]! + 128;
-  return out;
-}
-
-/** Packs [outer, inner] as MatMulNBits needs it: two values a byte, the first one low, each with 8 added; rows are padded with zeros. */
-function nibbles({ values, ...strides }: Matrix, inner: number, outer: number, padded: number): Uint8Array {
-  const out = new Uint8Array((outer * padded) / 2).fill(0x88);
+/**
+ * Integers as MatMulNBits needs them: rows [outer, width], padded with zeros, 2^(bits − 1) added to each; of 4 bits two in a byte, the
+ * first one low.
+ * @param transposed true if they lie as [outer, inner]; otherwise as [inner, outer]
+ */
+function packed(
+  values: Int8Array,
+  bits: 4 | 8,
+  inner: number,
+  outer: number,
+  width: number,
+  transposed: boolean,
+): Uint8Array {
+  const out = new Uint8Array((outer * width * bits) / 8).fill(bits === 8 ? 0x80 : 0x88);
   for (let o = 0; o < outer; o++) {
-    for (
-      let i = 0, from = o * strides.outer, at = (o * padded) >> 1;
-      i < inner;
-      i += 2, from += 2 * strides.inner, at++
-    ) {
-      const high = i + 1 < inner ? values[from + strides.inner]! : 0;
-      out[at] = (values[from]! + 8) | ((high + 8) << 4);
+    for (let i = 0; i < inner; i++) {
+      const value = values[transposed ? o * inner + i : i * outer + o]!;
+      const at = o * width + i;
+      if (bits === 8) out[at] = value + 128;
+      // Either half is 8 so far.
+      else out[at >> 1]! ^= ((value + 8) ^ 8) << (4 * (i & 1));
     }
   }
   return out;

@@ -3,8 +3,8 @@
  * what comes out, whatever operators the exporter or a quantiser has made of it; biases; rows of tables. Looks at names and operators only,
  * reads no value and changes nothing.
  */
-import { biasedRows } from "../core/tied.ts";
-import { attribute, type OnnxModel, type Use } from "./model.ts";
+import { biasedRows } from "../core/mismatch.ts";
+import { constantOf, floatOf, intOf, type OnnxModel, type Use } from "./model.ts";
 import { matrixShape, type OnnxParameter, partSize, type Slice, SUMS } from "./modules.ts";
 import type { GraphProto, NodeProto } from "./protobuf.ts";
 
@@ -39,7 +39,6 @@ export interface Site {
 export interface ComponentRows {
   readonly rows: number;
   readonly width: number;
-  /** Values as f32, row-major. */
   floats(): Float32Array;
   /** Integers, where the pack stores them: component = scale of its row · integer. */
   readonly integers?: StoredIntegers | undefined;
@@ -47,9 +46,7 @@ export interface ComponentRows {
 
 export interface StoredIntegers {
   readonly bits: 3 | 4 | 8;
-  /** Scales [rows]. */
   readonly scales: Float32Array;
-  /** Integers, row-major. */
   values(): Int8Array;
 }
 
@@ -118,7 +115,6 @@ export interface AdaptedRows {
   readonly count: number;
   readonly width: number;
   readonly type: number;
-  /** Gather nodes. */
   readonly places: readonly { graph: GraphProto; node: NodeProto }[];
   readonly sites: readonly Site[];
   /** The pack's name of an embedding that the parameter is tied to: its rows are taken where a task has none for this one. */
@@ -146,30 +142,29 @@ export interface GraphChanges {
 function linearOf(model: OnnxModel, use: Use): Site | string {
   const { node, graph, input } = use;
   const refuse = (why: string): string => `${node.opType} "${node.name}" ${why}`;
-  const simple = (type: number, bias?: number): Site => {
-    const end = requantized(model, use) ?? node;
-    const value = bias === undefined ? "" : (node.input[bias] ?? "");
-    return { graph, node: end, x: node.input[0]!, type, ...(value && { bias: value }) };
+  /** @param typed an input of the type of y @param bias index of the bias */
+  const simple = (typed: number, bias = -1): Site => {
+    const value = node.input[bias] ?? "";
+    const type = typeOf(model, graph, node.input[typed]!);
+    return { graph, node: requantized(model, use) ?? node, x: node.input[0]!, type, ...(value && { bias: value }) };
   };
   switch (node.opType) {
     case "MatMul":
-      if (input !== 1) return refuse("multiplies the weight from the left");
-      return simple(typeOf(model, graph, node.input[1]!));
     case "FusedMatMul":
       if (input !== 1) return refuse("multiplies the weight from the left");
-      if (["transA", "transBatchA", "transBatchB"].some((name) => attribute(node, name)?.i))
+      if (["transA", "transBatchA", "transBatchB"].some((name) => intOf(node, name)))
         return refuse("turns what enters it");
-      if ((attribute(node, "alpha")?.f ?? 1) !== 1) return refuse("scales the product");
-      return simple(typeOf(model, graph, node.input[1]!));
+      if (floatOf(node, "alpha", 1) !== 1) return refuse("scales the product");
+      return simple(1);
     case "Gemm":
-      if (input !== 1 || attribute(node, "transA")?.i) return refuse("multiplies from the left or transposed");
-      if ((attribute(node, "alpha")?.f ?? 1) !== 1) return refuse("scales the product");
-      if (has(node, 2) && (attribute(node, "beta")?.f ?? 1) !== 1) return refuse("scales its bias");
-      return simple(typeOf(model, graph, node.input[1]!), 2);
+      if (input !== 1 || intOf(node, "transA")) return refuse("multiplies from the left or transposed");
+      if (floatOf(node, "alpha", 1) !== 1) return refuse("scales the product");
+      if (node.input[2] && floatOf(node, "beta", 1) !== 1) return refuse("scales its bias");
+      return simple(1, 2);
     case "MatMulNBits":
-      return simple(typeOf(model, graph, node.input[2]!), 5);
+      return simple(2, 5);
     case "DynamicQuantizeMatMul":
-      return simple(FLOAT, 4);
+      return simple(2, 4);
     case "MatMulInteger":
       return dynamic(model, use) ?? refuse("is not the dynamic quantisation that onnxruntime writes");
     case "QLinearMatMul":
@@ -179,10 +174,7 @@ function linearOf(model: OnnxModel, use: Use): Site | string {
   }
 }
 
-/**
- * All linear layers with a parameter, or a copy of it, as weight.
- * @returns the reason where a use of the weight is no linear layer with a result that can be added to
- */
+/** All linear layers with a parameter, or a copy of it, as weight. @returns the reason where a use of it is none */
 export function linearsOf(model: OnnxModel, parameter: OnnxParameter): Site[] | string {
   const { uses, initializer, copies, slice, joined } = parameter;
   if (joined)
@@ -202,27 +194,19 @@ export function linearsOf(model: OnnxModel, parameter: OnnxParameter): Site[] | 
 
 /** Joins layers that are parts of one: each has the same input. */
 function together(parts: readonly (Site[] | string)[], sizes: readonly number[]): Site[] | string {
-  const lists: Site[][] = [];
-  for (const part of parts) {
-    if (typeof part === "string") return part;
-    lists.push(part);
-  }
-  const [first] = lists as [Site[], ...Site[][]];
-  const made: Site[] = [];
-  for (const [i, linear] of first.entries()) {
-    const linears = lists.flatMap((list) => list[i] ?? []);
-    const isOne = linears.every(
-      ({ x, graph, type }) => x === linear.x && graph === linear.graph && type === linear.type,
-    );
-    if (!isOne || lists.some((list) => list.length !== first.length))
-      return "its parts in the file take different values";
-    made.push({
-      ...linear,
-      bias: linears.find(({ bias }) => bias !== undefined)?.bias,
-      joined: { sites: linears, sizes },
-    });
-  }
-  return made;
+  const reason = parts.find((part) => typeof part === "string");
+  if (reason !== undefined) return reason as string;
+  const lists = parts as readonly Site[][];
+  const first = lists[0]!;
+  const isSame = ({ x, graph, type }: Site, i: number): boolean =>
+    x === first[i]?.x && graph === first[i].graph && type === first[i].type;
+  if (!lists.every((list) => list.length === first.length && list.every(isSame)))
+    return "its parts in the file take different values";
+  return first.map((site, i) => {
+    const sites = lists.map((list) => list[i]!);
+    const bias = sites.find((part) => part.bias !== undefined)?.bias;
+    return { ...site, bias, joined: { sites, sizes } };
+  });
 }
 
 /**
@@ -241,7 +225,7 @@ export function dynamic(model: OnnxModel, { node, graph }: Use): Site | undefine
   const cast = onlyConsumer(model, graph, node);
   const scaled = cast?.opType === "Cast" ? onlyConsumer(model, graph, cast) : undefined;
   if (before?.opType !== "DynamicQuantizeLinear" || scaled?.opType !== "Mul") return undefined;
-  const type = Number(attribute(cast!, "to")?.i ?? FLOAT);
+  const type = intOf(cast, "to", FLOAT);
   return { graph, node: scaled, x: before.input[0]!, type };
 }
 
@@ -253,10 +237,7 @@ export function quantized(model: OnnxModel, { node, graph }: Use): Site | undefi
   return { graph, node: after, x: before.input[0]!, type: FLOAT };
 }
 
-/**
- * The Add of a linear layer's bias: its output is the layer's whole result. Undefined when the layer has no bias, or its own node adds
- * it.
- */
+/** The Add of a linear layer's bias. Undefined when the layer has no bias, or its own node adds it. */
 function biasAdd(model: OnnxModel, { node, graph }: Site): NodeProto | undefined {
   const next = onlyConsumer(model, graph, node);
   if (next?.opType !== "Add") return undefined;
@@ -274,10 +255,7 @@ export function endOf(model: OnnxModel, linear: Site): NodeProto {
   return add ? (requantized(model, { node: add, graph: linear.graph }) ?? add) : linear.node;
 }
 
-/**
- * Finds a node that holds the weights of several layers, as graph optimisers make them: these layers can be neither found nor added to
- * one by one.
- */
+/** A node that holds the weights of several layers, as optimisers make them: these can be neither found nor added to one by one. */
 export function fusedNode(model: OnnxModel): NodeProto | undefined {
   return model.graph.proto.node.find(
     ({ domain, opType }) =>
@@ -312,10 +290,6 @@ export function onlyConsumer(
   return uses.length === 1 && uses[0]!.graph === graph && !isOutput ? uses[0]!.node : undefined;
 }
 
-function has({ input }: NodeProto, index: number): boolean {
-  return (input[index] ?? "") !== "";
-}
-
 /** Element type of a weight at the input of a product, as far as the nodes before it tell; otherwise f32. */
 export function typeOf(model: OnnxModel, graph: GraphProto, value: string): number {
   const seen = new Set<string>();
@@ -327,13 +301,13 @@ export function typeOf(model: OnnxModel, graph: GraphProto, value: string): numb
     if (!node) return FLOAT;
     switch (node.opType) {
       case "Cast":
-        return Number(attribute(node, "to")?.i ?? FLOAT);
+        return intOf(node, "to", FLOAT);
       case "CastLike":
       case "DequantizeLinear":
         at = node.input[1]!;
         break;
       case "Constant":
-        return attribute(node, "value")?.t?.dataType ?? FLOAT;
+        return constantOf(node)?.dataType ?? FLOAT;
       default:
         at = node.input[0] ?? "";
     }
@@ -399,9 +373,7 @@ function typeWhereUsed({ dtype, uses, initializer }: OnnxParameter): number {
 }
 
 /**
- * A bias that tasks bring and the model lacks: the places where it would be added. torch's optimiser drops a bias of zeros, as a fresh
- * classifier has: a Gemm without C is left, or a MatMul without Add.
- * @param name of the bias
+ * A bias that tasks have and the model lacks: the places where it would be added. torch's optimiser drops a bias of zeros.
  * @param weight of the same layer
  * @returns undefined where the weight is no linear layer's, or something is added to its result that may be the bias
  */
@@ -423,11 +395,7 @@ const FUSED_NORMS: Readonly<Record<string, number>> = {
   SkipSimplifiedLayerNormalization: 3,
 };
 
-/**
- * True if a constant that may be a bias is added to a layer's result, by its own node or one behind it. The shape may change in
- * between.
- * @param size of the bias
- */
+/** True if a constant of this size, so maybe a bias, is added to a layer's result. The shape may change in between. */
 function addsVector(model: OnnxModel, { node, bias }: Site, size: number): boolean {
   if (bias !== undefined) return true;
   const seen = new Set(node.output.slice(0, 1));
@@ -451,9 +419,7 @@ function constantSize(model: OnnxModel, graph: GraphProto, value: string): numbe
     seen.add(at);
     const made = producer(model, graph, at);
     const tensor =
-      model.graph.initializers.get(at) ??
-      model.graph.scopes.get(graph)?.initializers.get(at) ??
-      (made?.opType === "Constant" ? attribute(made, "value")?.t : undefined);
+      model.graph.initializers.get(at) ?? model.graph.scopes.get(graph)?.initializers.get(at) ?? constantOf(made);
     if (tensor) return tensor.dims.reduce((a, b) => a * Number(b), 1);
     if (made?.opType !== "DequantizeLinear" && !RESHAPES.has(made?.opType ?? "")) return undefined;
     at = made!.input[0] ?? "";

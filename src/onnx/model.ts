@@ -14,7 +14,6 @@ import {
   type ValueInfoProto,
 } from "./protobuf.ts";
 
-/** Where a value enters a node. */
 export interface Use {
   readonly node: NodeProto;
   readonly input: number;
@@ -41,7 +40,6 @@ export interface Graph extends Scope {
 }
 
 export interface OnnxModel {
-  /** Path or URL, for messages. */
   readonly name: string;
   readonly proto: ModelProto;
   readonly graph: Graph;
@@ -80,10 +78,7 @@ export function parseModel(bytes: Uint8Array, name: string): OnnxModel {
   return { name, proto, graph: indexGraph(proto.graph, name), opset: Number(opset) };
 }
 
-/**
- * @param file for messages
- * @throws FormatError when a value of the main graph has two origins
- */
+/** @throws FormatError when a value of the main graph has two origins */
 export function indexGraph(proto: GraphProto, file: string): Graph {
   const consumers = new Map<string, Use[]>();
   const around = new Map<GraphProto, GraphProto>();
@@ -130,9 +125,57 @@ export function nestedGraphs(node: NodeProto): readonly GraphProto[] {
   return node.attribute.flatMap(({ g, graphs }) => (g ? [g, ...graphs] : graphs));
 }
 
-/** The attribute, or undefined when the node has none with this name. */
-export function attribute(node: NodeProto, name: string): AttributeProto | undefined {
-  return node.attribute.find((candidate) => candidate.name === name);
+export function attribute(node: NodeProto | undefined, name: string): AttributeProto | undefined {
+  return node?.attribute.find((candidate) => candidate.name === name);
+}
+
+export function intOf(node: NodeProto | undefined, name: string, otherwise = 0): number {
+  return Number(attribute(node, name)?.i ?? otherwise);
+}
+
+export function intsOf(node: NodeProto | undefined, name: string): number[] | undefined {
+  return attribute(node, name)?.ints.map(Number);
+}
+
+export function floatOf(node: NodeProto | undefined, name: string, otherwise: number): number {
+  return attribute(node, name)?.f ?? otherwise;
+}
+
+/**
+ * Visits an item behind all that it needs, each once. A loop rather than recursion: models are thousands of nodes deep. Circles, which
+ * only damaged files have, are cut.
+ * @param done has what was visited, or need not be
+ */
+export function inOrder<T>(
+  first: T,
+  done: { has(item: T): boolean },
+  needs: (item: T) => readonly T[],
+  visit: (item: T) => void,
+): void {
+  const waiting = new Set<T>();
+  const pending = [first];
+  while (pending.length > 0) {
+    const item = pending.at(-1)!;
+    if (!done.has(item) && !waiting.has(item)) {
+      waiting.add(item);
+      pending.push(...needs(item).filter((need) => !waiting.has(need) && !done.has(need)));
+      continue;
+    }
+    pending.pop();
+    if (!done.has(item)) visit(item);
+  }
+}
+
+/** The tensor that a node holds; undefined for other nodes than Constant. */
+export function constantOf(node: NodeProto | undefined): TensorProto | undefined {
+  return node?.opType === "Constant" ? attribute(node, "value")?.t : undefined;
+}
+
+/** Dimensions of a value: numbers, and names of free ones, "" without a name. Undefined where the file does not tell them. */
+export function dimsOf({ type }: Pick<ValueInfoProto, "type">): (number | string)[] | undefined {
+  return type?.tensorType?.shape?.dim.map(({ dimValue, dimParam }) =>
+    dimValue === undefined ? (dimParam ?? "") : Number(dimValue),
+  );
 }
 
 // Ranks: one number, for the operators between a transformer's inputs and its linear layers. Unknown ranks are undefined.
@@ -147,7 +190,6 @@ const KEEPS: ReadonlySet<string> = new Set(
   ).split(" "),
 );
 
-/** Operators that broadcast their inputs. */
 const BROADCASTS = new Set(["Add", "Sub", "Mul", "Div", "Pow", "Where", "Max", "Min", "Sum"]);
 
 /** Most nested Concats that are followed. */
@@ -163,28 +205,22 @@ export class Ranks {
     this.#model = model;
     const { input, valueInfo } = model.graph.proto;
     for (const info of [...input, ...valueInfo]) {
-      const rank = declaredRank(info);
+      const rank = dimsOf(info)?.length;
       if (rank !== undefined) this.#known.set(info.name, rank);
     }
     for (const [name, { dims }] of model.graph.initializers) this.#known.set(name, dims.length);
   }
 
-  /** Rank of a value; undefined where it cannot be told. */
   of(value: string): number | undefined {
-    // A loop rather than recursion: models are thousands of nodes deep. A value met again while it waits lies on a circle, which only a
-    // damaged file has.
-    const waiting = new Set<string>();
-    const pending = [value];
-    for (let name = pending.at(-1); name !== undefined; name = pending.at(-1)) {
-      const node = this.#known.has(name) ? undefined : this.#model.graph.producers.get(name);
-      if (node && !waiting.has(name)) {
-        waiting.add(name);
-        for (const input of inputsOf(node)) if (input !== "" && !waiting.has(input)) pending.push(input);
-        continue;
-      }
-      if (!this.#known.has(name)) this.#known.set(name, node && this.#rank(node));
-      pending.pop();
-    }
+    const { producers } = this.#model.graph;
+    const inputs = (name: string): string[] => {
+      const node = producers.get(name);
+      return node ? inputsOf(node).filter((input) => input !== "") : [];
+    };
+    inOrder(value, this.#known, inputs, (name) => {
+      const node = producers.get(name);
+      this.#known.set(name, node && this.#rank(node));
+    });
     return this.#known.get(value);
   }
 
@@ -206,9 +242,9 @@ export class Ranks {
       case "Range":
         return 1;
       case "Constant":
-        return attribute(node, "value")?.t?.dims.length;
+        return constantOf(node)?.dims.length;
       case "ReduceMean":
-        return attribute(node, "keepdims")?.i === 0n ? undefined : first;
+        return intOf(node, "keepdims", 1) === 0 ? undefined : first;
       case "Unsqueeze": {
         const axes = attribute(node, "axes")?.ints.length ?? this.#elements(node.input[1] ?? "");
         return first === undefined || axes === undefined ? undefined : first + axes;
@@ -231,8 +267,7 @@ export class Ranks {
   #lengthOf(value: string, depth: number): number | undefined {
     const { initializers, producers } = this.#model.graph;
     const node = producers.get(value);
-    const constant = node?.opType === "Constant" ? attribute(node, "value")?.t : undefined;
-    const { dims } = initializers.get(value) ?? constant ?? {};
+    const { dims } = initializers.get(value) ?? constantOf(node) ?? {};
     if (dims) return dims.length === 1 ? Number(dims[0]) : undefined;
     if (node?.opType !== "Concat" || depth > DEEPEST_SHAPE) return undefined;
     let sum = 0;
@@ -250,8 +285,4 @@ function inputsOf({ opType, input }: NodeProto): readonly string[] {
   if (BROADCASTS.has(opType)) return input;
   if (opType === "Reshape" || opType === "Gemm") return [];
   return KEEPS.has(opType) ? input.slice(0, 1) : input.slice(0, 2);
-}
-
-function declaredRank({ type }: ValueInfoProto): number | undefined {
-  return type?.value.case === "tensorType" ? type.value.value.shape?.dim.length : undefined;
 }

@@ -1,12 +1,12 @@
 /**
- * Finds which parameter of the PyTorch model each initializer of its export is. Exporters keep some names and lose others, merge
- * parameters of equal values, and write one that is applied in two ways down twice; lost names are found again from the nodes that use
- * an initializer. Names and orientation only: nothing here reads a value (copies.ts does).
+ * Finds which parameter of the PyTorch model each initializer of its export is, and its orientation. Exporters keep some names and lose
+ * others, merge parameters of equal values, and write one that is applied in two ways down twice; lost names are found again from the
+ * nodes that use an initializer. Nothing here reads a value (weights.ts does).
  */
 import { sameShape } from "../core/base.ts";
 import { FormatError } from "../errors.ts";
 import type { Layout } from "../format/format.ts";
-import { attribute, type Graph, type OnnxModel, type Use } from "./model.ts";
+import { type Graph, intOf, intsOf, type OnnxModel, type Use } from "./model.ts";
 import type { NodeProto } from "./protobuf.ts";
 import { type OnnxTensorType, tensorType } from "./tensors.ts";
 
@@ -14,14 +14,13 @@ import { type OnnxTensorType, tensorType } from "./tensors.ts";
 export interface Slice {
   readonly index: number;
   readonly sizes: readonly number[];
-  /** Name of the parameter that it is a part of. */
   readonly of: string;
 }
 
 export interface Stored extends OnnxTensorType {
   readonly initializer: string;
   /** Orientation of a weight in the initializer. Absent for vectors and where the use does not tell. */
-  readonly layout?: Layout;
+  readonly layout?: Layout | undefined;
   /** Set where the parameter is a part of the initializer: several layers packed into one. */
   readonly slice?: Slice;
   /** Set where the parameter is several initializers' rows, one below the other: a layer that the exporter has divided. */
@@ -66,24 +65,19 @@ interface Rivals {
 export function findParameters(model: OnnxModel): OnnxParameter[] {
   const { graph } = model;
   const claims = new Claims(model);
-  const types = new Map<string, OnnxTensorType>();
   const all: Claim[][] = [];
   for (const [initializer, tensor] of graph.initializers) {
     const type = tensorType(tensor, model.name);
     if (type.dtype === "other" && !QUANTISED.has(tensor.dataType) && !isDequantised(graph, initializer)) continue;
-    types.set(initializer, type);
     all.push(claims.of(initializer, type));
   }
-  const stored = ({ initializer, layout, uses }: Claim): Stored => {
-    return { initializer, ...types.get(initializer)!, ...(layout ? { layout } : {}), uses };
-  };
-  const rivals = settle(all.flat(), stored);
+  const rivals = settle(all.flat());
   /** Rivals for a name, as candidates of one that is listed by its initializer. */
   const others = new Map<Rivals, Candidate[]>();
   return all.flatMap((own) => {
     const won = own.filter((claim) => rivals.get(claim.name)!.winner === claim);
     const found = won.map((claim): OnnxParameter => {
-      return { name: claim.name, ...stored(claim), candidates: rivals.get(claim.name)!.candidates, copies: [] };
+      return { name: claim.name, ...storedOf(claim), candidates: rivals.get(claim.name)!.candidates, copies: [] };
     });
     // A user who knows better can name it by its initializer.
     const lost = own.find(({ name, evidence }) => {
@@ -94,7 +88,7 @@ export function findParameters(model: OnnxModel): OnnxParameter[] {
     const group = rivals.get(lost.name)!;
     const candidates = others.get(group) ?? group.candidates.map((candidate) => ({ ...candidate, equal: false }));
     others.set(group, candidates);
-    return [...found, { name: lost.initializer, ...stored(lost), candidates, copies: [] }];
+    return [...found, { name: lost.initializer, ...storedOf(lost), candidates, copies: [] }];
   });
 }
 
@@ -104,8 +98,12 @@ function isDequantised(graph: Graph, initializer: string): boolean {
   return uses.some(({ node, input }) => node.opType === "DequantizeLinear" && input === 0);
 }
 
+function storedOf({ initializer, dtype, shape, layout, uses }: Claim): Stored {
+  return { initializer, dtype, shape, ...(layout && { layout }), uses };
+}
+
 /** Gives each claimed name to its best founded claim. */
-function settle(claims: readonly Claim[], stored: (claim: Claim) => Stored): Map<string, Rivals> {
+function settle(claims: readonly Claim[]): Map<string, Rivals> {
   const byName = new Map<string, Claim[]>();
   for (const claim of claims) {
     const known = byName.get(claim.name);
@@ -117,38 +115,30 @@ function settle(claims: readonly Claim[], stored: (claim: Claim) => Stored): Map
     const evidence = some.reduce((most, claim) => Math.max(most, claim.evidence), 0);
     const best = some.filter((claim) => claim.evidence === evidence);
     const tied = best.length > 1;
-    const matrix = best.find((claim) => isMatrix(stored(claim)));
+    const matrix = best.find(isMatrix);
     // A guess is worth something when it explains every layer that the bias is used by.
     const uses = best.reduce((sum, claim) => sum + claim.uses.length, 0);
     const isWeak = evidence === EVIDENCE.guessed && uses !== best[0]!.shared;
     const winner = isWeak ? undefined : tied ? matrix : best[0];
-    const candidates = winner ? candidatesOf(winner, some, tied, stored) : [];
+    const candidates = winner ? candidatesOf(winner, some, tied) : [];
     settled.set(name, { winner, tied: tied && matrix !== undefined && !isWeak, candidates });
   }
   // The second call of a module, by the name that the exporter gives it.
   for (const claim of claims) {
-    const own = stored(claim);
-    if (!claim.name.endsWith(".weight") || claim.evidence > EVIDENCE.used || !isMatrix(own)) continue;
+    if (!claim.name.endsWith(".weight") || claim.evidence > EVIDENCE.used || !isMatrix(claim)) continue;
     for (const path of variants(claim.name.slice(0, -".weight".length)).slice(1)) {
       const { winner, candidates } = settled.get(`${path}.weight`) ?? {};
-      if (winner && isSameMatrix(stored(winner), own)) candidates?.push({ ...own, equal: false });
+      if (winner && isSameMatrix(winner, claim)) candidates?.push({ ...storedOf(claim), equal: false });
     }
   }
   return settled;
 }
 
-function candidatesOf(
-  winner: Claim,
-  claims: readonly Claim[],
-  tied: boolean,
-  stored: (claim: Claim) => Stored,
-): Candidate[] {
-  const own = stored(winner);
+function candidatesOf(winner: Claim, claims: readonly Claim[], tied: boolean): Candidate[] {
   return claims.flatMap((claim) => {
-    const candidate = stored(claim);
     // No vector is a matrix' rival: quantisers write the scales of its columns at the same place.
-    const equal = tied && claim.evidence === winner.evidence && (!isMatrix(own) || isMatrix(candidate));
-    return claim !== winner && (equal || isSameMatrix(own, candidate)) ? [{ ...candidate, equal }] : [];
+    const equal = tied && claim.evidence === winner.evidence && (!isMatrix(winner) || isMatrix(claim));
+    return claim !== winner && (equal || isSameMatrix(winner, claim)) ? [{ ...storedOf(claim), equal }] : [];
   });
 }
 
@@ -156,11 +146,14 @@ function candidatesOf(
 export function matrixShape(
   stored: Pick<Stored, "shape" | "layout" | "uses" | "slice" | "joined">,
 ): readonly [out: number, inputs: number] | undefined {
-  const { slice, joined } = stored;
+  const { shape, layout, uses, slice, joined } = stored;
   // Checked when they were joined.
   if (joined) return joined.map((part) => matrixShape(part)!).reduce(([out, inputs], [more]) => [out + more, inputs]);
-  const whole = wholeShape(stored);
-  return whole && slice ? [slice.sizes[slice.index]!, whole[1]] : whole;
+  const blocks = uses.find(({ node }) => node.opType === "MatMulNBits")?.node;
+  if (!blocks && shape.length !== 2) return undefined;
+  const [rows, columns] = blocks ? [intOf(blocks, "N"), intOf(blocks, "K")] : (shape as [number, number]);
+  const [out, inputs] = !blocks && layout === "in-out" ? [columns, rows] : [rows, columns];
+  return [slice ? slice.sizes[slice.index]! : out, inputs];
 }
 
 export function partSize(stored: Stored): number {
@@ -174,7 +167,6 @@ export function partStart({ slice }: Stored): number {
   return slice ? slice.sizes.slice(0, slice.index).reduce((a, b) => a + b, 0) : 0;
 }
 
-/** The axis along which a parameter's outputs lie. */
 export function outputAxis({ shape, layout }: Pick<Stored, "shape" | "layout">): number {
   return shape.length === 2 && layout === "in-out" ? 1 : 0;
 }
@@ -193,20 +185,6 @@ export function asMatrix<T extends Stored>(stored: T): T {
   return layout === "embedding" ? { ...stored, layout: "in-out" } : stored;
 }
 
-/** The same of all that the initializer holds. */
-function wholeShape({
-  shape,
-  layout,
-  uses,
-}: Pick<Stored, "shape" | "layout" | "uses">): readonly [out: number, inputs: number] | undefined {
-  const packed = uses.find(({ node }) => node.opType === "MatMulNBits")?.node;
-  if (packed) return [Number(attribute(packed, "N")?.i ?? 0), Number(attribute(packed, "K")?.i ?? 0)];
-  const [rows, columns] = shape;
-  if (shape.length !== 2 || rows === undefined || columns === undefined) return undefined;
-  return layout === "in-out" ? [columns, rows] : [rows, columns];
-}
-
-/** True if a linear layer multiplies with it. */
 export function isMatrix(stored: Stored): boolean {
   return (stored.layout === "in-out" || stored.layout === "out-in") && matrixShape(stored) !== undefined;
 }
@@ -262,11 +240,9 @@ const EVIDENCE = {
   named: 4,
 } as const;
 
-/** A name that an initializer may have, and the uses that support it. */
-interface Claim {
-  name: string;
+interface Claim extends Stored {
+  readonly name: string;
   evidence: number;
-  readonly initializer: string;
   layout: Layout | undefined;
   readonly uses: Use[];
   /** Layers that use the bias this name was inferred from; more than one makes it a guess. */
@@ -288,7 +264,6 @@ interface ModulePath {
   readonly shared: number;
 }
 
-/** Finds the claims of the initializers of one graph. */
 class Claims {
   readonly #graph: Graph;
   readonly #file: string;
@@ -305,11 +280,9 @@ class Claims {
     for (const uses of graph.consumers.values()) this.#left += MOST_FOLLOWED * uses.length;
   }
 
-  /**
-   * Names supported by an initializer's own name and its uses: at least one.
-   * @throws FormatError when nested graphs multiply its uses
-   */
-  of(initializer: string, { shape }: OnnxTensorType): Claim[] {
+  /** Names supported by an initializer's own name and its uses: at least one. */
+  of(initializer: string, type: OnnxTensorType): Claim[] {
+    const rank = type.shape.length;
     const claims = new Map<string, Claim>();
     const within = new Map<string, Claim>();
     const own = this.#asCheckpoint(ownName(initializer));
@@ -317,7 +290,7 @@ class Claims {
     const claim = (name: string, evidence: number, layout: Layout | undefined, use?: Use, shared = 1): void => {
       let found = claims.get(name);
       if (!found) {
-        claims.set(name, (found = { name, evidence, initializer, layout, uses: [], shared }));
+        claims.set(name, (found = { name, evidence, initializer, ...type, layout, uses: [], shared }));
         if (reached.length > 1) this.#index(found, within);
       }
       found.evidence = Math.max(found.evidence, evidence);
@@ -325,7 +298,7 @@ class Claims {
       if (use) found.uses.push(use);
     };
     for (const { use, name, transposed } of reached) {
-      const role = roleOf(use, shape.length, transposed);
+      const role = roleOf(use, rank, transposed);
       const place = this.#modulePathOf(use.node);
       const path = place?.path;
       if (name !== undefined && (!role || path === undefined || this.#isWithin(name, path))) {
@@ -341,7 +314,7 @@ class Claims {
     // Own names are kept even if every use is in another module.
     for (const { use, name, transposed } of reached) {
       if (name === undefined || (claims.get(name)?.evidence ?? 0) > EVIDENCE.namedElsewhere) continue;
-      claim(name, EVIDENCE.namedElsewhere, roleOf(use, shape.length, transposed)?.layout, use);
+      claim(name, EVIDENCE.namedElsewhere, roleOf(use, rank, transposed)?.layout, use);
     }
     if (claims.size === 0) claim(own ?? initializer, own === undefined ? EVIDENCE.nothing : EVIDENCE.named, undefined);
     return [...claims.values()];
@@ -475,8 +448,8 @@ export function isParameterName(name: string): boolean {
 
 /** True if a Transpose swaps the dimensions of a matrix; without `perm` it reverses them. */
 function turnsMatrix(node: NodeProto): boolean {
-  const perm = attribute(node, "perm")?.ints;
-  return perm === undefined || (perm.length === 2 && perm[0] === 1n);
+  const perm = intsOf(node, "perm");
+  return perm === undefined || (perm.length === 2 && perm[0] === 1);
 }
 
 interface Role {
@@ -484,7 +457,6 @@ interface Role {
   layout?: Layout | undefined;
 }
 
-/** Role of an initializer of this rank in the node that uses it. */
 function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role | undefined {
   const matrix = (layout: "in-out" | "out-in"): Role => {
     const turned = layout === "in-out" ? "out-in" : "in-out";
@@ -495,14 +467,14 @@ function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role |
     case "MatMulInteger":
     case "FusedMatMul":
       if (input > 1) return undefined;
-      return matrix(input === 0 || attribute(node, "transB")?.i ? "out-in" : "in-out");
+      return matrix(input === 0 || intOf(node, "transB") ? "out-in" : "in-out");
     case "QLinearMatMul":
       return input === 3 ? matrix("in-out") : undefined;
     case "MatMulNBits":
       // [out, blocks, bytes]: packed along the rows of an out-in weight.
       return input === 1 ? { suffix: "weight", layout: "out-in" } : undefined;
     case "Gemm":
-      if (input === 1) return matrix(attribute(node, "transB")?.i ? "out-in" : "in-out");
+      if (input === 1) return matrix(intOf(node, "transB") ? "out-in" : "in-out");
       return input === 2 ? { suffix: "bias" } : undefined;
     case "Conv":
     case "ConvInteger":
@@ -510,7 +482,7 @@ function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role |
       return input === 2 && node.opType === "Conv" ? { suffix: "bias" } : undefined;
     case "Gather":
     case "GatherBlockQuantized":
-      if (input !== 0 || rank !== 2 || attribute(node, "axis")?.i) return undefined;
+      if (input !== 0 || rank !== 2 || intOf(node, "axis")) return undefined;
       return { suffix: "weight", layout: transposed ? undefined : "embedding" };
     case "Add":
       return rank === 1 ? { suffix: "bias" } : undefined;

@@ -33,7 +33,6 @@ const ATTRIBUTE = { float: 1, int: 2, string: 3, graph: 5, ints: 7 };
 /** A tensor that was added to a graph; its bytes are held back until the model is written. */
 export interface Added {
   readonly name: string;
-  /** `TensorProto.DataType` of `data`. */
   readonly type: number;
   readonly dims: readonly number[];
   readonly data: Float32Array | Int8Array | Uint8Array;
@@ -42,7 +41,6 @@ export interface Added {
 /** The domain of onnxruntime's own operators. */
 export const CONTRIBUTED = "com.microsoft";
 
-/** Declares that the model uses operators of that domain. */
 export function importContributed({ proto: { opsetImport } }: OnnxModel): void {
   if (opsetImport.some(({ domain }) => domain === CONTRIBUTED)) return;
   opsetImport.push(create(OperatorSetIdProtoSchema, { domain: CONTRIBUTED, version: 1n }));
@@ -107,32 +105,26 @@ export function makeFloats(name: string, values: readonly number[], dims: readon
   return create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: FLOAT, rawData });
 }
 
-/**
- * Makes an input or output. A string in `dims` is a free dimension with that name, "" without a name; without `dims` any shape is
- * allowed.
- */
+/** Makes an input or output. A string in `dims` is a free dimension, "" one without a name; without `dims` any shape is allowed. */
 export function makeValue(name: string, elemType: number, dims?: readonly (number | string)[]): ValueInfoProto {
-  const dim = dims?.map((d) => {
-    if (typeof d === "number") return { value: { case: "dimValue" as const, value: BigInt(d) } };
-    return { value: d === "" ? { case: undefined } : { case: "dimParam" as const, value: d } };
-  });
-  const value = { elemType, ...(dim ? { shape: { dim } } : {}) };
-  return create(ValueInfoProtoSchema, { name, type: { value: { case: "tensorType", value } } });
+  const dim = dims?.map((d) => (typeof d === "number" ? { dimValue: BigInt(d) } : d === "" ? {} : { dimParam: d }));
+  return create(ValueInfoProtoSchema, { name, type: { tensorType: { elemType, ...(dim && { shape: { dim } }) } } });
 }
 
 interface NodeEdit {
   readonly before: NodeProto[];
-  readonly behind: NodeProto[][];
+  readonly behind: NodeProto[];
   removed: boolean;
 }
 
 /** Edits of the nodes of graphs, collected until `apply`: moving the end of a list for each edit would take quadratic time. */
 export class NodeEdits {
-  readonly #graphs = new Map<GraphProto, Map<NodeProto, NodeEdit>>();
+  readonly #graphs = new Set<GraphProto>();
+  readonly #edits = new Map<NodeProto, NodeEdit>();
 
   /** Puts nodes directly behind one, in front of those that were put there before. */
   insert(graph: GraphProto, node: NodeProto, nodes: NodeProto[]): void {
-    this.#of(graph, node).behind.push(nodes);
+    this.#of(graph, node).behind.unshift(...nodes);
   }
 
   /** Puts nodes directly in front of one, behind those that were put there before. */
@@ -145,36 +137,203 @@ export class NodeEdits {
   }
 
   #of(graph: GraphProto, node: NodeProto): NodeEdit {
-    const edits = this.#graphs.get(graph) ?? new Map<NodeProto, NodeEdit>();
-    this.#graphs.set(graph, edits);
-    const edit = edits.get(node) ?? { before: [], behind: [], removed: false };
-    edits.set(node, edit);
+    this.#graphs.add(graph);
+    const edit = this.#edits.get(node) ?? { before: [], behind: [], removed: false };
+    this.#edits.set(node, edit);
     return edit;
   }
 
   apply(): void {
-    for (const [graph, edits] of this.#graphs) {
+    for (const graph of this.#graphs) {
       graph.node = graph.node.flatMap((node) => {
-        const { before = [], behind = [], removed = false } = edits.get(node) ?? {};
-        return [...before, ...(removed ? [] : [node]), ...[...behind].reverse().flat()];
+        const { before = [], behind = [], removed = false } = this.#edits.get(node) ?? {};
+        return [...before, ...(removed ? [] : [node]), ...behind];
       });
     }
-    this.#graphs.clear();
   }
 }
 
-/** Collects nodes to add behind one node or in front of it, in order. */
-export class Place {
+/** A value by name, or a constant: an f32 scalar for a number, an int64 vector for a list. */
+export type Operand = string | number | readonly number[];
+
+/** Constants that are added to a graph, each once. */
+export class Constants {
+  readonly opset: number;
+  readonly #graph: GraphProto;
+  readonly #prefix: string;
+  readonly #names = new Set<string>();
+
+  constructor(graph: GraphProto, opset: number, prefix: string) {
+    this.#graph = graph;
+    this.opset = opset;
+    this.#prefix = prefix;
+  }
+
+  of(value: Operand): string {
+    if (typeof value === "string") return value;
+    if (typeof value === "number") return this.add(`float/${value}`, (name) => makeFloats(name, [value], []));
+    return this.add(`ints/${value.join(",")}`, (name) => makeInts(name, value));
+  }
+
+  add(key: string, make: (name: string) => TensorProto): string {
+    const name = `${this.#prefix}/${key}`;
+    if (!this.#names.has(name)) this.#graph.initializer.push(make(name));
+    this.#names.add(name);
+    return name;
+  }
+}
+
+/**
+ * Most inputs of one Concat. WebGPU allows a shader eight storage buffers, and onnxruntime-web 1.30's older build does not
+ * check it: a Concat of 24 tensors gives garbage without an error.
+ */
+const CONCAT_INPUTS = 6;
+
+/** Writes nodes of standard operators in the form that the model's opset needs. A node is never written twice. */
+export class NodeWriter {
+  readonly nodes: NodeProto[] = [];
+  readonly constants: Constants;
+  /** Names by what a node computes. */
+  protected readonly made: Map<string, string> = new Map();
+  readonly #prefix: string;
+  #count = 0;
+
+  /** @param prefix of the names of written nodes and values */
+  constructor(constants: Constants, prefix: string) {
+    this.constants = constants;
+    this.#prefix = prefix;
+  }
+
+  /** @param opType "Add", or "com.microsoft.Gelu" @param given inputs; attributes may follow */
+  op(opType: string, ...given: readonly (Operand | Attributes)[]): string {
+    const last = given.at(-1);
+    const operands = given.filter((one): one is Operand => !isAttributes(one));
+    return this.write(opType, operands, isAttributes(last) ? last : {}, 1)[0]!;
+  }
+
+  protected write(
+    opType: string,
+    operands: readonly Operand[],
+    attributes: Attributes,
+    outputs: number,
+  ): readonly string[] {
+    const values = operands.map((operand) => this.constants.of(operand));
+    const key = JSON.stringify([opType, values, attributes]);
+    const known = this.made.get(key);
+    const name = known ?? this.fresh(opType);
+    const names = outputs === 1 ? [name] : Array.from({ length: outputs }, (_, i) => `${name}/${i}`);
+    if (known !== undefined) return names;
+    this.made.set(key, name);
+    const dot = opType.lastIndexOf(".");
+    const domain = opType.slice(0, Math.max(dot, 0));
+    this.nodes.push(makeNode(opType.slice(dot + 1), name, values, names, attributes, domain));
+    return names;
+  }
+
+  protected fresh(opType: string): string {
+    return `${this.#prefix}/${opType}_${this.#count++}`;
+  }
+
+  split(value: string, axis: number, sizes: readonly number[]): readonly string[] {
+    // Opset 13 turned the sizes into an input.
+    if (this.constants.opset < 13) return this.write("Split", [value], { axis, split: sizes }, sizes.length);
+    return this.write("Split", [value, sizes], { axis }, sizes.length);
+  }
+
+  add(a: Operand, b: Operand): string {
+    return this.op("Add", a, b);
+  }
+
+  sub(a: Operand, b: Operand): string {
+    return this.op("Sub", a, b);
+  }
+
+  mul(a: Operand, b: Operand): string {
+    return this.op("Mul", a, b);
+  }
+
+  div(a: Operand, b: Operand): string {
+    return this.op("Div", a, b);
+  }
+
+  reshape(value: string, shape: Operand): string {
+    return this.op("Reshape", value, shape);
+  }
+
+  shapeOf(value: string): string {
+    return this.op("Shape", value);
+  }
+
+  matMul(a: string, b: string): string {
+    return this.op("MatMul", a, b);
+  }
+
+  transpose(value: string, perm: readonly number[]): string {
+    return this.op("Transpose", value, { perm });
+  }
+
+  cast(value: string, to: number): string {
+    return this.op("Cast", value, { to });
+  }
+
+  /** Takes rows of a table, or elements of a vector. */
+  gather(value: string, indices: string): string {
+    return this.op("Gather", value, indices, { axis: 0 });
+  }
+
+  /** The numbers from 0 to a scalar, int64. */
+  range(end: string): string {
+    return this.op("Range", this.int(0), end, this.int(1));
+  }
+
+  /** Reshapes [… , in] to [x, in]. */
+  rows(value: string): string {
+    return this.op("Flatten", value, { axis: -1 });
+  }
+
+  /** Reshapes [x, width] to [… , width], as the leading dimensions of `like`. */
+  unrows(value: string, like: string, width: Operand): string {
+    return this.reshape(value, this.concat([this.slice(this.shapeOf(like), 0, 0, -1), width], 0));
+  }
+
+  slice(value: string, axis: number, from: number, to: number): string {
+    return this.op("Slice", value, [from], [to], [axis]);
+  }
+
+  concat(values: readonly Operand[], axis: number): string {
+    let level = values.map((value) => this.constants.of(value));
+    while (level.length > 1) {
+      const next: string[] = [];
+      for (let i = 0; i < level.length; i += CONCAT_INPUTS) {
+        const part = level.slice(i, i + CONCAT_INPUTS);
+        next.push(part.length === 1 ? part[0]! : this.op("Concat", ...part, { axis }));
+      }
+      level = next;
+    }
+    return level[0]!;
+  }
+
+  int(value: number): string {
+    return this.constants.add(`int/${value}`, (name) => makeInts(name, [value], []));
+  }
+}
+
+function isAttributes(given: Operand | Attributes | undefined): given is Attributes {
+  return typeof given === "object" && !Array.isArray(given);
+}
+
+/** Collects nodes to add behind one node or in front of it. */
+export class Place extends NodeWriter {
   readonly #edits: NodeEdits;
   readonly #graph: GraphProto;
   readonly #node: NodeProto;
   readonly #name: string;
   readonly #type: number;
-  readonly #nodes: NodeProto[] = [];
   #result = "";
 
   /** @param type of the model's values there; added nodes compute in f32 */
-  constructor(edits: NodeEdits, graph: GraphProto, node: NodeProto, name: string, type: number) {
+  constructor(edits: NodeEdits, constants: Constants, graph: GraphProto, node: NodeProto, name: string, type: number) {
+    super(constants, name);
     this.#edits = edits;
     this.#graph = graph;
     this.#node = node;
@@ -182,39 +341,27 @@ export class Place {
     this.#type = type;
   }
 
-  op(opType: string, input: readonly string[], attributes: Attributes = {}, domain = ""): string {
-    const name = `${this.#name}/${opType}_${this.#nodes.length}`;
-    this.#nodes.push(makeNode(opType, name, input, name, attributes, domain));
-    return name;
-  }
-
-  split(model: OnnxModel, value: string, sizes: readonly number[]): string[] {
-    const name = `${this.#name}/Split_${this.#nodes.length}`;
-    const parts = sizes.map((_, i) => `${name}/${i}`);
-    this.#nodes.push(makeSplit(model, name, value, parts, sizes));
-    return parts;
-  }
-
   /** Puts the nodes collected so far in front of the node. */
   before(): void {
-    this.#edits.insertBefore(this.#graph, this.#node, this.#nodes.splice(0));
+    this.#edits.insertBefore(this.#graph, this.#node, this.nodes.splice(0));
   }
 
-  /** Adds a copy of the model's node with other inputs. @param opType another operator for the copy */
-  like({ opType, domain, attribute }: NodeProto, input: readonly string[], as: Partial<NodeProto> = {}): string {
-    const name = this.op(as.opType ?? opType, input);
-    Object.assign(this.#nodes.at(-1)!, { domain, attribute: [...attribute], ...as });
+  /** Adds a copy of the model's node with other inputs, and other fields where given. */
+  like(node: NodeProto, input: readonly string[], fields: Partial<NodeProto> = {}): string {
+    const name = this.fresh(node.opType);
+    const copy = makeNode(node.opType, name, input, name, {}, node.domain);
+    this.nodes.push(Object.assign(copy, { attribute: [...node.attribute], ...fields }));
     return name;
   }
 
   /** Casts a value of the model to f32. */
   up(value: string): string {
-    return this.#type === FLOAT16 ? this.op("Cast", [value], { to: FLOAT }) : value;
+    return this.#type === FLOAT16 ? this.cast(value, FLOAT) : value;
   }
 
   /** Casts an f32 value to the model's type. */
   down(value: string): string {
-    return this.#type === FLOAT16 ? this.op("Cast", [value], { to: FLOAT16 }) : value;
+    return this.#type === FLOAT16 ? this.cast(value, FLOAT16) : value;
   }
 
   /** Renames the node's result; `end` puts another value in its place. */
@@ -234,19 +381,18 @@ export class Place {
   }
 
   #insert(value: string, result: string): void {
-    const last = this.#nodes[this.#nodes.length - 1]!;
+    const last = this.nodes.at(-1)!;
     if (last.output[0] !== value) throw new Error(`${value} is not made last`);
     last.output[0] = result;
-    this.#edits.insert(this.#graph, this.#node, this.#nodes);
+    this.#edits.insert(this.#graph, this.#node, this.nodes);
   }
 }
 
 /** Frees the last dimension of outputs where it has one of these sizes, and forgets what the file says of values inside. */
 export function freeLast(graph: GraphProto, sizes: ReadonlySet<bigint>): void {
   for (const { type } of graph.output) {
-    const dims = type?.value.case === "tensorType" ? (type.value.value.shape?.dim ?? []) : [];
-    const last = dims[dims.length - 1];
-    if (last?.value.case === "dimValue" && sizes.has(last.value.value)) last.value = { case: undefined };
+    const last = type?.tensorType?.shape?.dim.at(-1);
+    if (last?.dimValue !== undefined && sizes.has(last.dimValue)) last.dimValue = undefined;
   }
   graph.valueInfo.length = 0;
 }

@@ -8,9 +8,9 @@
  * it is. Loaded only for models with such layers.
  */
 import { type AdaptedBias, type AdaptedLayer, FLOAT16, INT64, type Site } from "./linear.ts";
-import { attribute, type Graph, indexGraph, type OnnxModel, Ranks } from "./model.ts";
+import { attribute, floatOf, type Graph, indexGraph, inOrder, intOf, intsOf, type OnnxModel, Ranks } from "./model.ts";
 import { isParameterName, matrixShape, modulePathOf, type OnnxParameter } from "./modules.ts";
-import { type Attributes, makeFloats, makeInts, makeNode, makeSplit, NodeEdits, PREFIX, readBy } from "./nodes.ts";
+import { Constants, makeNode, makeSplit, NodeEdits, NodeWriter, PREFIX, readBy } from "./nodes.ts";
 import type { GraphProto, NodeProto, TensorProto } from "./protobuf.ts";
 
 /** Packed layers, and the layers in them in order. "qkv" is the name that `unfuse` gives to that of an `Attention`. */
@@ -141,8 +141,8 @@ function sizesOf(graph: Graph, { uses }: OnnxParameter, total: number, count: nu
 }
 
 function ofHeads(node: NodeProto, total: number): readonly number[] | undefined {
-  const heads = Number(attribute(node, "num_heads")?.i ?? 0);
-  const kvHeads = Number(attribute(node, "kv_num_heads")?.i ?? 0);
+  const heads = intOf(node, "num_heads");
+  const kvHeads = intOf(node, "kv_num_heads");
   const width = total / (heads + 2 * kvHeads);
   return Number.isInteger(width) && kvHeads > 0 ? [heads * width, kvHeads * width, kvHeads * width] : undefined;
 }
@@ -155,7 +155,7 @@ function ofSplit(
 ): readonly number[] | undefined {
   const [, name = ""] = node.input;
   const constant = attribute(producers.get(name) ?? node, "value")?.t ?? initializers.get(name);
-  const given = constant ? integersOf(constant) : (attribute(node, "split")?.ints ?? []).map(Number);
+  const given = constant ? integersOf(constant) : (intsOf(node, "split") ?? []);
   // All parts are equal if no sizes are given.
   const sizes = given.length > 0 || name !== "" ? given : node.output.map(() => total / node.output.length);
   const isWhole = sizes.length === count && sizes.every((size) => Number.isInteger(size) && size > 0);
@@ -178,9 +178,10 @@ export function takeApart(
   biases: readonly AdaptedBias[],
 ): { modules: AdaptedLayer[]; biases: AdaptedBias[] } {
   const pieces = new Map<NodeProto, NodeProto[]>();
+  const edits = new NodeEdits();
   const piece = (graph: GraphProto, node: NodeProto, { index, sizes }: NonNullable<Site["slice"]>): NodeProto => {
-    let own = pieces.get(node);
-    if (!own) pieces.set(node, (own = divide(model, graph, node, sizes, pieces.size)));
+    const own = pieces.get(node) ?? divide(model, edits, graph, node, sizes, pieces.size);
+    pieces.set(node, own);
     return own[index]!;
   };
   const touched = new Set<GraphProto>();
@@ -189,19 +190,16 @@ export function takeApart(
     ...module,
     sites: module.sites.map((site) => {
       const { slice, joined, graph, node, x, type } = site;
-      if (joined) {
-        touched.add(graph);
-        return { graph, node: unite(model, graph, joined, count++), product: node, x, type };
-      }
-      if (!slice) return site;
-      return { graph, node: piece(graph, node, slice), product: node, x, type };
+      if (joined) touched.add(graph);
+      if (joined) return { graph, node: unite(model, edits, graph, joined, count++), product: node, x, type };
+      return slice ? { graph, node: piece(graph, node, slice), product: node, x, type } : site;
     }),
   }));
   const added = biases.map(({ slice, ...bias }) => {
     if (!slice) return bias;
-    const places = bias.places.map(({ graph, node }) => ({ graph, node: piece(graph, node, slice) }));
-    return { ...bias, places };
+    return { ...bias, places: bias.places.map(({ graph, node }) => ({ graph, node: piece(graph, node, slice) })) };
   });
+  edits.apply();
   for (const graph of touched) sortNodes(graph);
   return { modules: apart, biases: added };
 }
@@ -209,40 +207,41 @@ export function takeApart(
 /** Adds Split, a node for each piece, and Concat behind a node. @returns the nodes of the pieces */
 function divide(
   model: OnnxModel,
+  edits: NodeEdits,
   graph: GraphProto,
   node: NodeProto,
   sizes: readonly number[],
   index: number,
 ): NodeProto[] {
   const name = `${PREFIX}/packed/${index}`;
+  const write = new NodeWriter(new Constants(model.graph.proto, model.opset, name), name);
   const result = node.output[0]!;
   node.output[0] = `${name}/whole`;
-  const cut = sizes.map((_, i) => `${name}/cut/${i}`);
-  const pieces = sizes.map((_, i) => makeNode("Identity", `${name}/${i}`, [cut[i]!], `${name}/${i}`));
-  const split = makeSplit(model, `${name}/cut`, `${name}/whole`, cut, sizes);
-  const whole = pieces.map((piece) => piece.output[0]!);
-  const together = makeNode("Concat", `${name}/together`, whole, result, { axis: -1 });
-  graph.node.splice(graph.node.indexOf(node) + 1, 0, split, ...pieces, together);
-  return pieces;
+  write.concat(
+    write.split(node.output[0], -1, sizes).map((part) => write.op("Identity", part)),
+    -1,
+  );
+  write.nodes.at(-1)!.output = [result];
+  edits.insert(graph, node, write.nodes);
+  return write.nodes.slice(1, -1);
 }
 
 /** Adds Concat and Split behind the last of the layers' nodes, which others may read before it. @returns the Concat */
 function unite(
   model: OnnxModel,
+  edits: NodeEdits,
   graph: GraphProto,
   { sites, sizes }: NonNullable<Site["joined"]>,
   index: number,
 ): NodeProto {
   const name = `${PREFIX}/divided/${index}`;
   const results = sites.map(({ node }) => node.output[0]!);
-  const parts = sites.map(({ node }, i) => {
-    node.output[0] = `${name}/${i}`;
-    return node.output[0];
-  });
+  for (const [i, { node }] of sites.entries()) node.output[0] = `${name}/${i}`;
+  const parts = sites.map(({ node }) => node.output[0]!);
   const whole = makeNode("Concat", `${name}/whole`, parts, `${name}/whole`, { axis: -1 });
   const split = makeSplit(model, `${name}/cut`, `${name}/whole`, results, sizes);
-  const last = Math.max(...sites.map(({ node }) => graph.node.indexOf(node)));
-  graph.node.splice(last + 1, 0, whole, split);
+  const nodes = new Set(sites.map(({ node }) => node));
+  edits.insert(graph, graph.node.findLast((node) => nodes.has(node))!, [whole, split]);
   return whole;
 }
 
@@ -250,17 +249,8 @@ function unite(
 function sortNodes(graph: GraphProto): void {
   const makers = new Map(graph.node.flatMap((node) => node.output.map((value) => [value, node] as const)));
   const sorted = new Set<NodeProto>();
-  for (const node of graph.node) {
-    // Depth first, with a list instead of recursion: chains are as long as models are deep.
-    const waiting = [node];
-    while (waiting.length > 0) {
-      const next = waiting.at(-1)!;
-      const before = sorted.has(next) ? [] : readBy(next).flatMap((value) => makers.get(value) ?? []);
-      const missing = before.filter((maker) => !sorted.has(maker) && !waiting.includes(maker));
-      if (missing.length > 0) waiting.push(missing[0]!);
-      else sorted.add(waiting.pop()!);
-    }
-  }
+  const makersOf = (node: NodeProto): NodeProto[] => readBy(node).flatMap((value) => makers.get(value) ?? []);
+  for (const node of graph.node) inOrder(node, sorted, makersOf, (next) => sorted.add(next));
   graph.node = [...sorted];
 }
 
@@ -310,7 +300,6 @@ const OTHERS: Readonly<Record<string, string>> = {
   PackedAttention: "is an attention without padding: pass the file from before convert_to_packing_mode",
 };
 
-/** True if a node is an `Attention` with weights inside. */
 function isAttention({ domain, opType }: NodeProto): boolean {
   return domain === "com.microsoft" && opType === "Attention";
 }
@@ -346,12 +335,12 @@ function attentionSizes({ graph }: OnnxModel, node: NodeProto): readonly number[
   const has = (input: number): boolean => (node.input[input] ?? "") !== "";
   if (has(PAST) || has(PAST_LENGTH) || node.output.slice(1).some((value) => value !== ""))
     return "keeps its keys and values for the next run";
-  if (attribute(node, "do_rotary")?.i) return "turns its queries and keys (do_rotary)";
+  if (intOf(node, "do_rotary")) return "turns its queries and keys (do_rotary)";
   if (!graph.proto.node.includes(node)) return "lies in a nested graph";
   const weight = graph.initializers.get(node.input[WEIGHT] ?? "");
   const total = Number(weight?.dims[1] ?? 0);
   if (weight?.dims.length !== 2) return "has a weight that the file does not hold as a matrix";
-  const given = (attribute(node, "qkv_hidden_sizes")?.ints ?? []).map(Number);
+  const given = intsOf(node, "qkv_hidden_sizes") ?? [];
   const sizes = given.length > 0 ? given : [total / 3, total / 3, total / 3];
   const fits = sizes.length === 3 && sizes.every((size) => Number.isInteger(size) && size > 0);
   if (!fits || sizes.reduce((a, b) => a + b, 0) !== total || sizes[0] !== sizes[1])
@@ -404,7 +393,7 @@ class Masks {
     const rank = padding === "" ? undefined : this.#rankOf(padding);
     if (rank !== 1 && rank !== 2) return { padding, scores };
     const type = Number(this.#model.graph.initializers.get(node.input[WEIGHT]!)!.dataType);
-    const least = attribute(node, "mask_filter_value")?.f ?? -10000;
+    const least = floatOf(node, "mask_filter_value", -10000);
     // Another input may have as many rows of another length.
     const key = `${padding}/${node.input[X]}/${least}`;
     let added = this.#made.get(key);
@@ -423,7 +412,7 @@ class Masks {
     const { producers } = this.#model.graph;
     const made = producers.get(mask);
     if (made?.opType === "EmbedLayerNormalization") return made.output[1] === mask ? 1 : undefined;
-    if (made?.opType === "ReduceSum") return attribute(made, "keepdims")?.i === 0n ? 1 : undefined;
+    if (made?.opType === "ReduceSum") return intOf(made, "keepdims", 1) === 0 ? 1 : undefined;
     // Vectors of other lengths are ambiguous: ends of rows, or starts and ends.
     const rank = this.#ranks.of(mask);
     return rank === 2 ? 2 : undefined;
@@ -431,31 +420,23 @@ class Masks {
 
   /** Makes [batch, 1, length, length]: 0, or the least score where a position is masked. */
   #add(rank: number, node: NodeProto, least: number, type: number, nodes: NodeProto[]): string {
-    const { initializer } = this.#model.graph.proto;
     const name = `${node.output[0]}/mask`;
-    const op = (opType: string, input: readonly string[], attributes: Attributes = {}): string => {
-      const out = `${name}/${nodes.length}`;
-      nodes.push(makeNode(opType, out, input, out, attributes));
-      return out;
-    };
-    const ints = (...values: number[]): string => {
-      initializer.push(makeInts(`${name}/ints/${initializer.length}`, values));
-      return initializer.at(-1)!.name;
-    };
-    initializer.push(makeFloats(`${name}/none`, [0], [1]), makeFloats(`${name}/least`, [least], [1]));
+    const write = new NodeWriter(new Constants(this.#model.graph.proto, this.#model.opset, name), name);
     // The length of rows, [1].
-    const length = op("Slice", [op("Shape", [node.input[X]!]), ints(1), ints(2)]);
-    const mask = op("Cast", [node.input[MASK]!], { to: INT64 });
-    let kept: string;
-    if (rank === 1) {
-      const ones = op("Expand", [ints(1), length]);
-      // Positions 1, 2, …: a row keeps as many as its length.
-      const positions = op("CumSum", [ones, ints(0)]);
-      kept = op("Less", [op("Sub", [positions, ints(1)]), op("Reshape", [mask, ints(-1, 1)])]);
-    } else kept = op("Less", [ints(0), mask]);
-    const added = op("Where", [kept, `${name}/none`, `${name}/least`]);
-    const rows = op("Reshape", [type === FLOAT16 ? op("Cast", [added], { to: FLOAT16 }) : added, ints(0, 1, 1, -1)]);
-    return op("Expand", [rows, op("Concat", [ints(1, 1), length, ints(1)], { axis: 0 })]);
+    const length = write.slice(write.shapeOf(node.input[X]!), 0, 1, 2);
+    const mask = write.cast(node.input[MASK]!, INT64);
+    // Positions 1, 2, …: a row keeps as many as its length.
+    const positions = (): string => write.op("CumSum", write.op("Expand", [1], length), [0]);
+    const kept =
+      rank === 1
+        ? write.op("Less", write.sub(positions(), [1]), write.reshape(mask, [-1, 1]))
+        : write.op("Less", [0], mask);
+    const added = write.op("Where", kept, 0, least);
+    const typed = type === FLOAT16 ? write.cast(added, FLOAT16) : added;
+    const shape = write.concat([[1, 1], length, [1]], 0);
+    const scores = write.op("Expand", write.reshape(typed, [0, 1, 1, -1]), shape);
+    nodes.push(...write.nodes);
+    return scores;
   }
 }
 

@@ -66,7 +66,7 @@ export interface ValueInfoProto extends Proto {
 }
 
 export interface TypeProto extends Proto {
-  value: { case: "tensorType"; value: TensorType } | { case: undefined; value?: undefined };
+  tensorType?: TensorType | undefined;
 }
 
 interface TensorType extends Proto {
@@ -79,10 +79,8 @@ interface TensorShapeProto extends Proto {
 }
 
 interface Dimension extends Proto {
-  value:
-    | { case: "dimValue"; value: bigint }
-    | { case: "dimParam"; value: string }
-    | { case: undefined; value?: undefined };
+  dimValue?: bigint | undefined;
+  dimParam?: string | undefined;
 }
 
 export interface OperatorSetIdProto extends Proto {
@@ -95,7 +93,7 @@ export interface StringStringEntryProto extends Proto {
   value: string;
 }
 
-/** Members of a `oneof` are stored as `value: { case: NAME, value }`. */
+/** Members of a `oneof` are optional fields. */
 const SCHEMA = `
 message ModelProto {
   int64 ir_version = 1;
@@ -147,7 +145,7 @@ message ValueInfoProto {
   TypeProto type = 2;
 }
 message TypeProto {
-  oneof Tensor tensor_type = 1;
+  Tensor tensor_type = 1;
 }
 message Tensor {
   int32 elem_type = 1;
@@ -157,8 +155,8 @@ message TensorShapeProto {
   repeated Dimension dim = 1;
 }
 message Dimension {
-  oneof int64 dim_value = 1;
-  oneof string dim_param = 2;
+  optional int64 dim_value = 1;
+  optional string dim_param = 2;
 }
 message OperatorSetIdProto {
   string domain = 1;
@@ -174,7 +172,7 @@ interface Field {
   readonly name: string;
   /** A scalar, or the name of a message. */
   readonly type: string;
-  readonly kind: "" | "repeated" | "packed" | "oneof";
+  readonly kind: "" | "repeated" | "packed" | "optional";
 }
 
 /** The fields of a message, in the order of their numbers. */
@@ -187,7 +185,6 @@ export interface Schema<M extends Proto = Proto> {
   readonly message?: M;
 }
 
-/** Values of missing scalars, by type. */
 const SCALARS: Readonly<Record<string, unknown>> = {
   ...{ int32: 0, int64: 0n, float: 0, string: "" },
   bytes: new Uint8Array(0),
@@ -195,15 +192,13 @@ const SCALARS: Readonly<Record<string, unknown>> = {
 
 const SCHEMAS: ReadonlyMap<string, Schema> = new Map(
   [...SCHEMA.matchAll(/message (\w+) \{([^}]*)\}/g)].map(([, message, body]) => {
-    const lines = [...body!.matchAll(/(?:(repeated|packed|oneof) )?(\w+) (\w+) = (\d+);/g)];
+    const lines = [...body!.matchAll(/(?:(repeated|packed|optional) )?(\w+) (\w+) = (\d+);/g)];
     const fields = lines.map(([, kind = "", type, name, number]) => {
       const camel = name!.replace(/_(\w)/g, (_, letter: string) => letter.toUpperCase());
       return { number: Number(number), name: camel, type: type!, kind } as Field;
     });
     const defaults: Record<string, unknown> = {};
-    for (const { name, type, kind } of fields)
-      if (kind === "oneof") defaults["value"] = { case: undefined };
-      else if (kind === "" && type in SCALARS) defaults[name] = SCALARS[type];
+    for (const { name, type, kind } of fields) if (kind === "" && type in SCALARS) defaults[name] = SCALARS[type];
     return [message!, { fields, byNumber: new Map(fields.map((field) => [field.number, field])), defaults }];
   }),
 );
@@ -216,7 +211,6 @@ export const NodeProtoSchema: Schema<NodeProto> = schemaOf("NodeProto");
 export const AttributeProtoSchema: Schema<AttributeProto> = schemaOf("AttributeProto");
 export const TensorProtoSchema: Schema<TensorProto> = schemaOf("TensorProto");
 export const ValueInfoProtoSchema: Schema<ValueInfoProto> = schemaOf("ValueInfoProto");
-export const DimensionSchema: Schema<Dimension> = schemaOf("Dimension");
 export const OperatorSetIdProtoSchema: Schema<OperatorSetIdProto> = schemaOf("OperatorSetIdProto");
 
 /** Values that `create` accepts for a field. */
@@ -224,16 +218,18 @@ type InitField<F> = F extends Uint8Array | bigint | boolean | string | number | 
   ? F
   : F extends readonly (infer Item)[]
     ? InitField<Item>[]
-    : F extends { case: infer Case extends string; value: infer Value }
-      ? { case: Case; value: InitField<Value> }
-      : F extends Proto
-        ? Init<F>
-        : F;
+    : F extends Proto
+      ? Init<F>
+      : F;
 
 /** A message, or some of its fields. */
 type Init<M extends Proto> = M | { [Key in Exclude<keyof M, keyof Proto>]?: InitField<M[Key]> };
 
 type Fields = Record<string, unknown>;
+
+function isList(kind: Field["kind"]): boolean {
+  return kind === "repeated" || kind === "packed";
+}
 
 /** Makes a message of the given fields; the others have default values. */
 export function create<M extends Proto>(schema: Schema<M>, init?: NoInfer<Init<M>>): M {
@@ -244,23 +240,15 @@ export function create<M extends Proto>(schema: Schema<M>, init?: NoInfer<Init<M
       const schema = SCHEMAS.get(type);
       return !schema || Object.getPrototypeOf(value) === schema.defaults ? value : create(schema, value as Proto);
     };
-    if (kind === "oneof") {
-      const { value: chosen } = given as { value?: { case?: string; value?: unknown } };
-      if (chosen?.case === name) message["value"] = { case: name, value: made(chosen.value) };
-      continue;
-    }
     const value = given[name];
-    if (kind === "") {
-      if (value !== undefined) message[name] = made(value);
-    } else {
+    if (isList(kind)) {
       const list = (value ?? []) as unknown[];
       message[name] = type in SCALARS ? list : list.map(made);
-    }
+    } else if (value !== undefined) message[name] = made(value);
   }
   return message as M;
 }
 
-/** Types of fields on the wire. */
 export const VARINT = 0;
 export const FIXED64 = 1;
 export const BYTES = 2;
@@ -302,7 +290,7 @@ class Reader {
       const number = tag >>> 3;
       const wire = tag & 7;
       const field = byNumber.get(number);
-      const list = field?.kind === "repeated" || field?.kind === "packed";
+      const list = field !== undefined && isList(field.kind);
       const isPacked = list && wire === BYTES && wireOf(field.type) !== BYTES;
       if (!field || (wire !== wireOf(field.type) && !isPacked)) {
         this.#skip(number, wire, end);
@@ -310,13 +298,13 @@ class Reader {
         into.$unknown.push(this.#bytes.subarray(start, this.#at));
         continue;
       }
-      const { name, type, kind } = field;
+      const { name, type } = field;
       if (list) {
         const values = message[name] as unknown[];
         if (isPacked)
           for (const stop = this.#length(end); this.#at < stop; ) values.push(this.#value(type, stop, depth));
         else values.push(this.#value(type, end, depth));
-      } else if (kind === "oneof") message["value"] = { case: name, value: this.#value(type, end, depth) };
+      }
       // A message that comes in several parts is one.
       else message[name] = this.#value(type, end, depth, message[name]);
     }
@@ -416,13 +404,9 @@ class Writer {
     for (const bytes of [...(from.$unknown ?? [])].reverse()) this.#put(bytes);
     for (let i = fields.length - 1; i >= 0; i--) {
       const { number, name, type, kind } = fields[i]!;
-      let value = Object.hasOwn(message, name) ? message[name] : undefined;
-      if (kind === "oneof") {
-        const chosen = message["value"] as { case?: string; value?: unknown } | undefined;
-        value = chosen?.case === name ? chosen.value : undefined;
-      }
+      const value = Object.hasOwn(message, name) ? message[name] : undefined;
       if (value === undefined) continue;
-      const values = kind === "repeated" || kind === "packed" ? (value as unknown[]) : [value];
+      const values = isList(kind) ? (value as unknown[]) : [value];
       if (kind === "packed" && values.length === 0) continue;
       const stop = this.#at;
       for (let v = values.length - 1; v >= 0; v--) {

@@ -6,7 +6,7 @@
 import type { View } from "../core/base.ts";
 import { BaseMismatchError, FormatError } from "../errors.ts";
 import { FLOAT, FLOAT16, origin } from "./linear.ts";
-import { attribute, type OnnxModel, type Use } from "./model.ts";
+import { intOf, type OnnxModel, type Use } from "./model.ts";
 import { MOST_PASSED, type OnnxParameter, outputAxis, partSize, partStart, pieceShape } from "./modules.ts";
 import { makeNode, makeSplit, makeValue, NodeEdits, PREFIX } from "./nodes.ts";
 import { create, type GraphProto, type NodeProto, NodeProtoSchema, TensorProtoSchema } from "./protobuf.ts";
@@ -86,13 +86,11 @@ function isPiece({ slice, joined }: OnnxParameter): boolean {
   return slice !== undefined || joined !== undefined;
 }
 
-/** A parameter as a host reads it. */
 function withoutGraph(parameter: OnnxParameter): OnnxParameter {
   const joined = parameter.joined?.map(withoutGraph);
   return { ...parameter, uses: [], candidates: [], copies: [], ...(joined && { joined }) };
 }
 
-/** The packed parameter that a part belongs to. */
 function wholeOf({ slice, ...whole }: OnnxParameter): OnnxParameter {
   return { ...whole, name: slice!.of };
 }
@@ -170,7 +168,7 @@ function castsFirst(model: OnnxModel, graph: GraphProto, value: string, from: st
   if (value === from) return false;
   const made = makerOf(model, graph, value, passed);
   if (made.node.input[0] !== from) return castsFirst(model, made.graph, made.node.input[0]!, from, passed + 1);
-  return made.node.opType === "Cast" && Number(attribute(made.node, "to")?.i) === FLOAT;
+  return made.node.opType === "Cast" && intOf(made.node, "to") === FLOAT;
 }
 
 /** The node between an initializer and its use that makes a value. @throws FormatError where names lead astray */

@@ -1,6 +1,6 @@
 /**
- * Makes a model's file without its weights, for runtimes that read these from the original file: the protobuf as it is, except that large
- * tensors of the main graph point to their place in the file. Reads only what lies between the weights.
+ * Makes a model's file without its weights, for runtimes that read these from the original file: large tensors of the main graph point to
+ * their place in the file. Reads only the bytes between the weights.
  */
 import type { ByteSource, ReadOptions } from "../source.ts";
 import { BYTES, FIXED32, FIXED64, VARINT } from "./protobuf.ts";
@@ -9,10 +9,9 @@ import { BYTES, FIXED32, FIXED64, VARINT } from "./protobuf.ts";
 const LEAST_BYTES = 4096;
 const WINDOW = 16_384;
 
-/** Numbers of the fields that matter here, in `ModelProto`, `GraphProto` and `TensorProto`. */
-const GRAPH = 7;
-const INITIALIZER = 5;
-const RAW_DATA = 9;
+/** Numbers of the fields on the way to a tensor's bytes: of `ModelProto`, `GraphProto` and `TensorProto`. */
+const PATH = { graph: 7, initializer: 5, rawData: 9 };
+const FIELDS: readonly number[] = Object.values(PATH);
 const EXTERNAL_DATA = 13;
 const DATA_LOCATION = 14;
 
@@ -39,47 +38,38 @@ export async function skeletonOf(
   options: ReadOptions = {},
 ): Promise<Uint8Array | undefined> {
   const reader = new FieldReader(source, options);
-  const pieces: Piece[] = [];
-  for await (const field of reader.fields(0, source.byteLength!)) {
-    if (field.number !== GRAPH || field.wire !== BYTES) {
-      pieces.push([field.at, field.end]);
-      continue;
+  /** @param depth of the message on the way to a tensor's bytes */
+  const piecesOf = async (start: number, end: number, depth: number): Promise<Piece[]> => {
+    const pieces: Piece[] = [];
+    // The last place that is given counts.
+    let place: Piece[] = [];
+    for await (const { number, wire, at, body, end: stop } of reader.fields(start, end)) {
+      const isLarge = number === FIELDS[depth] && wire === BYTES && stop - body > LEAST_BYTES;
+      if (!isLarge) pieces.push([at, stop]);
+      else if (number !== PATH.rawData) pieces.push(...message(number, await piecesOf(body, stop, depth + 1)));
+      else place = pointer(location, body, stop - body);
     }
-    const graph: Piece[] = [];
-    for await (const inner of reader.fields(field.body, field.end)) {
-      const isLarge = inner.number === INITIALIZER && inner.wire === BYTES && inner.end - inner.body > LEAST_BYTES;
-      const tensor = isLarge ? await tensorOf(reader, inner, location) : [];
-      graph.push(...(tensor.length > 0 ? message(INITIALIZER, tensor) : [[inner.at, inner.end] as const]));
-    }
-    pieces.push(...message(GRAPH, graph));
-  }
-  if (reader.damaged) return undefined;
-  return assembled(source, pieces, options);
+    return [...pieces, ...place];
+  };
+  const pieces = await piecesOf(0, source.byteLength!, 0);
+  return reader.damaged ? undefined : assembled(source, pieces, options);
 }
 
-/** @returns nothing where the tensor stays as it is */
-async function tensorOf(reader: FieldReader, { body, end }: Field, location: string): Promise<Piece[]> {
-  const pieces: Piece[] = [];
-  let data: Field | undefined;
-  for await (const field of reader.fields(body, end)) {
-    const isData = field.number === RAW_DATA && field.wire === BYTES && field.end - field.body > LEAST_BYTES;
-    if (isData) data = field;
-    else pieces.push([field.at, field.end]);
-  }
-  if (!data) return [];
-  const entries = { location, offset: String(data.body), length: String(data.end - data.body) };
-  for (const [key, value] of Object.entries(entries)) {
-    pieces.push(...message(EXTERNAL_DATA, [...message(1, [utf8(key)]), ...message(2, [utf8(value)])]));
-  }
-  pieces.push(Uint8Array.from([...varint(DATA_LOCATION * 8 + VARINT), 1]));
-  return pieces;
+/** Fields of a tensor whose bytes lie in a file. */
+function pointer(location: string, offset: number, length: number): Piece[] {
+  const utf8 = new TextEncoder();
+  const entries = Object.entries({ location, offset: String(offset), length: String(length) });
+  return [
+    ...entries.flatMap((entry) =>
+      message(
+        EXTERNAL_DATA,
+        entry.flatMap((text, i) => message(i + 1, [utf8.encode(text)])),
+      ),
+    ),
+    Uint8Array.from([...varint(DATA_LOCATION * 8 + VARINT), 1]),
+  ];
 }
 
-function utf8(text: string): Uint8Array {
-  return new TextEncoder().encode(text);
-}
-
-/** A field that holds bytes. */
 function message(number: number, content: readonly Piece[]): Piece[] {
   const length = content.reduce((sum, piece) => sum + lengthOf(piece), 0);
   return [Uint8Array.from([...varint(number * 8 + BYTES), ...varint(length)]), ...content];
@@ -95,7 +85,6 @@ function varint(value: number): number[] {
   return [...bytes, value];
 }
 
-/** Reads neighbouring ranges together. */
 async function assembled(source: ByteSource, pieces: readonly Piece[], options: ReadOptions): Promise<Uint8Array> {
   const out = new Uint8Array(pieces.reduce((sum, piece) => sum + lengthOf(piece), 0));
   let at = 0;

@@ -6,8 +6,8 @@
 import { FormatError, SourceError } from "../errors.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
 import type { FloatDtype } from "../tensor/dtypes.ts";
-import { nestedGraphs } from "./model.ts";
-import type { GraphProto, TensorProto } from "./protobuf.ts";
+import type { OnnxModel } from "./model.ts";
+import type { TensorProto } from "./protobuf.ts";
 
 /** `TensorProto.DataType` of the float types that weights may have. */
 const FLOATS: ReadonlyMap<number, FloatDtype> = new Map([
@@ -31,16 +31,17 @@ export const INTEGERS: ReadonlyMap<number, { bits: number; signed: boolean }> = 
 /** `TensorProto.DataLocation.EXTERNAL`. */
 export const EXTERNAL = 1;
 
-/** Files that initializers of a graph, and of those inside it, lie in: the last byte that is used, by the model's names of the files. */
-export function externalFiles(graph: GraphProto, found: Map<string, number> = new Map()): Map<string, number> {
-  for (const { dataLocation, externalData } of graph.initializer) {
-    const valueOf = (wanted: string): string | undefined => externalData.find(({ key }) => key === wanted)?.value;
-    const location = valueOf("location");
-    if (dataLocation !== EXTERNAL || location === undefined) continue;
-    const end = Number(valueOf("offset") ?? 0) + Number(valueOf("length") ?? 0);
-    found.set(location, Math.max(found.get(location) ?? 0, end));
+/**
+ * Files next to the model that initializers lie in, by the model's names of them: the last byte that is used.
+ * @throws FormatError when an initializer does not say where
+ */
+export function externalFiles({ name: file, graph }: OnnxModel): Map<string, number> {
+  const found = new Map<string, number>();
+  for (const tensor of [...graph.scopes.keys()].flatMap(({ initializer }) => initializer)) {
+    if (tensor.dataLocation !== EXTERNAL) continue;
+    const { location, offset, length } = placeOf(tensor, file, 0);
+    found.set(location, Math.max(found.get(location) ?? 0, offset + length));
   }
-  for (const node of graph.node) for (const nested of nestedGraphs(node)) externalFiles(nested, found);
   return found;
 }
 
@@ -60,10 +61,7 @@ export type OpenExternal = (location: string) => Promise<ByteSource>;
 
 const partOf = (tensor: TensorProto): string => `initializer ${tensor.name}`;
 
-/**
- * @param file name of the model, for messages
- * @throws FormatError when the dimensions are negative or their product is no safe integer
- */
+/** @throws FormatError when the dimensions are negative or their product is no safe integer */
 export function tensorType(tensor: TensorProto, file: string): OnnxTensorType {
   const shape = tensor.dims.map(Number);
   let count = 1;
@@ -79,8 +77,7 @@ export function tensorType(tensor: TensorProto, file: string): OnnxTensorType {
 
 /**
  * Reads an initializer's bytes. Their number is not checked for "other" types.
- * @param file name of the model, for messages
- * @param external for values that lie in a file next to the model
+ * @param external opens a file next to the model
  * @throws FormatError when there are more or fewer bytes than the shape needs, or an "other" type lies in a typed list
  * @throws SourceError when the external file is missing or too short
  */
@@ -117,17 +114,11 @@ export async function readTensor(
   return { ...type, data: await source.read(offset, length, options) };
 }
 
-/** Bytes of an integer that may lie in `int32_data`; undefined for those of less than a byte. */
-function wholeBytes(type: number): number | undefined {
-  const bits = INTEGERS.get(type)?.bits ?? 0;
-  return bits < 8 ? undefined : bits / 8;
-}
-
 function embedded(tensor: TensorProto, file: string, { dtype, shape }: OnnxTensorType): Uint8Array {
   const { rawData, floatData, int32Data, dataType } = tensor;
   if (rawData.length > 0 || shape.includes(0)) return rawData;
-  const size = dtype === "other" ? wholeBytes(dataType) : BYTES[dtype];
-  if (size === undefined) {
+  const size = dtype === "other" ? (INTEGERS.get(dataType)?.bits ?? 0) / 8 : BYTES[dtype];
+  if (size < 1) {
     const message = `its data type ${dataType} is read from raw_data only; save the model with ONNX's tools`;
     throw new FormatError(message, { file, part: partOf(tensor) });
   }
@@ -144,17 +135,13 @@ function embedded(tensor: TensorProto, file: string, { dtype, shape }: OnnxTenso
   return data;
 }
 
-/** Range of external data; without a length they are as long as the tensor. */
-function placeOf(
-  tensor: TensorProto,
-  file: string,
-  expected: number | undefined,
-): { location: string; offset: number; length: number } {
+/** Range of external data. @param expected length where none is given */
+function placeOf(tensor: TensorProto, file: string, expected: number | undefined) {
   const entries = new Map(tensor.externalData.map(({ key, value }) => [key, value]));
   const location = entries.get("location") ?? "";
   const offset = Number(entries.get("offset") ?? 0);
   const length = Number(entries.get("length") ?? expected);
-  if (location === "" || !isSize(offset) || !isSize(length)) {
+  if (location === "" || ![offset, length].every((value) => Number.isSafeInteger(value) && value >= 0)) {
     const found = [...entries].map(([key, value]) => `${key} "${value}"`).join(", ") || "nothing";
     throw new FormatError(`its external data need a location, an offset ≥ 0 and a length ≥ 0, found ${found}`, {
       file,
@@ -162,8 +149,4 @@ function placeOf(
     });
   }
   return { location, offset, length };
-}
-
-function isSize(value: number): boolean {
-  return Number.isSafeInteger(value) && value >= 0;
 }

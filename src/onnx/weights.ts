@@ -1,8 +1,7 @@
 /**
  * Values of a model's weights. The reader of quantised weights is loaded only for models that have some.
  */
-import { fingerprint, type WeightAt, weightAt } from "../core/mismatch.ts";
-import { type Matrix, sameValues } from "../core/tied.ts";
+import { fingerprint, type Matrix, sameValues, type WeightAt, weightAt } from "../core/mismatch.ts";
 import { BaseMismatchError, FormatError } from "../errors.ts";
 import type { ReadOptions } from "../source.ts";
 import {

@@ -8,7 +8,7 @@ import type { OnnxModel } from "./model.ts";
 import type { Added } from "./nodes.ts";
 import { create, ModelProtoSchema, type TensorProto, TensorProtoSchema, toBinary } from "./protobuf.ts";
 import type { ModelFile } from "./read.ts";
-import { EXTERNAL } from "./tensors.ts";
+import { EXTERNAL, externalFiles } from "./tensors.ts";
 
 /** A file that the protobuf points into. */
 export interface DataFile {
@@ -44,17 +44,15 @@ export async function detachWeights(
   // Runtimes take a folder, or a list of files, not both.
   if (folder !== undefined && supplied.length === 0 && (await allIn(folder, file)))
     return { bytes: embedWeights(file, added), files: [], folder };
-  const locations = new Set<string>();
+  const locations = new Set(externalFiles(model).keys());
   const restore: (() => void)[] = [];
   for (const tensor of [...model.graph.scopes.keys()].flatMap(({ initializer }) => initializer)) {
     const { rawData } = tensor;
-    if (tensor.dataLocation === EXTERNAL) {
-      locations.add(locationOf(tensor, model.name));
-    } else if (rawData.length >= LEAST_DETACHED && rawData.buffer === bytes.buffer) {
-      point(tensor, OWN_FILE, rawData.byteOffset - bytes.byteOffset, rawData.length);
-      locations.add(OWN_FILE);
-      restore.push(() => embed(tensor, rawData));
-    }
+    if (tensor.dataLocation === EXTERNAL || rawData.length < LEAST_DETACHED || rawData.buffer !== bytes.buffer)
+      continue;
+    point(tensor, OWN_FILE, rawData.byteOffset - bytes.byteOffset, rawData.length);
+    locations.add(OWN_FILE);
+    restore.push(() => Object.assign(tensor, { externalData: [], dataLocation: 0, rawData }));
   }
   const { tensors, data } = pointAll(added);
   let proto: Uint8Array;
@@ -76,14 +74,9 @@ export async function detachWeights(
   return { bytes: proto, files };
 }
 
-/**
- * True if all files that a model points into lie in a folder or below it: runtimes follow no links out of it.
- * @throws SourceError when one of them cannot be opened; FormatError when it is said to lie elsewhere
- */
+/** True if all files that a model points into lie in a folder or below it: runtimes follow no links out of it. */
 async function allIn(folder: string, { model, external }: ModelFile): Promise<boolean> {
-  const tensors = [...model.graph.scopes.keys()].flatMap(({ initializer }) => initializer);
-  const outside = tensors.filter(({ dataLocation }) => dataLocation === EXTERNAL);
-  for (const location of new Set(outside.map((tensor) => locationOf(tensor, model.name)))) {
+  for (const location of externalFiles(model).keys()) {
     const found = (await external!(location)).folder;
     if (found === undefined || !`${found}/`.replaceAll("\\", "/").startsWith(`${folder}/`.replaceAll("\\", "/")))
       return false;
@@ -93,11 +86,12 @@ async function allIn(folder: string, { model, external }: ModelFile): Promise<bo
 
 /** Serialises a model with its embedded and its added tensors inside. */
 export function embedWeights({ model }: ModelFile, added: readonly Added[]): Uint8Array {
-  const tensors = added.map(({ name, type, dims, data }) => {
-    const rawData = new Uint8Array(data.buffer as ArrayBuffer, data.byteOffset, data.byteLength);
-    return create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: type, rawData });
-  });
-  return withInitializers(model, tensors);
+  return withInitializers(model, added.map(tensorOf));
+}
+
+function tensorOf({ name, type, dims, data }: Added): TensorProto {
+  const rawData = new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+  return create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: type, rawData });
 }
 
 /** Serialises a model with more initializers, which it does not keep. */
@@ -120,32 +114,19 @@ export function point(tensor: TensorProto, location: string, offset: number, len
   tensor.rawData = new Uint8Array(0);
 }
 
-function embed(tensor: TensorProto, rawData: Uint8Array): void {
-  tensor.externalData.length = 0;
-  tensor.dataLocation = 0;
-  tensor.rawData = rawData;
-}
-
 /** Makes one file of all added tensors, each at a multiple of 64 bytes, since some runtimes map them. */
 function pointAll(added: readonly Added[]): { tensors: TensorProto[]; data: Uint8Array } {
   let end = 0;
-  const places = added.map(({ data }) => {
+  const tensors = added.map(tensorOf);
+  const places = tensors.map(({ rawData }) => {
     const at = Math.ceil(end / 64) * 64;
-    end = at + data.byteLength;
+    end = at + rawData.length;
     return at;
   });
-  const bytes = new Uint8Array(end);
-  const tensors = added.map(({ name, type, dims, data }, i) => {
-    bytes.set(new Uint8Array(data.buffer, data.byteOffset, data.byteLength), places[i]);
-    const tensor = create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: type });
-    point(tensor, ADDED_FILE, places[i]!, data.byteLength);
-    return tensor;
-  });
-  return { tensors, data: bytes };
-}
-
-function locationOf(tensor: TensorProto, file: string): string {
-  const location = tensor.externalData.find(({ key }) => key === "location")?.value;
-  if (location) return location;
-  throw new FormatError("its external data have no location", { file, part: `initializer ${tensor.name}` });
+  const data = new Uint8Array(end);
+  for (const [i, tensor] of tensors.entries()) {
+    data.set(tensor.rawData, places[i]);
+    point(tensor, ADDED_FILE, places[i]!, tensor.rawData.length);
+  }
+  return { tensors, data };
 }

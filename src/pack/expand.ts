@@ -152,7 +152,7 @@ export async function taskAdapter(pack: Pack, id: string, options: AbortOptions 
 // added.
 
 /** The key in the file's metadata by which it is known; its value is the basis id of the pack. */
-export const COMPONENTS = "eigenlora.components";
+const COMPONENTS = "eigenlora.components";
 
 /** Components of a pack, to be written by `writeSafetensors`. */
 export interface ComponentsFile {

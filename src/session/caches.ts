@@ -5,7 +5,7 @@
  * A cache is known by its tensor and by the memory behind it, not by its numbers: a copy of them has no known task. One layer stands for
  * all, since they go from run to run together: a step of a model with thirty layers would take noticeably longer if all were noted.
  */
-import type { Pack, TaskInfo } from "../core/pack.ts";
+import type { Pack } from "../core/pack.ts";
 import type { Selection } from "../core/selection.ts";
 import { TaskError } from "../errors.ts";
 import type { EngineTensor, Tensors } from "./engine.ts";
@@ -13,8 +13,10 @@ import type { SessionSwitchOptions } from "./options.ts";
 
 /** The task or blend that a run, or a row of one, belongs to. */
 export interface CacheState {
-  /** The same for states that may take each other's caches. */
+  /** The same for states that may take each other's caches, with the same entries of tasks in their packs. */
   readonly key: string;
+  /** An entry is an object of its own for each task that ever came under an id. */
+  readonly entries: readonly unknown[];
   readonly name: string;
   /** The first task of it. */
   readonly task: string;
@@ -22,23 +24,13 @@ export interface CacheState {
   readonly keeps?: boolean | undefined;
 }
 
-const BASE: CacheState = { key: "", name: "the base", task: "" };
+const BASE: CacheState = { key: "", entries: [], name: "the base", task: "" };
 
 /**
  * States of rows, or one for all of them, by tensors and memory that hold caches. Shared by all sessions, since one file may make
  * the cache that another one goes on with.
  */
 const makers = new WeakMap<object, readonly CacheState[]>();
-
-/** Numbers of the entries of tasks in their packs: an entry is an object of its own for each task that ever came under an id. */
-const numbers = new WeakMap<object, number>();
-let entries = 0;
-
-function numberOf(entry: TaskInfo["metadata"] | undefined): number {
-  if (!entry) return 0;
-  if (!numbers.has(entry)) numbers.set(entry, ++entries);
-  return numbers.get(entry)!;
-}
 
 export class CacheWatch {
   readonly #pack: Pick<Pack, "tasks">;
@@ -63,7 +55,8 @@ export class CacheWatch {
     const whose = head === undefined ? "" : `, head "${head}"`;
     const blend = `the blend ${shares.map(([id, strength]) => `"${id}" × ${strength}`).join(" + ")}${whose}`;
     return {
-      key: JSON.stringify([shares, shares.map(([id]) => numberOf(this.#pack.tasks.get(id)?.metadata)), head]),
+      key: JSON.stringify([shares, head]),
+      entries: shares.map(([id]) => this.#pack.tasks.get(id)?.metadata),
       name: !second && first[1] === 1 ? `task "${first[0]}"` : blend,
       task: first[0],
       keeps: keepCache,
@@ -90,8 +83,8 @@ export class CacheWatch {
       for (let row = 0; found && row < Math.max(found.length, states.length); row++) {
         const there = ofRow(found, row);
         const here = ofRow(states, row);
-        if (there?.key !== here?.key)
-          throw refusal(name, row, there ?? BASE, here ?? BASE, found.length + states.length > 2);
+        if (there.key !== here.key || there.entries.some((entry, i) => entry !== here.entries[i]))
+          throw refusal(name, row, there, here, found.length + states.length > 2);
       }
     }
     return (results, fetches) => {
@@ -133,8 +126,8 @@ function memoryOf(tensor: EngineTensor): object {
   return ArrayBuffer.isView(data) ? data.buffer : tensor;
 }
 
-function ofRow(states: readonly CacheState[], row: number): CacheState | undefined {
-  return states.length === 1 ? states[0] : states[row];
+function ofRow(states: readonly CacheState[], row: number): CacheState {
+  return states[states.length === 1 ? 0 : row] ?? BASE;
 }
 
 function refusal(name: string, row: number, there: CacheState, here: CacheState, several: boolean): TaskError {

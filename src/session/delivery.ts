@@ -1,17 +1,33 @@
 /**
  * Delivery of tasks to a loaded model: for each selection the model and the feeds that make it that task's. Here by extra inputs of one
  * model, in modes "core" and "factors"; mode "folded" and inputs on a device are in device.ts, which is loaded when it is needed.
+ *
+ * Some providers ignore our inputs without a word. So each model is probed once, by a tiny run of a synthetic task.
  */
 import type { DeviceHandle } from "../backends/backend.ts";
 import type { LoadedTasks, Selection } from "../core/selection.ts";
 import { createUnfolding, type SessionRuntime } from "../core/session-runtime.ts";
-import type { Feed } from "../onnx/feeds.ts";
+import { BackendError } from "../errors.ts";
 import type { TaskInput } from "../onnx/inject.ts";
+import type { AdaptedLayer, ComponentRows } from "../onnx/linear.ts";
+import type { DetachedModel } from "../onnx/write.ts";
+import { transpose } from "../tensor/tensor-file.ts";
 import type { CacheState } from "./caches.ts";
-import type { Engine, LoadedModel, Tensors } from "./engine.ts";
+import { dataOf, type Engine, type LoadedModel, type LoadOptions, type Tensors, toTensors } from "./engine.ts";
 import type { PreparedModel } from "./prepare.ts";
-import { type ProbeReport, probeParity, type SessionParts } from "./probe.ts";
-import { type InputValues, isTerm, TaskEvaluator, toFeeds } from "./values.ts";
+import { CoreSpace, type InputValue, type InputValues, isTerm, TaskEvaluator, toFeeds } from "./values.ts";
+
+/** A prepared model and the engine that is to run it. */
+export interface SessionParts {
+  readonly engine: Engine;
+  readonly prepared: PreparedModel;
+  readonly detached: DetachedModel;
+  readonly load: LoadOptions;
+  /** The option of `SessionOptions`. */
+  readonly probe: boolean | object | undefined;
+  /** Inputs that are the same in every run that does not learn. */
+  readonly idle: Tensors;
+}
 
 /** The model and feeds of runs while a selection is active. */
 export interface Active {
@@ -36,32 +52,14 @@ export interface Delivery {
   readonly note?: string;
   /** Bytes of weights that each switch writes. */
   readonly bytesWritten: number;
-  /** When it fails, what was active before stays usable. */
+  /** When it fails, the previous selection stays usable. */
   make(tasks: LoadedTasks, signal?: AbortSignal): Promise<Active>;
-  /** Called before each run. @throws BackendError where a switch failed and left weights that are no task's */
+  /** Called before each run. @throws BackendError where a failed switch left weights that are no task's */
   check?(): void;
-  /** Needed for one task per row; undefined in mode "folded", which has no such runs. */
-  readonly rows?: RowModel | undefined;
-  /** Resident bytes: of what expands or folds, of pristine weights, and of weights that the model reads. */
+  /** Resident bytes: of the kernels, of pristine weights, and of weights that the model reads. */
   memory(): { readonly scratch: number; readonly pristine: number; readonly active: number };
   /** Frees all but the loaded model. */
   close(): Promise<void>;
-}
-
-/** A loaded model on which rows of a batch may have a task each. */
-export interface RowModel {
-  readonly engine: Engine;
-  readonly model: LoadedModel;
-  readonly inputs: readonly TaskInput[];
-  readonly outputNames: readonly string[];
-  /** Values of inputs that are neither the model's own nor a task's. */
-  readonly idle: Tensors;
-  /** Kinds of modules and vectors that are no linear layer, by name. */
-  readonly forms: ReadonlyMap<string, string>;
-  /** True if what enters a layer is quantised by a range that all rows share. */
-  readonly sharesRanges: boolean;
-  /** Feeds with rows that differ; undefined where they cannot be made up. */
-  readonly made: () => ReadonlyMap<string, Feed> | undefined;
 }
 
 /** Puts the values of task inputs on the device that the engine computes on: written once a switch, they cost a run nothing. */
@@ -80,7 +78,7 @@ export interface Placer {
 export async function inputDelivery(
   parts: SessionParts,
   bases: Uint8Array,
-  placerOn: ((device: DeviceHandle) => Placer) | undefined,
+  placerOn: ((engine: Engine, device: DeviceHandle, inputs: readonly TaskInput[]) => Placer) | undefined,
 ): Promise<Delivery> {
   const { engine, prepared } = parts;
   const { view, mode, base, modules, inputs } = prepared;
@@ -92,10 +90,10 @@ export async function inputDelivery(
     model = await engine.load(parts.detached, parts.load);
     // Not every engine tells which device it has. Where one does, runs fail once it is lost.
     const device = (await engine.gpu?.device().catch(() => undefined))?.device;
-    const none = (await evaluator.read(null)).inputs;
-    const probe = await probeParity(parts, model, none);
-    const placer = device && placerOn?.(device);
-    return { ...deliver(engine, inputs, model, runtime, evaluator, none, placer), probe, rows: rowsOf(parts, model) };
+    const withoutTask = (await evaluator.read(null)).inputs;
+    const probe = await probeParity(parts, model, withoutTask);
+    const placer = device && placerOn?.(engine, device, inputs);
+    return { ...deliver(engine, inputs, model, runtime, evaluator, withoutTask, placer), probe };
   } catch (error) {
     if (model) await engine.release(model);
     await runtime.close();
@@ -111,30 +109,30 @@ function deliver(
   model: LoadedModel,
   runtime: SessionRuntime,
   evaluator: TaskEvaluator,
-  none: InputValues,
+  base: InputValues,
   placer: Placer | undefined,
 ): Omit<Delivery, "probe"> {
   const terms = inputs.filter(isTerm).map(({ name }) => name);
   const bytesOf = (values: InputValues): number =>
     terms.reduce((sum, name) => sum + values.get(name)!.data.buffer.byteLength, 0);
-  // Cores and factors of a past selection, which the next one is written over: garbage of switches would have to be collected.
+  // Cores and factors of a past selection, which the next one is written over: a switch makes no garbage.
   let spare: InputValues | undefined;
-  // The most that these have been: tasks differ in rank.
-  let room = bytesOf(none);
+  // Their largest size so far: tasks differ in rank.
+  let room = bytesOf(base);
   const active = (task: Selection, values: InputValues): Active => {
-    const keep = (): void => {
+    const reuse = (): void => {
       spare = new Map(terms.map((name) => [name, values.get(name)!]));
       room = Math.max(room, bytesOf(spare));
     };
-    if (!placer) return { model, task, ...toFeeds(engine, inputs, [values]), retire: keep };
+    if (!placer) return { model, task, ...toFeeds(engine, inputs, [values]), retire: reuse };
     const placed = placer.place(values);
     // They are on the device: the next selection may write over them at once.
-    keep();
+    reuse();
     return { model, task, ...placed };
   };
   return {
     evaluator,
-    first: active(null, none),
+    first: active(null, base),
     bytesWritten: 0,
     async make(tasks, signal) {
       const old = spare;
@@ -152,11 +150,197 @@ function deliver(
   };
 }
 
-function rowsOf({ engine, idle, probe, prepared }: SessionParts, model: LoadedModel): RowModel {
-  const { inputs, feedsOfRows, outputNames, sharesRanges, forms } = prepared;
-  return {
-    ...{ engine, model, inputs, outputNames, idle, sharesRanges, forms },
-    // Feeds of the caller's own mean that the model does not run on made-up ones.
-    made: typeof probe === "object" ? () => undefined : feedsOfRows,
+/** The result of the probe. */
+export interface ProbeReport {
+  /** "passed", or why nothing could be compared. */
+  readonly result: string;
+  /** Module whose term was compared, and the largest difference relative to the largest value. */
+  readonly module?: string;
+  readonly difference?: number;
+}
+
+/** Runs the model on one task, and on more feeds. @returns values of `fetches`, f32 */
+type ProbeRun = (fetches: readonly string[], task: InputValues, more?: Tensors) => Promise<readonly Float32Array[]>;
+
+/** Largest difference of a provider that computes in f16, or rounds inputs to 8 bits: where these are uneven, by some hundredths. */
+const TOLERANCE = 0.1;
+
+/**
+ * Compares the term of the first adapted linear layer with plain arithmetic on what enters that layer. The first layer of each other
+ * kind must change the outputs, and so must a task where no term is within reach.
+ * @param base values of the task inputs without a task
+ * @throws BackendError when the provider ignores the inputs or computes something else
+ */
+async function probeParity(parts: SessionParts, model: LoadedModel, base: InputValues): Promise<ProbeReport> {
+  const { modules, inputs, forms, probe } = parts.prepared;
+  if (parts.probe !== false && modules.length + forms.size === 0)
+    return { result: "skipped: no layer is adapted in the graph" };
+  return withFeeds(parts, model, async (run) => {
+    const compare = (when: string, changed: readonly TaskInput[]): Promise<ProbeReport> =>
+      compareOutputs(parts, run, when, [syntheticTask(base, changed)], [base]);
+    const linear = probe && (await compareTerm(parts, base, run));
+    const others = new Map([...forms].reverse().map(([module, form]) => [form, module]));
+    for (const module of others.values())
+      await compare(
+        `whether a task changes "${module}" or not`,
+        inputs.filter(({ of, cores }) => of === module || cores?.some((block) => block.module === module)),
+      );
+    if (linear || others.size > 0) return linear ?? { result: "passed" };
+    // Another head would change the outputs whatever becomes of terms.
+    const terms = inputs.filter(({ kind }) => !/^head/.test(kind));
+    return compare("with and without a task", terms);
+  });
+}
+
+async function compareTerm({ engine, prepared }: SessionParts, base: InputValues, run: ProbeRun): Promise<ProbeReport> {
+  const { modules, inputs, probe } = prepared;
+  const { module } = probe!;
+  const task = syntheticTask(base, inputs);
+  const [x, term] = (await run([probe!.x, probe!.term], task)) as [Float32Array, Float32Array];
+  const expected = termOf(modules.find(({ name }) => name === module)!, x, inputs, task);
+  const largest = expected.reduce((most, v) => Math.max(most, Math.abs(v)), 0);
+  if (!(largest > 0))
+    return { result: `skipped: nothing enters "${module}" on synthetic inputs; pass \`probe: feeds\`` };
+  const difference = expected.reduce((most, v, i) => Math.max(most, Math.abs(v - term[i]!)), 0) / largest;
+  // Not ≤: NaN must fail.
+  if (difference < TOLERANCE) return { result: "passed", module, difference };
+  const off = `is off by ${difference.toPrecision(2)} of the largest value in the term of "${module}"`;
+  throw wrong(engine, `${off} (it may ignore inputs)`);
+}
+
+/**
+ * Runs a probe on the caller's feeds or synthetic ones.
+ * @param look compares results of the model
+ */
+export async function withFeeds(
+  { engine, prepared, probe, idle }: SessionParts,
+  model: LoadedModel,
+  look: (run: ProbeRun) => Promise<ProbeReport>,
+): Promise<ProbeReport> {
+  if (probe === false) return { result: "skipped: asked not to" };
+  const given = typeof probe === "object" ? probe : prepared.feeds && toTensors(engine, prepared.feeds);
+  if (!given) return { result: "skipped: there are no synthetic values for the model's inputs; pass `probe: feeds`" };
+  let failure: unknown;
+  const run: ProbeRun = async (fetches, task, more) => {
+    const { feeds } = toFeeds(engine, prepared.inputs, [task]);
+    try {
+      const results = await engine.run(model, { ...idle, ...given, ...more, ...feeds }, fetches);
+      return await Promise.all(fetches.map(async (name) => (await dataOf(results[name]!)) as Float32Array));
+    } catch (cause) {
+      failure = cause;
+      throw cause;
+    }
   };
+  try {
+    return await look(run);
+  } catch (cause) {
+    if (cause !== failure) throw cause;
+    const why = (cause as Error).message.trim();
+    return { result: `skipped: the model does not run on the inputs of the probe (${why}); pass \`probe: feeds\`` };
+  }
+}
+
+/** A task, and more feeds. */
+type Trial = readonly [task: InputValues, more?: Tensors];
+
+/**
+ * Compares the first output of two runs that must not be the same.
+ * @param when the output would be the same, for the message
+ * @throws BackendError when it is
+ */
+export async function compareOutputs(
+  { engine, prepared }: SessionParts,
+  run: ProbeRun,
+  when: string,
+  ...trials: readonly [Trial, Trial]
+): Promise<ProbeReport> {
+  const [output] = prepared.outputNames as [string];
+  const results = await Promise.all(trials.map(([task, more]) => run([output], task, more)));
+  const [[first], [second]] = results as [[Float32Array], [Float32Array]];
+  if (first.length !== second.length || first.some((value, i) => value !== second[i])) return { result: "passed" };
+  throw wrong(engine, `gives the same "${output}" ${when}`);
+}
+
+function wrong({ provider }: Engine, what: string): BackendError {
+  const advice = 'Use another provider; on WebGPU the module "onnxruntime-web/webgpu", or mode "core"';
+  return new BackendError(`the provider ${provider} ${what}: results would be silently wrong. ${advice}`, {
+    backend: provider,
+  });
+}
+
+/**
+ * Changes a task by small values that differ everywhere, in all these inputs but rows of tables, which meet the model's own input.
+ * @param base values without a task
+ */
+export function syntheticTask(base: InputValues, inputs: readonly TaskInput[], size = 0.1): InputValues {
+  const values = new Map(base);
+  for (const input of inputs) {
+    const { name, kind } = input;
+    const { dims, data } = base.get(name)!;
+    if (kind === "core") values.set(name, syntheticCores(input, size));
+    else if (kind !== "rows" && data instanceof Float32Array)
+      values.set(name, { dims, data: data.map((value, i) => value + wave(i, size)) });
+  }
+  return values;
+}
+
+function syntheticCores(input: TaskInput, size: number): InputValue {
+  const space = new CoreSpace(input);
+  for (const [i, { KA, KB }] of input.cores!.entries()) {
+    const { out, at, stride } = space.targets[i]![1];
+    for (let a = 0; a < KA; a++) for (let b = 0; b < KB; b++) out[at + a * stride + b] = wave(a * KB + b, size);
+  }
+  return space.value(() => true);
+}
+
+const wave = (i: number, size = 0.1): number => size * Math.sin(1 + 1.7 * i);
+
+/** A matrix of a known number of columns, row-major. */
+interface Matrix {
+  readonly data: ArrayLike<number>;
+  readonly columns: number;
+}
+
+/** x·E_Aᵀ·S·E_B + x·A·B in f64, for the rows of x: the term of an adapted layer by plain arithmetic. */
+function termOf(
+  { name, in: width, out, components, factors, over = {} }: AdaptedLayer,
+  x: ArrayLike<number>,
+  inputs: readonly TaskInput[],
+  values: InputValues,
+): Float64Array {
+  const down = ({ rows, floats }: ComponentRows): Matrix => ({ data: transpose(floats(), rows, width), columns: rows });
+  const up = ({ floats }: ComponentRows): Matrix => ({ data: floats(), columns: out });
+  const factor = (kind: "A" | "B"): Matrix => {
+    const input = inputs.find((candidate) => candidate.of === name && candidate.kind === kind)!;
+    const { data, dims } = values.get(input.name)!;
+    const columns = dims[1]!;
+    // The graph's components are without scales where these are in the input.
+    const scales = input.over?.scales;
+    const scaleAt = (i: number): number => scales?.[kind === "A" ? Math.floor(i / columns) : i % columns] ?? 1;
+    return { data: Float64Array.from(data as Float32Array, (number, i) => number / scaleAt(i)), columns };
+  };
+  const products: (Matrix | undefined)[][] = [];
+  if (factors) products.push([over.A && down(over.A), factor("A"), factor("B"), over.B && up(over.B)]);
+  if (components) {
+    const { A, B } = components;
+    const core = { data: Float64Array.from({ length: A.rows * B.rows }, (_, i) => wave(i)), columns: B.rows };
+    products.push([down(A), core, up(B)]);
+  }
+  const rows = x.length / width;
+  const term = new Float64Array(rows * out);
+  for (const matrices of products) {
+    let left: Matrix = { data: x, columns: width };
+    for (const right of matrices) if (right) left = multiply(left, right, rows);
+    for (let i = 0; i < term.length; i++) term[i]! += left.data[i]!;
+  }
+  return term;
+}
+
+function multiply(left: Matrix, { data, columns }: Matrix, rows: number): Matrix {
+  const inner = left.columns;
+  const product = new Float64Array(rows * columns);
+  for (let r = 0; r < rows; r++)
+    for (let k = 0; k < inner; k++)
+      for (let c = 0; c < columns; c++) product[r * columns + c]! += left.data[r * inner + k]! * data[k * columns + c]!;
+  return { data: product, columns };
 }

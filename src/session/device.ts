@@ -7,6 +7,7 @@
 
 import type { DeviceHandle } from "../backends/backend.ts";
 import { byteLengthOf, type CpuView, type DeviceTensor, type View, viewValues } from "../core/base.ts";
+import type { RuntimeOptions } from "../core/runtime.ts";
 import type { LoadedTasks, Selection } from "../core/selection.ts";
 import { createFolding, type SessionRuntime } from "../core/session-runtime.ts";
 import { BaseMismatchError } from "../errors.ts";
@@ -14,9 +15,17 @@ import { onnxHost } from "../onnx/host.ts";
 import type { TaskInput } from "../onnx/inject.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { fillWeightFile, type WeightFile, type WeightInput } from "../onnx/replaceable.ts";
-import type { Active, Delivery, Placer } from "./delivery.ts";
+import {
+  type Active,
+  compareOutputs,
+  type Delivery,
+  type Placer,
+  type ProbeReport,
+  type SessionParts,
+  withFeeds,
+} from "./delivery.ts";
 import type { Engine, EngineGpu, EngineTensor, LoadedModel, Tensors } from "./engine.ts";
-import { compareOutputs, type ProbeReport, type SessionParts, withFeeds } from "./probe.ts";
+import type { PreparedModel } from "./prepare.ts";
 import { type InputValues, inputNamesOf, stackValues, TaskEvaluator, toFeeds } from "./values.ts";
 
 type Placed = DeviceTensor & { buffer: GPUBuffer };
@@ -33,7 +42,7 @@ export async function deviceDelivery(
   gpu: EngineGpu,
 ): Promise<Delivery> {
   const { engine } = parts;
-  const { pack, view, inputs, names, keep, base } = parts.prepared;
+  const { inputs } = parts.prepared;
   const model = await engine.load(parts.detached, parts.load);
   const tensors = new Map<string, Placed>();
   const free = (): void => tensors.forEach(({ buffer }) => buffer.destroy());
@@ -46,9 +55,7 @@ export async function deviceDelivery(
     const weights = Object.fromEntries(
       fed.map(({ name, input, dtype, shape }) => [input, gpu.tensor(own.get(name)!, dtype, shape)]),
     );
-    const folding = await createFolding(pack, view, base.ignored, inputNamesOf(base), {
-      ...{ base: tensors, backend: "webgpu", webgpu: { device }, names, ...(keep && { modules: keep }) },
-    });
+    const folding = await foldingOf(parts.prepared, { base: tensors, backend: "webgpu", webgpu: { device } });
     runtime = folding;
     const evaluator = new TaskEvaluator(parts.prepared, folding);
     const active = (task: Selection, values: InputValues): Active => {
@@ -82,6 +89,11 @@ export async function deviceDelivery(
     await engine.release(model);
     throw error;
   }
+}
+
+function foldingOf({ pack, view, names, keep, base }: PreparedModel, options: RuntimeOptions): Promise<SessionRuntime> {
+  const how = { ...options, names, ...(keep && { modules: keep }) };
+  return createFolding(pack, view, base.ignored, inputNamesOf(base), how);
 }
 
 /** Puts the parameters on the device, as their inputs take them. */
@@ -148,10 +160,9 @@ async function probeBuffers(
     fed.map(({ input, dtype, shape }) => [input, engine.gpu!.tensor(zeros, dtype, shape)]),
   );
   try {
-    return await withFeeds(parts, model, (run) => {
-      const on = (values: Tensors) => (fetches: readonly string[]) => run(base, fetches, values);
-      return compareOutputs(parts, "whatever the weights", [on(weights), on(nothing)]);
-    });
+    return await withFeeds(parts, model, (run) =>
+      compareOutputs(parts, run, "whatever the weights", [base, weights], [base, nothing]),
+    );
   } finally {
     zeros.destroy();
   }
@@ -165,71 +176,59 @@ function roundUp16(bytes: number): number {
   return Math.max(16, Math.ceil(bytes / 16) * 16);
 }
 
-/** Task inputs as buffers of the device that the engine computes on. */
-export class DevicePlacer implements Placer {
-  readonly #engine: Engine;
-  readonly #device: GPUDevice;
-  readonly #inputs: readonly TaskInput[];
+/** Task inputs as buffers of the device that the engine computes on. @param engine one with `gpu` */
+export function devicePlacer(engine: Engine, handle: DeviceHandle, inputs: readonly TaskInput[]): Placer {
+  const device = handle as unknown as GPUDevice;
   /** Buffers of tasks that were active before, by input. */
-  readonly #spare = new Map<string, GPUBuffer[]>();
-  readonly #all = new Set<GPUBuffer>();
-
-  /** @param engine one with `gpu` */
-  constructor(engine: Engine, device: DeviceHandle, inputs: readonly TaskInput[]) {
-    this.#engine = engine;
-    this.#device = device as unknown as GPUDevice;
-    this.#inputs = inputs;
-  }
-
-  place(values: InputValues): Omit<Active, "task" | "model"> {
-    const feeds: Record<string, EngineTensor> = {};
-    const used: (readonly [name: string, buffer: GPUBuffer])[] = [];
-    // A run carries indices from the CPU's memory all the same: they are 64-bit integers.
-    let bytes = 0;
-    let written = 0;
-    for (const input of this.#inputs) {
-      const { name } = input;
-      const { dims, data } = stackValues(input, [values.get(name)!]);
-      if (data instanceof BigInt64Array) {
-        feeds[name] = this.#engine.tensor(data, dims);
-        bytes += data.byteLength;
-        continue;
-      }
-      const buffer = this.#bufferFor(name, roundUp16(data.byteLength));
-      this.#device.queue.writeBuffer(buffer, 0, data as Float32Array<ArrayBuffer>);
-      feeds[name] = this.#engine.gpu!.tensor(buffer, "f32", dims);
-      used.push([name, buffer]);
-      written += data.byteLength;
-    }
-    // Called once no run reads them any more: their buffers are used again.
-    const retire = (): void => {
-      for (const [name, buffer] of used) this.#spare.set(name, [...(this.#spare.get(name) ?? []), buffer]);
-    };
-    return { feeds, bytes, written, retire };
-  }
-
-  /** A buffer that nothing reads: tasks differ in rank, and so in size. */
-  #bufferFor(name: string, size: number): GPUBuffer {
-    const spare = this.#spare.get(name)?.pop();
-    if (spare?.size === size) return spare;
-    if (spare) this.#free(spare);
-    const buffer = this.#device.createBuffer({ label: `eigenlora ${name}`, size, usage: USAGE });
-    this.#all.add(buffer);
-    return buffer;
-  }
-
-  #free(buffer: GPUBuffer): void {
-    this.#all.delete(buffer);
+  const spare = new Map<string, GPUBuffer[]>();
+  const all = new Set<GPUBuffer>();
+  const free = (buffer: GPUBuffer): void => {
+    all.delete(buffer);
     buffer.destroy();
-  }
-
-  get byteLength(): number {
-    return [...this.#all].reduce((sum, { size }) => sum + size, 0);
-  }
-
-  close(): void {
-    for (const buffer of this.#all) this.#free(buffer);
-  }
+  };
+  /** A buffer that nothing reads: tasks differ in rank, and so in size. */
+  const bufferFor = (name: string, size: number): GPUBuffer => {
+    const old = spare.get(name)?.pop();
+    if (old?.size === size) return old;
+    if (old) free(old);
+    const buffer = device.createBuffer({ label: `eigenlora ${name}`, size, usage: USAGE });
+    all.add(buffer);
+    return buffer;
+  };
+  return {
+    place(values) {
+      const feeds: Record<string, EngineTensor> = {};
+      const used: (readonly [name: string, buffer: GPUBuffer])[] = [];
+      let bytes = 0;
+      let written = 0;
+      for (const input of inputs) {
+        const { name } = input;
+        const { dims, data } = stackValues(input, [values.get(name)!]);
+        if (data instanceof BigInt64Array) {
+          // A run carries indices from the CPU's memory all the same: they are 64-bit integers.
+          feeds[name] = engine.tensor(data, dims);
+          bytes += data.byteLength;
+          continue;
+        }
+        const buffer = bufferFor(name, roundUp16(data.byteLength));
+        device.queue.writeBuffer(buffer, 0, data as Float32Array<ArrayBuffer>);
+        feeds[name] = engine.gpu!.tensor(buffer, "f32", dims);
+        used.push([name, buffer]);
+        written += data.byteLength;
+      }
+      // Called once no run reads them any more: their buffers are used again.
+      const retire = (): void => {
+        for (const [name, buffer] of used) spare.set(name, [...(spare.get(name) ?? []), buffer]);
+      };
+      return { feeds, bytes, written, retire };
+    },
+    get byteLength() {
+      return [...all].reduce((sum, { size }) => sum + size, 0);
+    },
+    close() {
+      for (const buffer of all) free(buffer);
+    },
+  };
 }
 
 /**
@@ -242,12 +241,10 @@ export async function foldedDelivery(
   file: ModelFile,
   weights: WeightFile,
 ): Promise<Delivery> {
-  const { pack, view, inputs, names, keep, base } = prepared;
+  const { inputs } = prepared;
   const host = onnxHost(file, weights.pieces);
-  const runtime = await createFolding(pack, view, base.ignored, inputNamesOf(base), {
-    // The file is in memory anyway: no second copy of its weights.
-    ...{ base: host, webgpu: false, policy: "reload", names, ...(keep && { modules: keep }) },
-  });
+  // The file is in memory anyway: no second copy of its weights.
+  const runtime = await foldingOf(prepared, { base: host, webgpu: false, policy: "reload" });
   const evaluator = new TaskEvaluator(prepared, runtime);
   const pristine = detached.files.reduce((sum, { data }) => sum + data.byteLength, detached.bytes.length);
   const make = async (tasks: LoadedTasks, signal?: AbortSignal): Promise<Active> => {

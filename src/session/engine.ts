@@ -59,10 +59,7 @@ export interface Engine<Model extends LoadedModel = LoadedModel> {
   readonly name: string;
   /** Name of the device that it computes on, for messages. */
   readonly provider: string;
-  /**
-   * @param model the graph, and the files that it points into
-   * @throws BackendError when the runtime refuses the model
-   */
+  /** @param model the graph, and the files that it points into @throws BackendError when the runtime refuses the model */
   load(model: DetachedModel, options?: LoadOptions): Promise<Model>;
   /**
    * Runs a model. Calls may overlap; the engine puts them in order where its runtime cannot overlap them.

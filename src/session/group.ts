@@ -14,7 +14,6 @@ import {
   Switching,
 } from "../core/selection.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
-import type { DetailedEvent } from "../events.ts";
 import { isOfModule, moduleOf } from "../format/format.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import { tellReady } from "../open-source.ts";
@@ -194,13 +193,17 @@ export class SessionGroup<
   override heard(type: string): void {
     if (type !== "devicelost" || this.#watched) return;
     this.#watched = true;
-    // Sessions of one runtime have one device: the first that tells is enough.
+    // Sessions of one runtime have one device: the first event is enough.
     const once = new AbortController();
-    const tell = ({ detail }: DetailedEvent<{ readonly message: string }>): void => {
-      once.abort();
-      this.tell("devicelost", detail);
-    };
-    for (const session of this.#all) session.addEventListener("devicelost", tell, { signal: once.signal });
+    for (const session of this.#all)
+      session.addEventListener(
+        type,
+        ({ detail }) => {
+          once.abort();
+          this.tell("devicelost", detail);
+        },
+        { signal: once.signal },
+      );
   }
 
   /**
@@ -230,28 +233,29 @@ export class SessionGroup<
     });
     return this.#closed;
   }
-
-  [Symbol.asyncDispose](): Promise<void> {
-    return this.close();
-  }
 }
 
 function sumOf(reports: readonly SessionSwitchReport[]): SessionSwitchReport {
-  const sum = { task: reports[0]!.task, bytesRead: 0, requests: 0, bytesFed: 0 };
-  const milliseconds = { read: 0, compute: 0, total: 0 };
-  for (const report of reports) {
-    for (const name of ["bytesRead", "requests", "bytesFed"] as const) sum[name] += report[name];
-    for (const name of ["read", "compute", "total"] as const) milliseconds[name] += report.milliseconds[name];
-  }
-  return { ...sum, milliseconds };
+  return reports.reduce((a, b) => ({
+    task: a.task,
+    bytesRead: a.bytesRead + b.bytesRead,
+    requests: a.requests + b.requests,
+    bytesFed: a.bytesFed + b.bytesFed,
+    milliseconds: {
+      read: a.milliseconds.read + b.milliseconds.read,
+      compute: a.milliseconds.compute + b.milliseconds.compute,
+      total: a.milliseconds.total + b.milliseconds.total,
+    },
+  }));
 }
 
 /** Finds out which modules and parameters of a pack live in which file of a model. */
 export class Residence {
   readonly #pack: Pack;
   readonly #empty: "refuse" | "skip";
-  /** Reasons by file why a module or parameter is not there; undefined once a file has it. */
-  readonly #reasons = new Map<string, Map<string, string> | undefined>();
+  /** Modules and parameters that a file has, and the reasons of the files that lack one. */
+  readonly #found = new Set<string>();
+  readonly #reasons = new Map<string, string[]>();
   /** Embeddings whose rows tasks replace: their shapes, and weights of files that lack them. */
   readonly #tables = new Map<string, { shape?: string | undefined; elsewhere: { file: string; weight: Table }[] }>();
 
@@ -281,9 +285,8 @@ export class Residence {
       for (const [resident, why] of residents) {
         const module = parameters.has(resident) ? moduleOf(resident) : resident;
         (why === undefined ? here : elsewhere).add(module);
-        if (why === undefined) this.#reasons.set(resident, undefined);
-        else if (this.#reasons.has(resident)) this.#reasons.get(resident)?.set(name, why);
-        else this.#reasons.set(resident, new Map([[name, why]]));
+        if (why === undefined) this.#found.add(resident);
+        else this.#reasons.set(resident, [...(this.#reasons.get(resident) ?? []), `${name}: ${why}`]);
       }
       for (const { role, name: table } of brought) {
         if (role !== "rows") continue;
@@ -317,11 +320,10 @@ export class Residence {
       throw new BaseMismatchError(`${message}: there is no telling across files. ${advice}`, { module });
     }
     for (const [name, reasons] of this.#reasons) {
-      if (!reasons) continue;
-      const whys = [...reasons].map(([file, why]) => `${file}: ${why}`).join("; ");
+      if (this.#found.has(name)) continue;
       const isPipeline = this.#empty === "skip";
       const advice = isPipeline ? "Use the model that the adapters are for" : "Give the file that has it";
-      const message = `"${name}" lives in none of the ${isPipeline ? "sessions" : "files"} (${whys}). ${advice}, or leave it out with the option \`modules\``;
+      const message = `"${name}" lives in none of the ${isPipeline ? "sessions" : "files"} (${reasons.join("; ")}). ${advice}, or leave it out with the option \`modules\``;
       throw new BaseMismatchError(message, { module: name });
     }
   }

@@ -7,10 +7,10 @@ export type { MemoryReport, Selection, SwitchOptions, SwitchReport } from "../co
 export type { Feed } from "../onnx/feeds.ts";
 export type { DataFile, DetachedModel } from "../onnx/write.ts";
 export type { ReadOptions } from "../source.ts";
+export type { ProbeReport } from "./delivery.ts";
 export type { Engine, EngineGpu, EngineTensor, LoadedModel, LoadOptions, Tensors } from "./engine.ts";
 export { createSessions, type GroupOptions, type SessionGroup } from "./group.ts";
 export type { Mode, SessionOptions, SessionSwitchOptions } from "./options.ts";
-export type { ProbeReport } from "./probe.ts";
 export {
   createSession,
   type Session,

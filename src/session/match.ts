@@ -44,10 +44,9 @@ export class ModelMatcher {
     this.#options = options;
     const parameters = findParameters(file.model);
     for (const parameter of parameters) {
-      this.#parameters.set(parameter.name, parameter);
-      const others = this.#byInitializer.get(parameter.initializer);
-      if (others) others.push(parameter);
-      else this.#byInitializer.set(parameter.initializer, [parameter]);
+      const { name, initializer } = parameter;
+      this.#parameters.set(name, parameter);
+      this.#byInitializer.set(initializer, [...(this.#byInitializer.get(initializer) ?? []), parameter]);
     }
     this.#names = new NameMatcher(this.#parameters.keys());
     this.#copies = new Copies(file, parameters, options);
@@ -59,17 +58,23 @@ export class ModelMatcher {
    */
   async weights(modules: readonly PackModule[]): Promise<OnnxParameter[]> {
     const weights: OnnxParameter[] = [];
-    for (const module of modules) {
-      const parameter = await this.#weight(module.name);
-      const part = fitsShape(module, parameter) ? parameter : await this.#byHand(module.name, parameter);
-      checkShape(module, part);
-      weights.push(part);
-    }
-    const names = weights.map(({ name }) => name);
-    refuseShared(modules, names);
-    const found: OnnxParameter[] = [];
-    for (const weight of weights) found.push(weight.slice || weight.joined ? weight : await this.#copies.of(weight));
-    return found;
+    for (const module of modules) weights.push(await this.#locate(module));
+    refuseShared(
+      modules,
+      weights.map(({ name }) => name),
+    );
+    for (const [i, weight] of weights.entries())
+      if (!weight.slice && !weight.joined) weights[i] = await this.#copies.of(weight);
+    return weights;
+  }
+
+  /** The weight of a module, or its part of a packed one. @throws BaseMismatchError when it is missing or of another shape */
+  async #locate(module: PackModule): Promise<OnnxParameter> {
+    let weight = await this.#weight(module.name);
+    if (misfitOf(module, weight)) weight = await this.#byHand(module.name, weight);
+    const misfit = misfitOf(module, weight);
+    if (misfit) throw misfit;
+    return weight;
   }
 
   /** The only parameter that an initializer holds. */
@@ -193,9 +198,7 @@ export class ModelMatcher {
     const unsure = new Map<string, { readonly name: string; readonly as: string }>();
     for (const module of modules) {
       try {
-        const whole = await this.#weight(module.name);
-        const weight = fitsShape(module, whole) ? whole : await this.#byHand(module.name, whole);
-        checkShape(module, weight);
+        const weight = await this.#locate(module);
         const name = `${module.name}.weight`;
         const sure = !this.#options.anyBase && (await this.confirms(module, weight, bases));
         if (sure) confirmed.add(inFront(name, weight.name));
@@ -247,10 +250,7 @@ export class ModelMatcher {
     return "name" in this.#names.find(name);
   }
 
-  /**
-   * A parameter that tasks bring.
-   * @throws BaseMismatchError when the model does not have it, or several match
-   */
+  /** A parameter that tasks bring. @throws BaseMismatchError when the model does not have it, or several match */
   async parameter(name: string, role: string): Promise<OnnxParameter> {
     const found = await this.#findParameter(name);
     if ("name" in found) {
@@ -333,28 +333,17 @@ export function isIgnored(parameter: string, ignore: readonly string[] = []): bo
   return ignore.includes(parameter) || ignore.includes(moduleOf(parameter));
 }
 
-function fitsShape(module: PackModule, parameter: OnnxParameter): boolean {
-  const [expected, found] = shapesOf(module, parameter);
-  const conv = parameter.shape.length > 2 && module.layout === "conv";
-  const size = parameter.shape.slice(1).reduce((a, b) => a * b, 1);
-  return conv
-    ? parameter.shape[0] === module.out && size === module.in
-    : found?.every((n, i) => n === expected[i]) === true;
-}
-
-/** The shape that a module's weight must have, and the one that it has. */
-function shapesOf(
-  module: PackModule,
-  parameter: OnnxParameter,
-): [expected: number[], found: readonly number[] | undefined] {
+/** The error for a weight of another shape than the module's; undefined where it fits. */
+function misfitOf(module: PackModule, parameter: OnnxParameter): BaseMismatchError | undefined {
   const table = parameter.layout === "embedding" || module.layout === "embedding";
-  return [table ? [module.in, module.out] : [module.out, module.in], matrixShape(parameter)];
-}
-
-function checkShape(module: PackModule, parameter: OnnxParameter): void {
-  if (fitsShape(module, parameter)) return;
-  const [expected, found] = shapesOf(module, parameter);
-  throw shapeMismatch(module, parameter.name, expected, found ?? parameter.shape);
+  const expected = table ? [module.in, module.out] : [module.out, module.in];
+  const conv = module.layout === "conv" && parameter.shape.length > 2;
+  const shape = (conv ? undefined : matrixShape(parameter)) ?? parameter.shape;
+  const [rows, ...others] = shape;
+  const fits = conv
+    ? rows === module.out && others.reduce((a, b) => a * b, 1) === module.in
+    : shape.join() === expected.join();
+  return fits ? undefined : shapeMismatch(module, parameter.name, expected, shape);
 }
 
 /** The segments that one of two names has in front of the other. */

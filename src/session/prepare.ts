@@ -3,6 +3,8 @@
  * change next to them, and whether that can be done without touching the weights; it checks that the model is the right one and changes
  * nothing. Then the graph is changed by it.
  */
+
+import { refuseShared } from "../core/mismatch.ts";
 import type { Pack } from "../core/pack.ts";
 import type { ModuleFilter, PackView } from "../core/part.ts";
 import { BaseMismatchError } from "../errors.ts";
@@ -107,8 +109,8 @@ export async function prepareModel(
     const { replaceByFile, replaceByInputs } = await import("../onnx/replaceable.ts");
     folded = (options.foldedInputs ? replaceByInputs : replaceByFile)(file.model, parameters);
   }
-  const inPieces = ({ slice, joined }: Pick<Site, "slice" | "joined">): boolean => Boolean(slice ?? joined);
-  const packed = changes.biases.some(({ slice }) => slice) || changes.modules.some(({ sites }) => sites.some(inPieces));
+  const sites = changes.modules.flatMap((module): readonly Pick<Site, "slice" | "joined">[] => module.sites);
+  const packed = changes.biases.some(({ slice }) => slice) || sites.some(({ slice, joined }) => slice ?? joined);
   const { takeApart } = packed ? await import("../onnx/packed.ts") : {};
   const forms = new Map([
     ...changes.modules.flatMap(({ name, kind }) => (kind === "linear" ? [] : [[name, kind] as const])),
@@ -155,23 +157,6 @@ export interface Plan {
   readonly folded: readonly OnnxParameter[];
 }
 
-/**
- * @param bases of the pack, as `pack.bases()` gives them
- * @throws BaseMismatchError when a module is missing, ambiguous, of another shape or of another model, or when the mode
- *   asked for cannot do what the tasks bring; the message names another that can
- * @throws FormatError when the model's opset is too old, or it has task inputs already
- */
-export async function planSession(
-  file: ModelFile,
-  pack: PackView,
-  bases: Uint8Array,
-  options: SessionOptions,
-): Promise<Plan> {
-  // First: what an injection has taken out of a model would be missed by another name.
-  checkInjectable(file.model);
-  return new Planner(file, pack, options).plan(bases);
-}
-
 /** A task that a mode cannot bring. */
 interface Obstacle {
   readonly module: string;
@@ -197,142 +182,135 @@ interface SingleParameters {
   readonly parameters: readonly OnnxParameter[];
 }
 
-/** Parameters and modules that tasks bring, in each of some roles. */
-function namesIn(brought: readonly Brought[], is: (role: Brought["role"]) => boolean): Set<string> {
-  return new Set(brought.filter(({ role }) => is(role)).map(({ name }) => name));
+/** Parameters and modules that tasks bring in a role. */
+function namesIn(brought: readonly Brought[], role: Brought["role"]): Set<string> {
+  return new Set(brought.filter((entry) => entry.role === role).map(({ name }) => name));
 }
 
-class Planner {
-  readonly #file: ModelFile;
-  readonly #pack: PackView;
-  readonly #options: SessionOptions;
-  readonly #matcher: ModelMatcher;
-  /** Why a task cannot come unfolded, and why not folded. */
-  readonly #notUnfolded: Obstacle[] = [];
-  readonly #notFolded: Obstacle[] = [];
+/**
+ * @param bases of the pack, as `pack.bases()` gives them
+ * @throws BaseMismatchError when a module is missing, ambiguous, of another shape or of another model, or when the mode
+ *   asked for cannot do what the tasks bring; the message names another that can
+ * @throws FormatError when the model's opset is too old, or it has task inputs already
+ */
+export async function planSession(
+  file: ModelFile,
+  pack: PackView,
+  bases: Uint8Array,
+  options: SessionOptions,
+): Promise<Plan> {
+  // First: what an injection has taken out of a model would be missed by another name.
+  checkInjectable(file.model);
+  const matcher = new ModelMatcher(file, options);
+  /** Obstacles to a task unfolded, and folded. */
+  const notUnfolded: Obstacle[] = [];
+  const notFolded: Obstacle[] = [];
   /** Biases that the exporter has dropped, by the pack's name. */
-  readonly #dropped = new Map<string, AdaptedBias>();
-  #brought: readonly Brought[] = [];
+  const droppedBiases = new Map<string, AdaptedBias>();
+  const { modules } = pack;
+  const weights = await matcher.weights(modules);
+  const allBrought = await broughtAndReserved();
   /** Modules with DoRA tasks. */
-  #scaled: ReadonlySet<string> = new Set();
-
-  constructor(file: ModelFile, pack: PackView, options: SessionOptions) {
-    this.#file = file;
-    this.#pack = pack;
-    this.#options = options;
-    this.#matcher = new ModelMatcher(file, options);
+  const scaledModules = namesIn(allBrought, "magnitude");
+  const parameters = allBrought.filter(({ role }) => !isOfModule(role));
+  const wanted = parameters.filter(({ name }) => !matcher.ignores(name));
+  for (const { name } of wanted) {
+    const bias = await matcher.dropped(name);
+    if (bias) droppedBiases.set(name, bias);
   }
-
-  async plan(bases: Uint8Array): Promise<Plan> {
-    const { modules } = this.#pack;
-    const weights = await this.#matcher.weights(modules);
-    this.#brought = await this.#allBrought();
-    this.#scaled = namesIn(this.#brought, (role) => role === "magnitude");
-    const parameters = this.#brought.filter(({ role }) => !isOfModule(role));
-    const wanted = parameters.filter(({ name }) => !this.#matcher.ignores(name));
-    for (const { name } of wanted) {
-      const bias = await this.#matcher.dropped(name);
-      if (bias) this.#dropped.set(name, bias);
-    }
-    const heads = await this.#heads(wanted, weights);
-    const singles = await this.#singles(wanted, heads);
-    const layers: AdaptedLayer[] = [];
-    for (const [i, module] of modules.entries()) layers.push(...(await this.#layer(module, weights[i]!)));
-    const choice = this.#choose();
-    const unconfirmed = await this.#matcher.check(modules, weights, bases);
-    const names = modules.map(({ name }, i) => [name, weights[i]!.name] as const);
-    const isFolded = choice.mode === "folded";
-    // An adapted weight is always folded: an input in its place would not get the terms of other tasks.
-    const fed = isFolded ? heads.filter(({ adapted }) => !adapted) : heads;
-    const { biases, rows, vectors } = singles;
-    const changes: GraphChanges = {
-      ...(isFolded
-        ? { modules: [], biases: this.#lacking(heads, biases), rows: [], vectors: [] }
-        : { modules: layers.map((layer) => this.#withComponents(layer, choice.mode, bases)), biases, rows, vectors }),
-      heads: fed.map(({ layer }) => layer),
-    };
-    const inWeights = [...weights, ...singles.parameters, ...heads.flatMap(({ adapted }) => adapted ?? [])];
-    return {
-      ...choice,
-      ...{ unconfirmed, changes },
-      names: new Map([...this.#matcher.byHand(), ...names]),
-      dropped: [...this.#dropped.keys()],
-      folded: isFolded ? [...new Map(inWeights.map((parameter) => [parameter.name, parameter])).values()] : [],
-      base: {
-        ...(await this.#baseValues(fed, changes, isFolded ? [] : weights)),
-        wanted: new Set(wanted.map(({ name }) => name)),
-        ignored: new Set(parameters.map(({ name }) => name).filter((name) => this.#matcher.ignores(name))),
-      },
-    };
-  }
+  const heads = await savedHeads();
+  const singles = await singleParameters(heads);
+  const layers: AdaptedLayer[] = [];
+  for (const [i, module] of modules.entries()) layers.push(...(await layersOf(module, weights[i]!)));
+  const choice = choose();
+  const unconfirmed = await matcher.check(modules, weights, bases);
+  const names = modules.map(({ name }, i) => [name, weights[i]!.name] as const);
+  const isFolded = choice.mode === "folded";
+  // An adapted weight is always folded: an input in its place would not get the terms of other tasks.
+  const fed = isFolded ? heads.filter(({ adapted }) => !adapted) : heads;
+  const { biases, rows, vectors } = singles;
+  const changes: GraphChanges = {
+    ...(isFolded
+      ? { modules: [], biases: biasesWithoutWeight(heads, biases), rows: [], vectors: [] }
+      : { modules: layers.map((layer) => withComponents(layer, choice.mode)), biases, rows, vectors }),
+    heads: fed.map(({ layer }) => layer),
+  };
+  const inWeights = [...weights, ...singles.parameters, ...heads.flatMap(({ adapted }) => adapted ?? [])];
+  return {
+    ...choice,
+    ...{ unconfirmed, changes },
+    names: new Map([...matcher.byHand(), ...names]),
+    dropped: [...droppedBiases.keys()],
+    folded: isFolded ? [...new Map(inWeights.map((parameter) => [parameter.name, parameter])).values()] : [],
+    base: {
+      ...(await baseValues(fed, changes, isFolded)),
+      wanted: new Set(wanted.map(({ name }) => name)),
+      ignored: new Set(parameters.map(({ name }) => name).filter((name) => matcher.ignores(name))),
+    },
+  };
 
   /** Everything that the tasks change, and the heads that are reserved. */
-  async #allBrought(): Promise<Brought[]> {
-    const brought = await broughtBy(this.#pack, this.#options);
-    const reserved = [this.#options.reserve?.head ?? []]
+  async function broughtAndReserved(): Promise<Brought[]> {
+    const brought = await broughtBy(pack, options);
+    const reserved = [options.reserve?.head ?? []]
       .flat()
-      .flatMap((head) => [`${head}.weight`, ...(this.#matcher.has(`${head}.bias`) ? [`${head}.bias`] : [])]);
+      .flatMap((head) => [`${head}.weight`, ...(matcher.has(`${head}.bias`) ? [`${head}.bias`] : [])]);
     const others = brought.filter(({ role, name }) => role !== "saved" || !reserved.includes(name));
     return [...reserved.map((name): Brought => ({ role: "saved", name })), ...others];
   }
 
   /** Biases of the model's own that no weight holds. */
-  #lacking(heads: readonly SavedHead[], biases: readonly AdaptedBias[]): AdaptedBias[] {
+  function biasesWithoutWeight(heads: readonly SavedHead[], biases: readonly AdaptedBias[]): AdaptedBias[] {
     const names = [...biases.map(({ name }) => name), ...heads.map(({ adapted, bias = "" }) => (adapted ? bias : ""))];
-    return names.flatMap((name) => this.#dropped.get(name) ?? []);
+    return names.flatMap((name) => droppedBiases.get(name) ?? []);
   }
 
   /** Saved linear layers: the weight and, where there is one, the bias behind it. */
-  async #heads(wanted: readonly Brought[], weights: readonly OnnxParameter[]): Promise<SavedHead[]> {
-    const saved = namesIn(wanted, (role) => role === "saved");
-    const rows = namesIn(wanted, (role) => role === "rows");
+  async function savedHeads(): Promise<SavedHead[]> {
+    const saved = namesIn(wanted, "saved");
+    const rows = namesIn(wanted, "rows");
     const heads: SavedHead[] = [];
     for (const weight of saved) {
       if (!weight.endsWith(".weight") || rows.has(weight)) continue;
-      const parameter = await this.#matcher.parameter(weight, "saved");
+      const parameter = await matcher.parameter(weight, "saved");
       const shape = matrixShape(parameter);
-      const sites = linearsOf(this.#file.model, parameter);
+      const sites = linearsOf(file.model, parameter);
       if (!shape || typeof sites === "string" || sites.some(({ slice, joined }) => slice ?? joined)) continue;
       const name = moduleOf(weight);
       const bias = saved.has(`${name}.bias`) ? `${name}.bias` : undefined;
-      const places = sites.map((site) => ({ site, end: bias ? endOf(this.#file.model, site) : site.node }));
+      const places = sites.map((site) => ({ site, end: bias ? endOf(file.model, site) : site.node }));
       // A bias that is added somewhere else would be added to the task's own.
       const elsewhere = places.some(({ site, end }) => site.bias === undefined && end === site.node);
-      if (bias && !this.#dropped.has(bias) && elsewhere) continue;
+      if (bias && !droppedBiases.has(bias) && elsewhere) continue;
       const layer = { name, in: shape[1], out: shape[0], bias: bias !== undefined, places };
-      heads.push({ layer, weight, bias, parameter, adapted: await this.#adapted(name, bias, parameter, weights) });
+      heads.push({ layer, weight, bias, parameter, adapted: await adaptedParameters(name, bias, parameter) });
     }
-    for (const { layer, parameter } of heads) {
-      const others = heads.filter((head) => head.parameter.name === parameter.name).map((head) => head.layer.name);
-      const index = weights.findIndex(({ name }) => name === parameter.name);
-      if (index >= 0) others.push(this.#pack.modules[index]!.name);
-      const alias = others.find((other) => other !== layer.name);
-      if (alias === undefined) continue;
-      const message = `"${layer.name}" and "${alias}" of the pack are one layer of the model, "${parameter.name}"`;
-      throw new BaseMismatchError(`${message}: pack the adapters under one name`, { module: layer.name });
-    }
+    const others = heads.filter(({ layer }) => modules.every(({ name }) => name !== layer.name));
+    refuseShared(
+      [...modules, ...others.map(({ layer }) => layer)],
+      [...weights, ...others.map(({ parameter }) => parameter)].map(({ name }) => name),
+    );
     return heads;
   }
 
   /** The parameters of a head that other tasks adapt; undefined where none does. */
-  async #adapted(
+  async function adaptedParameters(
     name: string,
     bias: string | undefined,
     parameter: OnnxParameter,
-    weights: readonly OnnxParameter[],
   ): Promise<OnnxParameter[] | undefined> {
     if (weights.every((weight) => weight.name !== parameter.name)) return undefined;
-    const held = bias !== undefined && !this.#dropped.has(bias);
-    const biases = held ? [await this.#matcher.parameter(bias, "saved")] : [];
+    const held = bias !== undefined && !droppedBiases.has(bias);
+    const biases = held ? [await matcher.parameter(bias, "saved")] : [];
     if (biases.some(({ dtype }) => dtype === "other"))
-      this.#notFolded.push({ module: name, why: `the bias of "${name}" is quantised` });
-    if (this.#scaled.has(name))
-      this.#notUnfolded.push({ module: name, why: `one task brings "${name}" whole, and another adapts it by DoRA` });
+      notFolded.push({ module: name, why: `the bias of "${name}" is quantised` });
+    if (scaledModules.has(name))
+      notUnfolded.push({ module: name, why: `one task brings "${name}" whole, and another adapts it by DoRA` });
     return [parameter, ...biases];
   }
 
   /** Sorts biases, token rows and other vectors by how they can be added to. */
-  async #singles(wanted: readonly Brought[], heads: readonly SavedHead[]): Promise<SingleParameters> {
+  async function singleParameters(heads: readonly SavedHead[]): Promise<SingleParameters> {
     const headNames = new Set(heads.flatMap(({ weight, bias }) => [weight, bias]));
     const biases = new Map<string, AdaptedBias>();
     const rows = new Map<OnnxParameter, AdaptedRows | undefined>();
@@ -340,37 +318,37 @@ class Planner {
     const parameters: OnnxParameter[] = [];
     for (const { role, name } of wanted) {
       if (headNames.has(name)) continue;
-      const dropped = this.#dropped.get(name);
+      const dropped = droppedBiases.get(name);
       if (dropped) {
         biases.set(name, dropped);
         continue;
       }
-      const parameter = await this.#matcher.parameter(name, role);
+      const parameter = await matcher.parameter(name, role);
       parameters.push(parameter);
-      this.#checkFoldable(name, `"${name}"`, parameter);
+      checkFoldable(name, `"${name}"`, parameter);
       if (role === "rows") {
-        rows.set(parameter, this.#rows(name, parameter));
+        rows.set(parameter, rowsOfTable(name, parameter));
         continue;
       }
       const quantised = parameter.dtype === "other";
       const isBias = !quantised && (role !== "saved" || name.endsWith(".bias"));
-      const bias = isBias ? biasOf(this.#file.model, name, parameter) : undefined;
-      const vector = bias ? undefined : (await import("../onnx/forms.ts")).vectorOf(this.#file.model, name, parameter);
+      const bias = isBias ? biasOf(file.model, name, parameter) : undefined;
+      const vector = bias ? undefined : (await import("../onnx/forms.ts")).vectorOf(file.model, name, parameter);
       const why = quantised ? "which is quantised here" : "no linear layer's head, bias or weight of a normalisation";
       if (bias) biases.set(name, bias);
       else if (vector) vectors.push(vector);
-      else this.#notUnfolded.push({ module: name, why: `tasks bring "${name}" (${role}), ${why}` });
+      else notUnfolded.push({ module: name, why: `tasks bring "${name}" (${role}), ${why}` });
     }
     for (const [table, found] of [...rows]) {
       if (table.layout !== "embedding") continue;
       const name = found?.name ?? "";
-      for (const tied of await this.#matcher.tiedTo(table)) {
-        const own = rows.has(tied) ? rows.get(tied) : this.#rows(tied.name, tied);
-        if (!rows.has(tied)) this.#checkFoldable(name, `"${tied.name}", which is tied to "${name}",`, tied);
+      for (const tied of await matcher.tiedTo(table)) {
+        const own = rows.has(tied) ? rows.get(tied) : rowsOfTable(tied.name, tied);
+        if (!rows.has(tied)) checkFoldable(name, `"${tied.name}", which is tied to "${name}",`, tied);
         rows.set(tied, own && { ...own, follows: name });
         parameters.push(tied);
         const why = `tasks bring rows of "${name}", which "${tied.name}" is tied to, and others bring that whole`;
-        if (heads.some(({ parameter }) => parameter.name === tied.name)) this.#notUnfolded.push({ module: name, why });
+        if (heads.some(({ parameter }) => parameter.name === tied.name)) notUnfolded.push({ module: name, why });
       }
     }
     return {
@@ -381,22 +359,25 @@ class Planner {
     };
   }
 
-  #rows(name: string, parameter: OnnxParameter): AdaptedRows | undefined {
-    const rows = rowsOf(this.#file.model, name, parameter);
+  function rowsOfTable(name: string, parameter: OnnxParameter): AdaptedRows | undefined {
+    const rows = rowsOf(file.model, name, parameter);
     if (typeof rows !== "string") return rows;
-    this.#notUnfolded.push({ module: name, why: `tasks bring rows of "${name}", ${rows}` });
+    notUnfolded.push({ module: name, why: `tasks bring rows of "${name}", ${rows}` });
     return undefined;
   }
 
   /** The layer that a module adapts; none where nothing can be added to it. */
-  async #layer({ name, in: inputs, out, layout }: PackModule, parameter: OnnxParameter): Promise<AdaptedLayer[]> {
-    const { model } = this.#file;
-    const rowScale = this.#scaled.has(name);
+  async function layersOf(
+    { name, in: inputs, out, layout }: PackModule,
+    parameter: OnnxParameter,
+  ): Promise<AdaptedLayer[]> {
+    const { model } = file;
+    const rowScale = scaledModules.has(name);
     const refuse = (why: string): AdaptedLayer[] => {
-      this.#notUnfolded.push({ module: name, why });
+      notUnfolded.push({ module: name, why });
       return [];
     };
-    this.#checkFoldable(name, `the weight of "${name}"`, parameter);
+    checkFoldable(name, `the weight of "${name}"`, parameter);
     if (rowScale && parameter.dtype === "other")
       refuse(`"${name}" has DoRA tasks, which need the float weight, and the model's is quantised`);
     const layer = { name, in: inputs, out, factors: true, rowScale };
@@ -417,51 +398,50 @@ class Planner {
     return [{ ...layer, ...form }];
   }
 
-  #withComponents(layer: AdaptedLayer, mode: Mode, bases: Uint8Array): AdaptedLayer {
-    const module = this.#pack.modules.find(({ name }) => name === layer.name)!;
-    const brings = new Set(this.#brought.flatMap(({ role, name }) => (name === layer.name ? role : [])));
+  function withComponents(layer: AdaptedLayer, mode: Mode): AdaptedLayer {
+    const module = modules.find(({ name }) => name === layer.name)!;
+    const brings = new Set(allBrought.flatMap(({ role, name }) => (name === layer.name ? role : [])));
     const components = mode === "core" ? componentsOf(module, bases) : undefined;
-    const { privateTerms: reserved = false } = this.#options.reserve ?? {};
+    const { privateTerms: reserved = false } = options.reserve ?? {};
     if (components) {
       const factors = reserved || [...brings].some(needsFactors);
       const expands = reserved || brings.has("own-A") || brings.has("own-B");
       return { ...layer, components, factors, expands };
     }
-    const over = layer.kind !== "linear" ? undefined : componentsUnder(module, brings, bases, this.#options);
+    const over = layer.kind !== "linear" ? undefined : componentsUnder(module, brings, bases, options);
     // Components that no coefficients stand for.
     const expands = (module.A.length > 0 && !over?.A) || (module.B.length > 0 && !over?.B);
     return { ...layer, over, expands };
   }
 
-  #checkFoldable(module: string, what: string, { dtype, copies, joined }: OnnxParameter): void {
+  function checkFoldable(module: string, what: string, { dtype, copies, joined }: OnnxParameter): void {
     if (joined) {
-      for (const part of joined) this.#checkFoldable(module, `${what}, as "${part.name}",`, part);
+      for (const part of joined) checkFoldable(module, `${what}, as "${part.name}",`, part);
       if (new Set(joined.map(({ layout }) => layout)).size > 1)
-        this.#notFolded.push({ module, why: `${what} is divided into parts that lie in different ways` });
+        notFolded.push({ module, why: `${what} is divided into parts that lie in different ways` });
       return;
     }
     const other = copies.find((copy) => copy.dtype !== dtype);
-    if (dtype === "other" || other?.dtype === "other") this.#notFolded.push({ module, why: `${what} is quantised` });
-    else if (other) this.#notFolded.push({ module, why: `${what} is there in ${dtype} and in ${other.dtype}` });
+    if (dtype === "other" || other?.dtype === "other") notFolded.push({ module, why: `${what} is quantised` });
+    else if (other) notFolded.push({ module, why: `${what} is there in ${dtype} and in ${other.dtype}` });
   }
 
-  #choose(): { mode: Mode; reason: string } {
-    const { mode = "auto" } = this.#options;
+  function choose(): { mode: Mode; reason: string } {
+    const { mode = "auto" } = options;
+    const [unfoldedObstacle] = notUnfolded;
+    const [foldedObstacle] = notFolded;
     const refuse = (obstacles: readonly Obstacle[], before: string, after: string): never => {
       const [{ module, why }, ...others] = obstacles as [Obstacle, ...Obstacle[]];
       const more = others.length > 0 ? ` (and ${others.length} more)` : "";
       throw new BaseMismatchError(`${before}: ${why}${more}${after}`, { module });
     };
-    const [notUnfolded] = this.#notUnfolded;
-    const [notFolded] = this.#notFolded;
-    if (notUnfolded && notFolded) {
-      const neither = `; nor can they be folded: ${notFolded.why}. Pass a float export of the model`;
-      refuse(this.#notUnfolded, "no mode can bring these tasks to this model", neither);
+    if (unfoldedObstacle && foldedObstacle) {
+      const neither = `; nor can they be folded: ${foldedObstacle.why}. Pass a float export of the model`;
+      refuse(notUnfolded, "no mode can bring these tasks to this model", neither);
     }
-    if (mode === "folded" && notFolded) refuse(this.#notFolded, 'mode "folded"', '; use mode "core" or "factors"');
-    if (mode !== "auto" && mode !== "folded" && notUnfolded)
-      refuse(this.#notUnfolded, `mode "${mode}"`, '; use mode "folded"');
-    const { modules } = this.#pack;
+    if (mode === "folded" && foldedObstacle) refuse(notFolded, 'mode "folded"', '; use mode "core" or "factors"');
+    if (mode !== "auto" && mode !== "folded" && unfoldedObstacle)
+      refuse(notUnfolded, `mode "${mode}"`, '; use mode "folded"');
     const K = modules.flatMap((module) => {
       const { A, B } = sharedBases(module) ?? {};
       return A?.kind === "column" && B?.kind === "column" ? [A.tensor.rows, B.tensor.rows] : [];
@@ -471,9 +451,13 @@ class Planner {
       refuse([{ module: "", why }], 'mode "core"', '; use mode "factors"');
     }
     if (mode !== "auto") return { mode, reason: "asked for" };
-    if (notUnfolded) return { mode: "folded", reason: notUnfolded.why };
-    const folding = notFolded ? `; ${notFolded.why}, which rules folding out` : "";
-    if (K.length === 0) return { mode: "factors", reason: sharedReason(modules) + folding };
+    if (unfoldedObstacle) return { mode: "folded", reason: unfoldedObstacle.why };
+    const folding = foldedObstacle ? `; ${foldedObstacle.why}, which rules folding out` : "";
+    if (K.length === 0)
+      return {
+        mode: "factors",
+        reason: `tasks share no components on both factors of a layer: a switch hands over the rest${folding}`,
+      };
     const most = Math.max(...K);
     const [chosen, why] =
       most > MOST_COMPONENTS
@@ -482,42 +466,39 @@ class Planner {
     return { mode: chosen, reason: `tasks share up to ${most} components a side${why}${folding}` };
   }
 
-  /** @param weights of modules; none in mode "folded" */
-  async #baseValues(
+  async function baseValues(
     fed: readonly SavedHead[],
     { biases, vectors, rows }: GraphChanges,
-    weights: readonly OnnxParameter[],
+    isFolded: boolean,
   ): Promise<Omit<BaseValues, "wanted" | "ignored">> {
     const heads = new Map<string, BaseHead>();
     for (const { layer, bias, parameter, adapted } of fed) {
       heads.set(layer.name, {
-        weight: transpose(await this.#matrix(parameter), layer.out, layer.in),
-        bias: bias === undefined ? undefined : await this.#vector(bias, "saved", layer.out),
+        weight: transpose(await matrixValues(parameter), layer.out, layer.in),
+        bias: bias === undefined ? undefined : await vectorValues(bias, "saved", layer.out),
         labels: layer.out,
         adapted: adapted !== undefined,
       });
     }
     const values = new Map<string, Float32Array>();
-    for (const { name, size } of [...biases, ...vectors]) values.set(name, await this.#vector(name, "bias", size));
+    for (const { name, size } of [...biases, ...vectors]) values.set(name, await vectorValues(name, "bias", size));
     const matrices = new Map<string, Float32Array>();
-    for (const [i, weight] of weights.entries()) {
-      const { name } = this.#pack.modules[i]!;
-      if (this.#scaled.has(name)) matrices.set(name, await this.#matrix(weight));
-    }
+    for (const [i, { name }] of modules.entries())
+      if (scaledModules.has(name) && !isFolded) matrices.set(name, await matrixValues(weights[i]!));
     const tied = rows.flatMap(({ name, follows }) => (follows === undefined ? [] : [[name, follows] as const]));
     return { heads, biases: values, weights: matrices, tied: new Map(tied) };
   }
 
-  async #vector(name: string, role: string, size: number): Promise<Float32Array> {
-    if (this.#dropped.has(name)) return new Float32Array(size);
+  async function vectorValues(name: string, role: string, size: number): Promise<Float32Array> {
+    if (droppedBiases.has(name)) return new Float32Array(size);
     const { readVector } = await import("../onnx/dequantize.ts");
-    return readVector(this.#file, await this.#matcher.parameter(name, role), this.#options);
+    return readVector(file, await matcher.parameter(name, role), options);
   }
 
-  async #matrix(parameter: OnnxParameter): Promise<Float32Array> {
+  async function matrixValues(parameter: OnnxParameter): Promise<Float32Array> {
     const weight = asMatrix(parameter);
     const [out, inputs] = matrixShape(weight)!;
-    const { at } = await readLinearWeight(this.#file, weight, this.#options);
+    const { at } = await readLinearWeight(file, weight, options);
     return Float32Array.from({ length: out * inputs }, (_, i) => at(Math.floor(i / inputs), i % inputs));
   }
 }
@@ -559,17 +540,6 @@ function componentsUnder(
   return A || B ? { ...(A && { A }), ...(B && { B }) } : undefined;
 }
 
-/** Says for people what tasks share where they do not share both sides. */
-function sharedReason(modules: readonly PackModule[]): string {
-  const count = (which: "A" | "B"): number => modules.filter((module) => module[which].length > 0).length;
-  const sides = [
-    ...(count("A") > 0 ? [`what layers read (A) in ${count("A")} of ${modules.length} modules`] : []),
-    ...(count("B") > 0 ? [`what they write (B) in ${count("B")} of ${modules.length} modules`] : []),
-  ];
-  if (sides.length === 0) return "tasks share no components: a switch hands over whole tasks";
-  return `tasks share ${sides.join(", ")}: a switch hands over the rest`;
-}
-
 /**
  * The components of a module that a core lies between.
  * @param bases of the pack, which are read when the graph is made
@@ -586,39 +556,30 @@ function componentsOf(module: PackModule, bases: Uint8Array): Components | undef
 function joinedRows(all: readonly ComponentRows[]): ComponentRows {
   const [first, ...others] = all as [ComponentRows, ...ComponentRows[]];
   if (others.length === 0) return first;
-  const rows = all.reduce((sum, part) => sum + part.rows, 0);
-  const join = <T extends Float32Array | Int8Array>(to: T, parts: readonly T[]): T => {
-    let at = 0;
-    for (const part of parts) {
-      to.set(part, at);
-      at += part.length;
-    }
-    return to;
-  };
   const { width } = first;
-  const floats = (): Float32Array => {
-    return join(
-      new Float32Array(rows * width),
-      all.map((part) => part.floats()),
-    );
-  };
+  const rows = all.reduce((sum, part) => sum + part.rows, 0);
+  const floats = (): Float32Array => joinedArrays(all.map((part) => part.floats()));
   const integers = all.flatMap((part) => part.integers ?? []);
   if (integers.length < all.length) return { rows, width, floats };
   return {
     ...{ rows, width, floats },
     integers: {
       bits: Math.max(...integers.map(({ bits }) => bits)) as 3 | 4 | 8,
-      scales: join(
-        new Float32Array(rows),
-        integers.map(({ scales }) => scales),
-      ),
-      values: () =>
-        join(
-          new Int8Array(rows * width),
-          integers.map((part) => part.values()),
-        ),
+      scales: joinedArrays(integers.map(({ scales }) => scales)),
+      values: () => joinedArrays(integers.map((part) => part.values())),
     },
   };
+}
+
+function joinedArrays<T extends Float32Array | Int8Array>(parts: readonly T[]): T {
+  const Typed = parts[0]!.constructor as new (length: number) => T;
+  const joined = new Typed(parts.reduce((sum, { length }) => sum + length, 0));
+  let at = 0;
+  for (const part of parts) {
+    joined.set(part, at);
+    at += part.length;
+  }
+  return joined;
 }
 
 function componentRows(tensor: TensorRef, bases: Uint8Array): ComponentRows {

@@ -1,17 +1,33 @@
 /**
  * Runs with one task per row of the batch. Task inputs meet a layer's rows in order, so the batch must come first in the values that
  * enter the layer; where it does not, or where a layer sees only some tokens of each row, as in a mixture of experts, tasks would be
- * mixed without a word. The graph does not tell; a run on rows that differ does. Loaded by the first such run.
+ * mixed without a word. The graph cannot show this, so the first batched run is verified. Loaded by that run.
  */
 
 import type { Pack, TaskInfo } from "../core/pack.ts";
 import { BackendError } from "../errors.ts";
+import type { Feed } from "../onnx/feeds.ts";
 import type { TaskInput } from "../onnx/inject.ts";
 import { f16ToF32 } from "../tensor/dtypes.ts";
-import type { Delivery, RowModel } from "./delivery.ts";
-import { dataOf, type EngineTensor, type Tensors, toTensors } from "./engine.ts";
-import { madeUpCores } from "./probe.ts";
-import { type InputValues, type TaskValues, toFeeds } from "./values.ts";
+import { syntheticTask } from "./delivery.ts";
+import { dataOf, type Engine, type EngineTensor, type LoadedModel, type Tensors, toTensors } from "./engine.ts";
+import { type InputValues, type TaskEvaluator, type TaskValues, toFeeds } from "./values.ts";
+
+/** A loaded model on which rows of a batch may have a task each. */
+export interface RowModel {
+  readonly engine: Engine;
+  readonly model: LoadedModel;
+  readonly inputs: readonly TaskInput[];
+  readonly outputNames: readonly string[];
+  /** Values of inputs that are neither the model's own nor a task's. */
+  readonly idle: Tensors;
+  /** Kinds of modules and vectors that are no linear layer, by name. */
+  readonly forms: ReadonlyMap<string, string>;
+  /** True if the input of some layer is quantised by a range that all rows share. */
+  readonly sharesRanges: boolean;
+  /** Feeds with rows that differ; undefined where there are no synthetic ones. */
+  readonly feedsOfRows: () => ReadonlyMap<string, Feed> | undefined;
+}
 
 /** Values of a task, and its entry in the pack, which is an object of its own for each task that ever came. */
 interface RowValues {
@@ -21,21 +37,23 @@ interface RowValues {
 
 export class RowTasks {
   readonly #pack: Pick<Pack, "tasks">;
-  readonly #delivery: Pick<Delivery, "rows" | "evaluator">;
+  readonly #evaluator: TaskEvaluator;
+  readonly #model: RowModel;
   /** Values of the tasks of the last run: the next one usually asks for the same. */
-  #known: ReadonlyMap<string | null, RowValues> = new Map();
-  /** True if a task per row is known to reach its row. */
-  #sure = false;
-  #check: ReturnType<typeof rowCheck> | undefined;
+  #last: ReadonlyMap<string | null, RowValues> = new Map();
+  /** Set once a task per row is known to reach its row. */
+  #verified = false;
+  #verifiedBySynthetic: Promise<boolean> | undefined;
 
-  constructor(pack: Pick<Pack, "tasks">, delivery: Pick<Delivery, "rows" | "evaluator">) {
+  constructor(pack: Pick<Pack, "tasks">, evaluator: TaskEvaluator, model: RowModel) {
     this.#pack = pack;
-    this.#delivery = delivery;
+    this.#evaluator = evaluator;
+    this.#model = model;
   }
 
   /** Arrays that are held from one run to the next. */
   get arrays(): readonly { readonly byteLength: number }[] {
-    return [...this.#known.values()].flatMap(({ values }) => [...values.inputs.values()].map(({ data }) => data));
+    return [...this.#last.values()].flatMap(({ values }) => [...values.inputs.values()].map(({ data }) => data));
   }
 
   /**
@@ -47,44 +65,41 @@ export class RowTasks {
     tasks: readonly (string | null)[],
     own: Tensors,
   ): Promise<{ feeds: Tensors; valid: ReadonlyMap<string, readonly number[]> }> {
-    const model = this.#delivery.rows;
-    if (!model) throw new TypeError('run: one task per row needs mode "core" or "factors"; this session is "folded"');
-    const values = await this.#values(tasks, own, model);
-    const valid = [...values[0]!.labels.keys()].map(
-      (head) => [head, values.map(({ labels }) => labels.get(head)!)] as const,
+    const batches = Object.values(own).flatMap(({ dims }) => dims[0] ?? []);
+    if (tasks.length === 0 || !batches.includes(tasks.length))
+      throw new TypeError(`run: ${tasks.length} tasks for a batch of ${batches[0]}; give one per row`);
+    // Together, as they are now: a task can be removed and another one added under its name.
+    const values = new Map(
+      await Promise.all([...new Set(tasks)].map(async (task) => [task, await this.#read(task)] as const)),
     );
+    if (tasks.length > 1 && !this.#verified) await this.#verify(own, tasks.length);
+    this.#last = values;
+    const rows = tasks.map((task) => values.get(task)!.values);
+    const { engine, inputs } = this.#model;
     const { feeds } = toFeeds(
-      model.engine,
-      model.inputs,
-      values.map(({ inputs }) => inputs),
+      engine,
+      inputs,
+      rows.map((row) => row.inputs),
     );
-    return { feeds, valid: new Map(valid) };
+    const heads = [...rows[0]!.labels.keys()];
+    return { feeds, valid: new Map(heads.map((head) => [head, rows.map(({ labels }) => labels.get(head)!)])) };
   }
 
-  /** Values for each row of a batch; those of a task are computed once as long as runs go on asking for it. */
-  async #values(tasks: readonly (string | null)[], feeds: Tensors, model: RowModel): Promise<TaskValues[]> {
-    const batches = Object.values(feeds).flatMap(({ dims }) => dims[0] ?? []);
-    if (tasks.length === 0 || !batches.includes(tasks.length)) {
-      throw new TypeError(`run: ${tasks.length} tasks for a batch of ${batches[0]}; give one per row`);
-    }
-    const { evaluator } = this.#delivery;
-    const valuesOf = async (task: string | null): Promise<RowValues> => {
-      const entry = this.#pack.tasks.get(task!)?.metadata;
-      const known = this.#known.get(task);
-      if (known && known.entry === entry) return known;
-      return { entry, values: await evaluator.read(task) };
-    };
-    // Together, as they are now: a task can be removed and another one added under its name.
-    const wanted = new Map(
-      await Promise.all([...new Set(tasks)].map(async (task) => [task, await valuesOf(task)] as const)),
-    );
-    if (tasks.length > 1 && !this.#sure) {
-      // Values of the base are made again: all sessions would keep them, and few check.
-      this.#check ??= rowCheck(model, (await evaluator.read(null)).inputs);
-      this.#sure = await this.#check(feeds, tasks.length);
-    }
-    this.#known = wanted;
-    return tasks.map((task) => wanted.get(task)!.values);
+  async #read(task: string | null): Promise<RowValues> {
+    const entry = this.#pack.tasks.get(task!)?.metadata;
+    const last = this.#last.get(task);
+    return last?.entry === entry && last ? last : { entry, values: await this.#evaluator.read(task) };
+  }
+
+  /**
+   * Verifies on synthetic feeds first, and on the batch itself where the model does not run on those.
+   * @throws BackendError when tasks are mixed, or no output tells
+   */
+  async #verify(own: Tensors, rows: number): Promise<void> {
+    // Values of the base are computed again: all sessions would keep them, and few verify.
+    const base = (await this.#evaluator.read(null)).inputs;
+    this.#verifiedBySynthetic ??= checkSynthetic(this.#model, base);
+    this.#verified = (await this.#verifiedBySynthetic) || (await checkRows(this.#model, base, own, rows, true));
   }
 }
 
@@ -92,23 +107,9 @@ const WHY =
   "the batch is not the first dimension of some adapted layer, or the layer sees some tokens only, as in a mixture of experts, " +
   "or, in 8 bits, what enters it is quantised by a range that all rows share";
 
-/**
- * @param base values of the task inputs without a task
- * @returns a check that is called with the feeds of each batch until it is sure. It takes made-up feeds first, and the batch itself where
- *   the model does not run on those
- * @throws BackendError when tasks are mixed, or no output tells
- */
-function rowCheck(model: RowModel, base: InputValues): (own: Tensors, rows: number) => Promise<boolean> {
-  let onMadeUp: Promise<boolean> | undefined;
-  return async (own, rows) => {
-    onMadeUp ??= checkMadeUp(model, base);
-    return (await onMadeUp) || checkRows(model, base, own, rows, true);
-  };
-}
-
-/** @returns false also when the model does not run on made-up feeds, or takes them for another batch: they prove nothing then */
-async function checkMadeUp(model: RowModel, base: InputValues): Promise<boolean> {
-  const values = model.made();
+/** @returns false also when the model does not run on synthetic feeds, or takes them for another batch: they prove nothing then */
+async function checkSynthetic(model: RowModel, base: InputValues): Promise<boolean> {
+  const values = model.feedsOfRows();
   const feeds = values && toTensors(model.engine, values);
   const rows = feeds && Object.values(feeds)[0]?.dims[0];
   if (!feeds || !rows || rows < 2) return false;
@@ -119,7 +120,7 @@ async function checkMadeUp(model: RowModel, base: InputValues): Promise<boolean>
 }
 
 /**
- * Runs a batch with a made-up task in all rows, in none, and in every second: each row must be as it is alone. Heads, linear layers and
+ * Runs a batch with a synthetic task in all rows, in none, and in every second: each row must be as it is alone. Heads, linear layers and
  * convolutions are changed one after the other: a large effect of one would hide mixing in another.
  * @param own true if the feeds are the caller's own, which the model takes as they are meant
  * @returns true if a task was seen to reach its rows alone; false where tasks change no output, or no two rows differ
@@ -146,7 +147,7 @@ async function checkRows(
   }
   const without = await numbersOf(results[output]!);
   const look = async (group: readonly TaskInput[], size: number): Promise<Seen> => {
-    const task = changed(base, group, size);
+    const task = syntheticTask(base, group, size);
     const alone = (await run([task], [output]))[output]!;
     const mixture = Array.from({ length: rows }, (_, row) => (row % 2 === 0 ? task : base));
     const both = await run(mixture, [output]).catch((cause: unknown) => {
@@ -157,19 +158,19 @@ async function checkRows(
   };
   let seen = false;
   for (const group of groupsOf(inputs, forms)) {
-    let found = await look(group, 0.1);
-    seen ||= found.effect > 0;
+    let result = await look(group, 0.1);
+    seen ||= result.effect > 0;
     // Rows of quantised models influence each other a little whatever their tasks; a larger task stands out against that.
-    if (!found.apart) found = await look(group, 1);
-    if (!found.apart) throw mixed(`tasks get into each other's rows of "${output}": ${WHY}`);
+    if (!result.separate) result = await look(group, 1);
+    if (!result.separate) throw mixed(`tasks get into each other's rows of "${output}": ${WHY}`);
   }
   return seen && (await differ(feeds, rows));
 }
 
-/** The effect of a made-up task; `apart` if its rows are as they are alone, and the others as without it. */
+/** The effect of a synthetic task; `separate` if its rows are as they are alone, and the others as without it. */
 interface Seen {
   readonly effect: number;
-  readonly apart: boolean;
+  readonly separate: boolean;
 }
 
 /** Fewest values from which a task's share can be estimated despite other changes. */
@@ -182,7 +183,7 @@ const VOCABULARY = 1024;
  * @param last dimension of the output, where rows share ranges: these change values too, so only the task's share of a vector of this
  *   length is compared
  */
-export function compareRows(
+function compareRows(
   [without, alone, found]: readonly [ArrayLike<number>, ArrayLike<number>, ArrayLike<number>],
   rows: number,
   last: number | undefined,
@@ -191,12 +192,12 @@ export function compareRows(
   let effect = 0;
   let off = 0;
   for (let i = 0; i < found.length; i++) {
-    effect = Math.max(effect, apart(alone[i]!, without[i]!));
-    off = Math.max(off, apart(found[i]!, (Math.floor(i / width) % 2 === 0 ? alone : without)[i]!));
+    effect = Math.max(effect, distance(alone[i]!, without[i]!));
+    off = Math.max(off, distance(found[i]!, (Math.floor(i / width) % 2 === 0 ? alone : without)[i]!));
   }
-  if (effect === 0 || off < effect / 4) return { effect, apart: true };
+  if (effect === 0 || off < effect / 4) return { effect, separate: true };
   const size = last !== undefined && last >= VOCABULARY ? last : width;
-  if (last === undefined || size < MANY) return { effect, apart: false };
+  if (last === undefined || size < MANY) return { effect, separate: false };
   const shares: [share: number, length: number, expected: number][] = [];
   for (let start = 0; start < found.length; start += size) {
     let product = 0;
@@ -212,10 +213,10 @@ export function compareRows(
   const longest = Math.max(...shares.map(([, length]) => length));
   // A vector that the task hardly changes tells nothing.
   const looked = shares.filter(([, length]) => length > longest / 1e4);
-  return { effect, apart: looked.every(([share, , expected]) => Math.abs(share - expected) < 1 / 4) };
+  return { effect, separate: looked.every(([share, , expected]) => Math.abs(share - expected) < 1 / 4) };
 }
 
-/** InputValues that are looked at together. */
+/** Inputs that are changed together. */
 function groupsOf(inputs: readonly TaskInput[], forms: RowModel["forms"]): TaskInput[][] {
   const groups = new Map<string, TaskInput[]>();
   for (const input of inputs) {
@@ -224,19 +225,6 @@ function groupsOf(inputs: readonly TaskInput[], forms: RowModel["forms"]): TaskI
     groups.set(key, [...(groups.get(key) ?? []), input]);
   }
   return [...groups.values()];
-}
-
-/** Makes up a task: other numbers in all its inputs but rows of tables, which meet the model's own input. */
-function changed(base: InputValues, inputs: readonly TaskInput[], size: number): InputValues {
-  const values = new Map(base);
-  for (const input of inputs) {
-    const { name, kind } = input;
-    const { dims, data } = base.get(name)!;
-    if (kind === "core") values.set(name, madeUpCores(input, size));
-    if (kind === "core" || kind === "rows" || !(data instanceof Float32Array)) continue;
-    values.set(name, { dims, data: data.map((value, i) => value + size * Math.sin(1 + 1.7 * i)) });
-  }
-  return values;
 }
 
 function mixed(why: string, cause?: unknown): BackendError {
@@ -256,7 +244,7 @@ async function numbersOf(tensor: EngineTensor): Promise<ArrayLike<number>> {
 }
 
 /** Masked logits are infinite, and equal. */
-function apart(a: number, b: number): number {
+function distance(a: number, b: number): number {
   return a === b || Number.isNaN(a - b) ? 0 : Math.abs(a - b);
 }
 

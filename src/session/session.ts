@@ -22,12 +22,11 @@ import { now, throwIfAborted } from "../pace.ts";
 import { Queue } from "../queue.ts";
 import { type SourceInput, unlessAborted } from "../source.ts";
 import type { CacheWatch } from "./caches.ts";
-import { type Active, type Delivery, inputDelivery } from "./delivery.ts";
+import { type Active, type Delivery, inputDelivery, type ProbeReport, type SessionParts } from "./delivery.ts";
 import type { Engine, Tensors } from "./engine.ts";
 import { type Mode, SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
 import { type PreparedModel, prepareModel } from "./prepare.ts";
-import type { ProbeReport, SessionParts } from "./probe.ts";
-import type { RowTasks } from "./rows.ts";
+import type { RowModel, RowTasks } from "./rows.ts";
 import type { EncodeOptions, Tokenizer } from "./tokens.ts";
 import type { Trainable } from "./training.ts";
 
@@ -71,7 +70,7 @@ export function checkModes({ mode = "auto", components = "stored" }: SessionOpti
  * @throws BackendError when they are more than the engine has room for
  */
 function refuseLarger({ model, bytes }: ModelFile, { room = Infinity, name, provider }: Engine): void {
-  const apart = [...externalFiles(model.graph.proto).values()].reduce((sum, end) => sum + end, 0);
+  const apart = [...externalFiles(model).values()].reduce((sum, end) => sum + end, 0);
   const size = (bytes: number): string => `${(bytes / 1e9).toFixed(1)} GB`;
   if (bytes.length + apart < room) return;
   throw new BackendError(
@@ -110,20 +109,14 @@ export async function sessionOn<T extends SessionTypes>(
     const { folded } = prepared;
     const supplied = folded && "places" in folded ? [folded.path] : [];
     const detached = await detachWeights(file, prepared.initializers, { ...options, supplied });
-    const parts = {
-      engine,
-      prepared,
-      detached,
-      probe: options.probe,
-      load: training?.load ?? {},
-      idle: training?.idle ?? {},
-    };
+    const { load, idle, graph } = training ?? { load: {}, idle: {} };
+    const parts: SessionParts = { engine, prepared, detached, load, idle, probe: options.probe };
     const { inputNames, outputNames } = prepared;
     const hasCaches = [...inputNames, ...outputNames].some((name) => /^(past|present)/.test(name));
     const { CacheWatch } = hasCaches ? await import("./caches.ts") : {};
     const caches = CacheWatch && new CacheWatch(pack, inputNames, outputNames);
     const delivery = await deliveryOf(parts, file, bases.bytes);
-    return new Session<T>(engine, prepared, delivery, parts.idle, training?.graph, caches);
+    return new Session<T>(parts, delivery, graph, caches);
   } catch (error) {
     await file.close();
     throw error;
@@ -134,11 +127,11 @@ export async function sessionOn<T extends SessionTypes>(
 
 async function deliveryOf(parts: SessionParts, file: ModelFile, bases: Uint8Array): Promise<Delivery> {
   const { engine, prepared } = parts;
-  const { folded, inputs } = prepared;
+  const { folded } = prepared;
   if (!folded) {
     await file.close();
-    const { DevicePlacer } = engine.gpu ? await import("./device.ts") : {};
-    return inputDelivery(parts, bases, DevicePlacer && ((device) => new DevicePlacer(engine, device, inputs)));
+    const { devicePlacer } = engine.gpu ? await import("./device.ts") : {};
+    return inputDelivery(parts, bases, devicePlacer);
   }
   const { deviceDelivery, foldedDelivery } = await import("./device.ts");
   return "places" in folded ? foldedDelivery(parts, file, folded) : deviceDelivery(parts, file, folded, engine.gpu!);
@@ -189,9 +182,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
   readonly outputNames: readonly string[];
   /** The result of the parity probe. */
   readonly probe: ProbeReport;
-  /**
-   * Modules whose weights were found by their names alone: the pack has no fingerprint of them, or none was asked for (`anyBase`).
-   */
+  /** Modules whose weights were found by their names alone: the pack has no fingerprint of them, or none was asked for (`anyBase`). */
   readonly unconfirmed: readonly string[];
   /** Modules of the pack that the option `modules` has left out. */
   readonly leftOut: readonly string[];
@@ -212,6 +203,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
   readonly #short: ReadonlySet<string>;
   /** Set where the model has caches. */
   readonly #caches: CacheWatch | undefined;
+  readonly #rowModel: Omit<RowModel, "model">;
   /** Made by the first run with one task per row. */
   #rows: RowTasks | undefined;
   /** True if the device is watched. */
@@ -223,16 +215,27 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
 
   /** @internal Use `createSession`, or the function of a binding. */
   constructor(
-    engine: Engine,
-    prepared: PreparedModel,
+    { engine, prepared, idle, probe }: SessionParts,
     delivery: Delivery,
-    idle: Tensors,
     graph: Trainable["graph"] | undefined,
     caches: CacheWatch | undefined,
   ) {
     super();
     // Not the prepared model itself: it holds the components, which the engine has now.
-    const { pack, view, mode, reason, base, inputs, inputNames, outputNames, initializers, unconfirmed } = prepared;
+    const {
+      pack,
+      view,
+      forms,
+      sharesRanges,
+      mode,
+      reason,
+      base,
+      inputs,
+      inputNames,
+      outputNames,
+      initializers,
+      unconfirmed,
+    } = prepared;
     this.pack = pack;
     this.mode = mode;
     this.inputNames = inputNames;
@@ -251,6 +254,9 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
     const { first, ...others } = delivery;
     this.#delivery = others;
     this.#active = first;
+    // Feeds of the caller's own mean that the model does not run on synthetic ones.
+    const feedsOfRows = typeof probe === "object" ? () => undefined : prepared.feedsOfRows;
+    this.#rowModel = { engine, inputs, outputNames, idle, forms, sharesRanges, feedsOfRows };
     const { feeds = [] } = prepared;
     this.#short = new Set([...feeds].flatMap(([name, { data }]) => (data instanceof Int32Array ? name : [])));
     this.#components = initializers.reduce((sum, { data }) => sum + data.byteLength, 0);
@@ -401,8 +407,11 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
   }
 
   async #rowTasks(): Promise<RowTasks> {
+    if (this.mode === "folded")
+      throw new TypeError('run: one task per row needs mode "core" or "factors"; this session is "folded"');
     const { RowTasks } = await import("./rows.ts");
-    this.#rows ??= new RowTasks(this.pack, this.#delivery);
+    const { model } = this.#active;
+    this.#rows ??= new RowTasks(this.pack, this.#delivery.evaluator, { ...this.#rowModel, model });
     return this.#rows;
   }
 
@@ -443,10 +452,6 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
   close(): Promise<void> {
     this.#closed ??= this.#end();
     return this.#closed;
-  }
-
-  [Symbol.asyncDispose](): Promise<void> {
-    return this.close();
   }
 
   async #end(): Promise<void> {

@@ -1,24 +1,19 @@
 /**
- * Foretells without a runtime what a session on a model and a pack would be: which modules are found and where, what each mode does and costs.
- * Made by the same planning and surgery as a session, so that the two cannot disagree. Where a session stops at the first thing
- * that is wrong, this goes on and tells all.
+ * Foretells without a runtime what a session on a model and a pack would be: which modules are found and where, and which modes work.
+ * It plans as a session does, so that the two cannot disagree. Where a session stops at the first obstacle, this lists all of them.
  */
 
-import type { Pack, TaskInfo } from "../core/pack.ts";
+import type { Pack } from "../core/pack.ts";
 import { type PackView, partOf } from "../core/part.ts";
-import { createUnfolding, SessionRuntime } from "../core/session-runtime.ts";
 import { BaseMismatchError, type EigenLoraError, FormatError } from "../errors.ts";
 import { isOfModule } from "../format/format.ts";
 import { fusedNode } from "../onnx/linear.ts";
-import { nestedGraphs } from "../onnx/model.ts";
 import type { OnnxParameter } from "../onnx/modules.ts";
-import type { GraphProto } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { Residence } from "./group.ts";
 import { ModelMatcher } from "./match.ts";
 import type { Mode, SessionOptions } from "./options.ts";
-import { broughtBy, type Plan, type PreparedModel, planSession, prepareModel } from "./prepare.ts";
-import { stackValues, TaskEvaluator } from "./values.ts";
+import { broughtBy, planSession } from "./prepare.ts";
 
 export interface SurveyedModule {
   readonly module: string;
@@ -37,32 +32,18 @@ export interface SurveyedModule {
   readonly candidates: readonly string[];
 }
 
-/** A parameter that tasks bring next to their terms. */
+/** A parameter that tasks bring next to their terms, and is not left out. */
 export interface SurveyedParameter {
   readonly name: string;
   readonly role: string;
-  /** "input": a run is fed with it; "folded": it is written into the weights; "found", where no mode works. */
-  readonly becomes: "input" | "folded" | "found" | "ignored" | "missing";
-  /** True if the exporter has dropped it, since it was zero. */
-  readonly dropped: boolean;
+  /** The reason why it is not found. */
   readonly why: string | null;
 }
 
-/** A mode that works, and what it costs. */
+/** Whether a mode works, and the obstacle if not. */
 export interface SurveyedMode {
   readonly works: boolean;
   readonly why: string | null;
-  /** Nodes and inputs that a session adds to the model. */
-  readonly nodes: number;
-  readonly inputs: number;
-  /** Bytes of the components: inside the model (core), or held to expand (factors) or fold from (folded). */
-  readonly componentBytes: number;
-  /** Bytes of the model's file that are kept to fold from. */
-  readonly pristineBytes: number;
-  /** Bytes that a run is fed with for the largest task. */
-  readonly fedBytes: number;
-  /** Bytes of weights that a switch writes. */
-  readonly writtenBytes: number;
 }
 
 export interface Survey {
@@ -70,7 +51,6 @@ export interface Survey {
   readonly mode: Mode | null;
   readonly reason: string;
   readonly opset: number;
-  readonly nodes: number;
   /** The operator that holds several layers in one, where an optimiser has fused them. */
   readonly fused: string | null;
   /** Which half of an encoder-decoder it may be. */
@@ -79,9 +59,7 @@ export interface Survey {
   readonly parameters: readonly SurveyedParameter[];
   readonly modes: Readonly<Record<Mode, SurveyedMode>>;
   /** True if it can be made to learn, as far as can be told without a run. */
-  readonly learning: { readonly works: boolean; readonly why: string | null };
-  /** Bytes of the largest task's coefficients. */
-  readonly largestTask: number;
+  readonly learning: SurveyedMode;
 }
 
 export interface FilesSurvey {
@@ -91,36 +69,25 @@ export interface FilesSurvey {
   readonly unmatched: string | null;
 }
 
-const NO_COST = { nodes: 0, inputs: 0, componentBytes: 0, pristineBytes: 0, fedBytes: 0, writtenBytes: 0 };
-
 /**
- * @param open reads the model anew each time: surgery changes it
- * @throws SourceError, FormatError when model or pack cannot be read
+ * @param file is closed; a plan changes nothing of it
+ * @throws SourceError, FormatError when the pack cannot be read
  */
-export async function surveyModel(
-  open: () => Promise<ModelFile>,
-  pack: Pack,
-  options: SessionOptions = {},
-): Promise<Survey> {
-  const file = await open();
-  const section = await pack.bases().catch(async (error: unknown) => {
-    await file.close();
-    throw error;
-  });
+export async function surveyModel(file: ModelFile, pack: Pack, options: SessionOptions = {}): Promise<Survey> {
+  let section: Awaited<ReturnType<Pack["bases"]>> | undefined;
   try {
+    section = await pack.bases();
     const { bytes: bases } = section;
     const { modules } = options;
     const { model } = file;
     const view = modules === undefined ? pack : partOf(pack, modules);
-    // A plan changes nothing.
     const planned = await attempt(() => planSession(file, view, bases, options));
     const plan = planned.made;
-    const task = [...pack.tasks.values()].reduce<TaskInfo | undefined>(
-      (most, task) => (task.bytes > (most?.bytes ?? 0) ? task : most),
-      undefined,
-    );
-    const mode = (one: Mode) => surveyMode(open, pack, bases, { ...options, mode: one }, task?.id ?? null);
-    const modes = { core: await mode("core"), factors: await mode("factors"), folded: await mode("folded") };
+    const survey = async (mode: Mode): Promise<SurveyedMode> => {
+      const { why } = await attempt(() => planSession(file, view, bases, { ...options, mode }));
+      return { works: why === null, why };
+    };
+    const modes = { core: await survey("core"), factors: await survey("factors"), folded: await survey("folded") };
     const both = [...(plan?.base.heads ?? [])].find(([, { adapted }]) => adapted)?.[0];
     const { halfOf, refuseParts } = await import("./training.ts");
     const parts = await attempt(async () => refuseParts(file, pack, modules));
@@ -133,24 +100,22 @@ export async function surveyModel(
       mode: plan?.mode ?? null,
       reason: plan?.reason ?? planned.why!,
       opset: model.opset,
-      nodes: nodesOf(model.graph.proto),
       fused: fusedNode(model)?.opType ?? null,
       half: halfOf(file) ?? null,
       modules: await surveyModules(file, view, bases, options),
-      parameters: await surveyParameters(file, view, options, plan),
+      parameters: await surveyParameters(file, view, options),
       modes,
       learning: { works: why === null, why },
-      largestTask: task?.bytes ?? 0,
     };
   } finally {
-    section.close();
+    section?.close();
     await file.close();
   }
 }
 
 /**
- * The same of the files of one model, an encoder and a decoder, say.
- * @param open reads each anew, as above, by names of your own
+ * Surveys the files of one model: an encoder and a decoder, say.
+ * @param open reads each anew, by names of your own
  * @throws as `surveyModel`
  */
 export async function surveyFiles(
@@ -162,8 +127,13 @@ export async function surveyFiles(
   const files = new Map<string, Survey | string>();
   for (const [name, read] of open) {
     const file = await read();
-    const { made: modules, why } = await attempt(() => residence.in(file, name, options).finally(() => file.close()));
-    files.set(name, why ?? (await surveyModel(read, pack, { ...options, modules })));
+    const { made: modules, why } = await attempt(() =>
+      residence.in(file, name, options).catch(async (error: unknown) => {
+        await file.close();
+        throw error;
+      }),
+    );
+    files.set(name, why ?? (await surveyModel(file, pack, { ...options, modules })));
   }
   const { why: unmatched } = await attempt(async () => residence.refuseUnmatched());
   return { files, unmatched };
@@ -217,80 +187,13 @@ async function surveyParameters(
   file: ModelFile,
   pack: PackView,
   options: SessionOptions,
-  plan: Plan | undefined,
 ): Promise<SurveyedParameter[]> {
   const matcher = new ModelMatcher(file, options);
-  const { heads = [], biases = [], rows = [], vectors = [] } = plan?.changes ?? {};
-  const fed = new Set([
-    ...heads.flatMap(({ name }) => [`${name}.weight`, `${name}.bias`]),
-    ...[...biases, ...rows, ...vectors].map(({ name }) => name),
-  ]);
   const found: SurveyedParameter[] = [];
   for (const { role, name } of await broughtBy(pack, options)) {
-    if (isOfModule(role)) continue;
-    const ignored = matcher.ignores(name);
-    const looked = ignored
-      ? undefined
-      : await attempt(async () => {
-          const dropped = (await matcher.dropped(name)) !== undefined;
-          if (!dropped) await matcher.parameter(name, role);
-          return dropped;
-        });
-    const there = plan ? (fed.has(name) ? "input" : "folded") : "found";
-    const becomes = ignored ? "ignored" : looked?.why ? "missing" : there;
-    found.push({ name, role, becomes, dropped: looked?.made === true, why: looked?.why ?? null });
+    if (isOfModule(role) || matcher.ignores(name)) continue;
+    const { why } = await attempt(async () => (await matcher.dropped(name)) ?? matcher.parameter(name, role));
+    found.push({ name, role, why });
   }
   return found;
-}
-
-/** @param task the one that is fed */
-async function surveyMode(
-  open: () => Promise<ModelFile>,
-  pack: Pack,
-  bases: Uint8Array,
-  options: SessionOptions & { mode: Mode },
-  task: string | null,
-): Promise<SurveyedMode> {
-  const file = await open();
-  try {
-    const main = file.model.graph.proto;
-    const before = nodesOf(main);
-    // Heads that are replaced, and what dies with them, go; and so the count may fall.
-    const { made: prepared, why } = await attempt(() =>
-      prepareModel(file, pack, bases, { ...options, probeOutputs: false }),
-    );
-    if (!prepared) return { works: false, why, ...NO_COST };
-    const { folded, initializers, inputs } = prepared;
-    const own = folded && "places" in folded ? folded.byteLength : 0;
-    const inside = initializers.reduce((sum, { data }) => sum + data.byteLength, 0);
-    return {
-      works: true,
-      why: null,
-      nodes: nodesOf(main) - before,
-      inputs: inputs.length,
-      componentBytes: options.mode === "core" ? inside : bases.length,
-      pristineBytes: folded ? file.bytes.length : 0,
-      fedBytes: await fedBytes(prepared, bases, task),
-      writtenBytes: own,
-    };
-  } finally {
-    await file.close();
-  }
-}
-
-async function fedBytes(prepared: PreparedModel, bases: Uint8Array, task: string | null): Promise<number> {
-  const { view, mode, base } = prepared;
-  const runtime = mode === "folded" ? new SessionRuntime(view, base) : await createUnfolding(view, mode, bases, base);
-  try {
-    const values = await new TaskEvaluator(prepared, runtime).read(task);
-    const sizes = prepared.inputs.map((input) => stackValues(input, [values.inputs.get(input.name)!]).data.byteLength);
-    return sizes.reduce((a, b) => a + b, 0);
-  } finally {
-    await runtime.close();
-  }
-}
-
-/** Those of nested graphs too. */
-function nodesOf(graph: GraphProto): number {
-  return graph.node.reduce((sum, node) => sum + nestedGraphs(node).reduce((a, nested) => a + nodesOf(nested), 1), 0);
 }

@@ -9,7 +9,7 @@ import type { ModuleFilter } from "../core/part.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { Feed } from "../onnx/feeds.ts";
 import type { TaskInput } from "../onnx/inject.ts";
-import { nestedGraphs } from "../onnx/model.ts";
+import { dimsOf, nestedGraphs } from "../onnx/model.ts";
 import type { GraphProto, NodeProto } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { dataOf, type Engine, type LoadOptions, type Tensors, toTensors } from "./engine.ts";
@@ -94,8 +94,8 @@ export async function addTraining(
   fixInnerHeads(file.model.graph.proto, prepared.inputs, (module) => prepared.base.heads.get(module)?.labels);
   const logits = typeof trainable === "object" ? trainable.logits : undefined;
   const name = logitsOf(file.model, prepared, logits);
-  const output = file.model.graph.proto.output.find((one) => one.name === name)?.type?.value;
-  const tokens = output?.case === "tensorType" && output.value.shape?.dim.length === 3;
+  const output = file.model.graph.proto.output.find((one) => one.name === name);
+  const tokens = output && dimsOf(output)?.length === 3;
   const graph = await buildTrainingGraph(file, prepared, {
     probe: probeOf(engine),
     logits,

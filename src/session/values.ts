@@ -233,9 +233,9 @@ export class TaskEvaluator {
       case "bias":
         return { dims: fixed, data: this.#change(of, merged, width) };
       case "indices":
-        return indicesOf(this.#brought(of, tasks));
+        return indicesOf(this.#rows(of, tasks));
       case "rows":
-        return rowsOf(of, this.#brought(of, tasks), width - 1) ?? zeros();
+        return rowsOf(of, this.#rows(of, tasks), width - 1) ?? zeros();
       case "headWeight":
         return this.#headWeight(of, merged, height);
       case "headBias": {
@@ -247,11 +247,13 @@ export class TaskEvaluator {
   }
 
   /** Rows of a parameter, or of what it is tied to: by task, since one may have rows of its own for both. */
-  #brought(of: string, tasks: LoadedTasks["tasks"]): BroughtRows[] {
+  #rows(of: string, tasks: LoadedTasks["tasks"]): TaskRows[] {
     const follows = this.#model.base.tied.get(of);
-    return tasks.flatMap((task) => {
-      const own = broughtRows(of, task);
-      return own.length === 0 && follows !== undefined ? broughtRows(follows, task) : own;
+    return tasks.flatMap(({ strength, blob }) => {
+      const rowsOf = (name: string | undefined): TaskParameter[] =>
+        blob.parameters.filter((parameter) => parameter.name === name && parameter.indices);
+      const direct = rowsOf(of);
+      return (direct.length > 0 ? direct : rowsOf(follows)).map((parameter) => ({ strength, blob, parameter }));
     });
   }
 
@@ -276,40 +278,33 @@ export class TaskEvaluator {
   }
 }
 
-interface BroughtRows {
+/** Rows of an embedding that a task replaces. */
+interface TaskRows {
   readonly strength: number;
   readonly blob: TaskBlob;
+  /** One with indices. */
   readonly parameter: TaskParameter;
-  readonly indices: readonly number[];
-}
-
-function broughtRows(name: string, { strength, blob }: LoadedTasks["tasks"][number]): BroughtRows[] {
-  return blob.parameters.flatMap((parameter) => {
-    const { indices } = parameter;
-    return parameter.name === name && indices ? [{ strength, blob, parameter, indices }] : [];
-  });
 }
 
 /** Indices of all rows; where there is no row, an index that embeddings never see. */
-function indicesOf(brought: readonly BroughtRows[]): InputValue {
-  const indices = brought.flatMap((rows) => rows.indices.map(BigInt));
+function indicesOf(rows: readonly TaskRows[]): InputValue {
+  const indices = rows.flatMap(({ parameter }) => parameter.indices!.map(BigInt));
   const data = BigInt64Array.from(indices.length > 0 ? indices : [-1n]);
   return { dims: [1, data.length], data };
 }
 
 /** Each row ends with its strength, which its values are multiplied with. */
-function rowsOf(name: string, brought: readonly BroughtRows[], width: number): InputValue | undefined {
-  const count = brought.reduce((sum, { indices }) => sum + indices.length, 0);
+function rowsOf(name: string, rows: readonly TaskRows[], width: number): InputValue | undefined {
+  const count = rows.reduce((sum, { parameter }) => sum + parameter.indices!.length, 0);
   if (count === 0) return undefined;
-  const data = new Float32Array(count * (width + 1)).fill(1);
-  let row = 0;
-  for (const { strength, blob, parameter, indices } of brought) {
+  const data = new Float32Array(count * (width + 1));
+  let at = 0;
+  for (const { strength, blob, parameter } of rows) {
     if (parameter.shape[1] !== width) throw misfit(name, parameter.shape, ["rows", width]);
     const values = readTensor(blob.bytes, parameter.tensor);
-    for (let i = 0; i < indices.length; i++, row++) {
-      const out = data.subarray(row * (width + 1), (row + 1) * (width + 1));
-      out.set(values.subarray(i * width, (i + 1) * width));
-      for (let j = 0; j <= width; j++) out[j]! *= strength;
+    for (let from = 0; from < values.length; from += width) {
+      for (let j = 0; j < width; j++) data[at++] = values[from + j]! * strength;
+      data[at++] = strength;
     }
   }
   return { dims: [count, width + 1], data };
@@ -327,20 +322,16 @@ export function stackValues(input: TaskInput, rows: readonly InputValue[]): Inpu
   const dims = first!.dims.map((_, i) => Math.max(...rows.map((row) => row.dims[i]!)));
   const [height = 1, width = 1] = dims;
   const size = height * width;
-  const stacked = [rows.length, ...dims];
-  if (input.kind === "indices") {
-    const data = new BigInt64Array(rows.length * size).fill(-1n);
-    rows.forEach((row, t) => data.set(row.data as BigInt64Array, t * size));
-    return { dims: stacked, data };
-  }
-  const data = new Float32Array(rows.length * size);
-  if (input.kind === "headBias") data.fill(NO_LABEL);
+  const length = rows.length * size;
+  const data =
+    input.kind === "indices"
+      ? new BigInt64Array(length).fill(-1n)
+      : new Float32Array(length).fill(input.kind === "headBias" ? NO_LABEL : 0);
   rows.forEach((row, t) => {
     const [h = 1, w = 1] = row.dims;
-    const values = row.data as Float32Array;
-    for (let i = 0; i < h; i++) data.set(values.subarray(i * w, (i + 1) * w), t * size + i * width);
+    for (let i = 0; i < h; i++) data.set(row.data.subarray(i * w, (i + 1) * w) as never, t * size + i * width);
   });
-  return { dims: stacked, data };
+  return { dims: [rows.length, ...dims], data };
 }
 
 /** True if an input holds a task's core or factors, whose arrays the next selection is written into. */

@@ -26,13 +26,20 @@ interface GgufTensor extends TensorInfo {
 /** "GGUF" */
 const MAGIC = 0x46554747;
 /** The header is read in pieces that grow, up to this: one of a model holds its vocabulary. */
-const [FIRST_BYTES, MOST_BYTES] = [64 * 1024, 256 * 1024 * 1024];
+const FIRST_BYTES = 64 * 1024;
+const MOST_BYTES = 256 * 1024 * 1024;
 const MOST_DIMS = 4;
 const DEFAULT_ALIGNMENT = 32;
 
-/** Bytes of a value, by the number of its type; strings are 8, arrays 9. */
+/** Bytes of a value and its reader, by the number of its type; strings are 8, arrays 9. */
 const SIZES = [1, 1, 2, 2, 4, 4, 4, 1, NaN, NaN, 8, 8, 8];
-const [STRING, ARRAY] = [8, 9];
+const READERS = [
+  ...(["getUint8", "getInt8", "getUint16", "getInt16", "getUint32", "getInt32", "getFloat32", "getUint8"] as const),
+  ...([undefined, undefined, "getBigUint64", "getBigInt64", "getFloat64"] as const),
+];
+const BOOLEAN = 7;
+const STRING = 8;
+const ARRAY = 9;
 
 /** Types of tensors that are read: name, elements of a block, bytes of a block. */
 const TYPES: ReadonlyMap<number, readonly [dtype: string, elements: number, bytes: number]> = new Map([
@@ -85,17 +92,8 @@ class Cursor {
   }
 
   scalar(type: number): number | boolean {
-    const at = this.#next(SIZES[type]!);
-    const view = this.#view;
-    if (type === 0 || type === 7) return type === 7 ? view.getUint8(at) !== 0 : view.getUint8(at);
-    if (type === 1) return view.getInt8(at);
-    if (type === 2) return view.getUint16(at, true);
-    if (type === 3) return view.getInt16(at, true);
-    if (type === 4) return view.getUint32(at, true);
-    if (type === 5) return view.getInt32(at, true);
-    if (type === 6) return view.getFloat32(at, true);
-    if (type === 12) return view.getFloat64(at, true);
-    return Number(type === 10 ? view.getBigUint64(at, true) : view.getBigInt64(at, true));
+    const value = Number(this.#view[READERS[type]!](this.#next(SIZES[type]!), true));
+    return type === BOOLEAN ? value !== 0 : value;
   }
 }
 
@@ -158,7 +156,8 @@ function parseHeader(cursor: Cursor, byteLength: number, fail: Fail): Header {
   const version = cursor.u32();
   if (version !== 2 && version !== 3)
     throw fail("header", `is of version ${version}, expected 2 or 3; convert it with a newer llama.cpp`);
-  const [tensorCount, fieldCount] = [cursor.u64(), cursor.u64()];
+  const tensorCount = cursor.u64();
+  const fieldCount = cursor.u64();
   const fields = new Map<string, GgufField>();
   for (let i = 0; i < fieldCount; i++) {
     const name = cursor.text();
@@ -201,7 +200,8 @@ function readField(cursor: Cursor, name: string, fail: Fail): GgufField {
   if (type === STRING) return cursor.text();
   if (type !== ARRAY && SIZES[type] === undefined) throw fail(`field ${name}`, `has type ${type}, expected 0 to 12`);
   if (type !== ARRAY) return cursor.scalar(type);
-  const [element, length] = [cursor.u32(), cursor.u64()];
+  const element = cursor.u32();
+  const length = cursor.u64();
   if (element === STRING) for (let i = 0; i < length; i++) cursor.skip(cursor.u64());
   else if (element !== ARRAY && SIZES[element] !== undefined) cursor.skip(length * SIZES[element]);
   else throw fail(`field ${name}`, `is an array of type ${element}, expected 0 to 8 or 10 to 12`);

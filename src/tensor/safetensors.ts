@@ -297,6 +297,7 @@ function* checkCoverage(
   ends[all.length] = dataStart;
   yield;
   ends.sort();
+  yield;
   const wrong = begins.findIndex((begin, i) => begin !== ends[i]);
   let count = 0;
   for (const [name, { byteOffset, byteLength: length }] of tensors) {

@@ -9,8 +9,7 @@ import { checkOptions } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { TaskError } from "../errors.ts";
-import { type BySide, gauged, openModule, type Subspace } from "../extract/components.ts";
-import { pairOf } from "../extract/factors.ts";
+import { type BySide, gauged, memberPair, openModule, type Subspace } from "../extract/components.ts";
 import { addScaled, backwardSolve, centred, cholesky, dot, forwardSolve } from "../extract/linalg.ts";
 import { fastProducts } from "../extract/wasm-products.ts";
 import { encodeTaskFile } from "../format/encode.ts";
@@ -487,7 +486,7 @@ async function problemsOf(
       const space = openModule(storedModule(shared, bases.bytes, adapter), products);
       const { rank: most, step } = pack.directory.basis;
       const how = { gauge: gaugeOf(pack), rank: most, coefficientDtype: A.tensor.dtype, step };
-      const pair = gauged(pairOf(await module.read()), space, how);
+      const pair = gauged(memberPair({ id: adapter.id, ...(await module.read()) }, stored.out, stored.in), space, how);
       if (Math.min(rank, pair.rank) < rank) continue;
       problems.set(stored.name, {
         A: leastSquares(space.A, pair.A, rank),

@@ -75,7 +75,7 @@ export interface SequenceOptions {
 /** Options of a supervision. */
 interface SupervisionOptions extends SequenceOptions {
   readonly encode?: Tokenizer | undefined;
-  /** Labels of texts, or of words; none for language models. */
+  /** Class names of texts, or of words; none for language models. */
   readonly labels?: readonly string[] | undefined;
 }
 

@@ -17,13 +17,13 @@ import { createEigenSession } from "eigenlora/onnxruntime";
 import { build } from "esbuild";
 import t from "tap";
 import { checkChoice, nearest } from "../support/internals/base.ts";
-import { data } from "../support/packs.ts";
+import { data, vector } from "../support/packs.ts";
 
 const { createRuntime, openPack } = eigenlora;
 
 /** Casts a value that the compiler would refuse. */
 const wrong = (value: unknown): never => value as never;
-const pack = () => openPack(data("goldens/pack/every-kind.eigen"));
+const pack = () => openPack(vector("every-kind.eigen"));
 
 t.test("choices and nearest names", async (t) => {
   checkChoice("mode", "core", ["core", "folded"]);
@@ -142,7 +142,7 @@ t.test("the public functions of building and training", async (t) => {
     [() => planSignature(laterPack, wrong(0)), `planSignature: ${opened}`],
     [() => createSigner(wrong(undefined)), "createSigner: expected an Ed25519 key pair or PEM, got undefined"],
     [
-      () => peftFiles(wrong(taskAdapter(open, "all"))),
+      () => peftFiles(wrong(taskAdapter(open, "terms"))),
       `peftFiles: expected an adapter (readAdapters of eigenlora/node, or readPeft), got ${forgotten}`,
     ],
     [() => readPeft(wrong(undefined)), "readPeft: expected an object of options, got undefined"],

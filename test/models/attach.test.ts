@@ -1,31 +1,28 @@
 import { spawnSync } from "node:child_process";
-import { cp, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { cp, mkdir, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import * as ort from "onnxruntime-node";
 import t, { type Test } from "tap";
-import { run as eigenlora, json, workIn } from "../support/command-line.ts";
+import { run as eigenlora, json } from "../support/command-line.ts";
+import { workIn } from "../support/folder.ts";
+import { changed } from "../support/graphs.ts";
 import { openSafetensors, openSource } from "../support/internals/base.ts";
-import { fromBinary, ModelProtoSchema, toBinary } from "../support/internals/models.ts";
+import { fromBinary, ModelProtoSchema } from "../support/internals/models.ts";
 import { concat, data, LOSSLESS, packOf } from "../support/packs.ts";
 import { python, pythonLacks, skip } from "../support/required.ts";
+import { feedsIn, feeds as feedsOf, GOLDENS, modelBytes, difference as off } from "../support/sessions.ts";
 
 /**
  * `eigenlora attach`: onnxruntime runs its output without anything of this package, compared with answers of PyTorch and PEFT
  * (test/data/sessions). The Python part runs the code of docs/attach.md as it is written there.
  */
 const main = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
-const folder = await mkdtemp(join(tmpdir(), "eigenlora-attach-"));
-workIn(t, folder);
+const folder = workIn(t);
 const sessions = (name: string): string => data(`sessions/${name}`);
-const goldens = JSON.parse(await readFile(sessions("goldens.json"), "utf8")) as {
-  feeds: Record<string, number[][]>;
-  models: Record<string, string>;
-  outputs: Record<string, Record<string, number[][]>>;
-};
+const outputs = GOLDENS.outputs as Record<string, Record<string, number[][]>>;
 const TOLERANCE = 1e-5;
 const LOWEST = -3.4028234663852886e38;
 
@@ -36,7 +33,7 @@ async function pack(...adapters: string[]): Promise<string> {
   const path = join(folder, `${adapters[0]!.replace("/", "-")}.eigen`);
   const { bytes } = await packOf(
     adapters.map((name) => `sessions/${name}`),
-    { select: { kind: "energy", share: 1 }, dtype: { basis: "f32", coefficients: "f32", head: "f32" } },
+    LOSSLESS,
   );
   await writeFile(path, bytes);
   return path;
@@ -56,39 +53,24 @@ function tensorOf(isInteger: boolean, values: readonly (number | bigint)[], dims
   return new ort.Tensor("float32", Float32Array.from(values, Number), dims);
 }
 
-async function inputsOf(path: string): Promise<Inputs> {
-  const source = await openSource(join(folder, path));
-  const file = await openSafetensors(source);
-  const inputs: Inputs = new Map();
-  for (const [name, { dtype, shape }] of file.tensors) {
-    const { buffer } = Uint8Array.from(await file.read(name));
-    const values = dtype === "I64" ? new BigInt64Array(buffer) : new Float32Array(buffer);
-    inputs.set(name, tensorOf(dtype === "I64", [...values], shape));
-  }
-  await source.close?.();
-  return inputs;
-}
+const inputsOf = async (path: string): Promise<Inputs> => new Map(Object.entries(await feedsIn(join(folder, path))));
 
 const load = (path: string): Promise<ort.InferenceSession> =>
   ort.InferenceSession.create(join(folder, path), { logSeverityLevel: 3, intraOpNumThreads: 1 });
 
 /** Rows of the first output. */
 async function run(session: ort.InferenceSession, task: Inputs): Promise<number[][]> {
-  const feeds: Record<string, ort.Tensor> = Object.fromEntries(task);
-  for (const [name, rows] of Object.entries(goldens.feeds)) {
-    if (!session.inputNames.includes(name)) continue;
-    feeds[name] = tensorOf(name !== "x", rows.flat(), [rows.length, rows[0]!.length]);
-  }
-  const { [session.outputNames[0]!]: output } = await session.run(feeds);
+  const own = session.inputNames.filter((name) => !name.startsWith("eigenlora."));
+  const feeds = { ...feedsOf(ort, { inputNames: own }), ...Object.fromEntries(task) };
+  const { [session.outputNames[0]!]: output } = await session.run(feeds as Record<string, ort.Tensor>);
   const [rows, columns] = output!.dims as [number, number];
   const values = output!.data as Float32Array;
   return Array.from({ length: rows }, (_, r) => Array.from(values.subarray(r * columns, (r + 1) * columns)));
 }
 
-function difference(found: readonly (readonly number[])[], expected: readonly (readonly number[])[]): number {
-  if (!found.every((row, r) => row.length === expected[r]?.length)) return Infinity;
-  return Math.max(...found.flatMap((row, r) => row.map((v, c) => Math.abs(v - expected[r]![c]!))));
-}
+/** Largest difference of rows. */
+const difference = (found: readonly (readonly number[])[], expected: readonly (readonly number[])[]): number =>
+  off(found.flat(), expected.flat());
 
 /** One task per row, padded as docs/attach.md says. */
 function stack(tasks: readonly Inputs[]): Inputs {
@@ -111,7 +93,7 @@ function stack(tasks: readonly Inputs[]): Inputs {
 
 /** Checks all tasks, the base, and one task per row on a written model, with its inputs and nothing else. */
 async function checkAnswers(t: Test, report: Report, model: string, tasks: readonly string[]): Promise<void> {
-  const answers = goldens.outputs[goldens.models[model]!]!;
+  const answers = outputs[GOLDENS.models[model]!]!;
   const session = await load(report["file"]);
   t.same(session.outputNames, ["logits"], "no outputs but the model's own");
   const base = await inputsOf(report["base"].file);
@@ -143,33 +125,6 @@ for (const [model, tasks, ids, modes] of [
   ["gemm", mlp, ["a", "b"], ["core", "factors"]],
 ] as const) {
   for (const mode of modes) {
-    t.test(
-      "tasks that would be one file on disks that ignore case, and names that are too long, are refused",
-      async (t) => {
-        for (const [ids, message] of [
-          [
-            ["SST2", "sst2"],
-            /the tasks "SST2" and "sst2" would be one file on disks that ignore case: name others with --task/,
-          ],
-          [["short", "字".repeat(40)], /the name of task "字+" is too long for a file/],
-        ] as const) {
-          const rename = new Map([
-            ["two", ids[0]],
-            ["three", ids[1]],
-          ]);
-          const adapters = await readAdapters(
-            ["two", "three"].map((id) => sessions(`adapters/${id}`)),
-            { rename },
-          );
-          const { chunks } = await buildPack(adapters, LOSSLESS);
-          for (const adapter of adapters) await adapter.close();
-          await writeFile(join(folder, "names.eigen"), concat(chunks));
-          const refused = await json(2, "attach", sessions("torchscript.onnx"), "names.eigen", "-o", "names.onnx");
-          t.match(refused, { error: { tag: "usage", message } });
-        }
-      },
-    );
-
     t.test(`${model}, mode ${mode}`, async (t) => {
       const out = join(`${model}-${mode}`, "model.onnx");
       await mkdir(join(folder, dirname(out)));
@@ -193,6 +148,23 @@ for (const [model, tasks, ids, modes] of [
   }
 }
 
+t.test("tasks that would be one file on disks that ignore case are refused", async (t) => {
+  const rename = new Map([
+    ["two", "SST2"],
+    ["three", "sst2"],
+  ]);
+  const adapters = await readAdapters(
+    ["two", "three"].map((id) => sessions(`adapters/${id}`)),
+    { rename },
+  );
+  const { chunks } = await buildPack(adapters, LOSSLESS);
+  for (const adapter of adapters) await adapter.close();
+  await writeFile(join(folder, "names.eigen"), concat(chunks));
+  const refused = await json(2, "attach", sessions("torchscript.onnx"), "names.eigen", "-o", "names.onnx");
+  const message = /the tasks "SST2" and "sst2" would be one file on disks that ignore case: name others with --task/;
+  t.match(refused, { error: { tag: "usage", message } });
+});
+
 t.test("names of files and what they say of themselves", async (t) => {
   await packed("odd.eigen", "--as", "two=base", "--as", "three=ä/..*b");
   const command = ["attach", sessions("torchscript.onnx"), "odd.eigen", "-o", "odd.onnx"];
@@ -205,7 +177,7 @@ t.test("names of files and what they say of themselves", async (t) => {
   );
   t.same((await readdir(join(folder, "odd.tasks"))).length, 2, "some tasks only");
   const session = await load("odd.onnx");
-  const answers = goldens.outputs["base"]!;
+  const answers = outputs["base"]!;
   const files = { "odd.base": "base", "odd.tasks/base": "two", "odd.tasks/%C3%A4%2F..%2Ab": "three" };
   for (const [file, id] of Object.entries(files)) {
     const found = await run(session, await inputsOf(`${file}.safetensors`));
@@ -250,13 +222,9 @@ t.test("weights in files beside the model", async (t) => {
   t.same(await readFile(join(folder, "source/external.onnx.data")), weights);
 
   // A file in a folder of its own keeps its relative name.
-  const model = fromBinary(ModelProtoSchema, await readFile(sessions("external.onnx")));
-  for (const { externalData } of model.graph!.initializer) {
-    for (const entry of externalData) if (entry.key === "location") entry.value = "parts/weights.bin";
-  }
   await mkdir(join(folder, "source/parts"));
   await writeFile(join(folder, "source/parts/weights.bin"), weights);
-  await writeFile(join(folder, "source/nested.onnx"), toBinary(ModelProtoSchema, model));
+  await writeFile(join(folder, "source/nested.onnx"), located("parts/weights.bin"));
   const report = await json(0, "attach", "source/nested.onnx", bert, "-o", "source/out.onnx");
   t.same(report["external"], [join("source", "parts", "weights.bin")]);
   await checkAnswers(t, report, "external", ["five", "three", "two"]);
@@ -266,13 +234,11 @@ t.test("weights in files beside the model", async (t) => {
 });
 
 /** The model with its weights in a file of this name. */
-async function located(location: string): Promise<Uint8Array> {
-  const model = fromBinary(ModelProtoSchema, await readFile(sessions("external.onnx")));
-  for (const { externalData } of model.graph!.initializer) {
-    for (const entry of externalData) if (entry.key === "location") entry.value = location;
-  }
-  return toBinary(ModelProtoSchema, model);
-}
+const located = (location: string): Uint8Array =>
+  changed(modelBytes("external"), ({ initializer }) => {
+    for (const { externalData } of initializer)
+      for (const entry of externalData) if (entry.key === "location") entry.value = location;
+  });
 
 t.test("weights that are called as what is written", async (t) => {
   await mkdir(join(folder, "named"));
@@ -280,7 +246,7 @@ t.test("weights that are called as what is written", async (t) => {
     const path = join(folder, "named", location);
     await mkdir(dirname(path), { recursive: true });
     await cp(sessions("external.onnx.data"), path);
-    await writeFile(join(folder, "named/in.onnx"), await located(location));
+    await writeFile(join(folder, "named/in.onnx"), located(location));
     const { error } = await json(2, "attach", "named/in.onnx", bert, "--force", "-o", "named/out.onnx");
     t.match(error, { tag: "usage", message: /would overwrite what it is made of/ }, location);
     t.same(new Uint8Array(await readFile(path)), new Uint8Array(await readFile(sessions("external.onnx.data"))));
@@ -298,7 +264,7 @@ t.test("what cannot be is refused, and nothing is written", async (t) => {
   await writeFile(folded, (await packOf(["forms/adapters-vision-whole"])).bytes);
   t.match(await refuse(1, vision, folded), { tag: "base", message: /eigenlora fold.*mode "folded"/ });
   t.match(await refuse(1, vision, folded, "--mode", "core"), { tag: "base", message: /mode "folded"/ });
-  t.match(await refuse(2, torchscript, bert, "--mode", "folded"), { tag: "usage", message: /eigenlora fold/ });
+  t.match(await refuse(2, torchscript, bert, "--mode", "folded"), { tag: "usage", message: /core or factors/ });
   t.match(await refuse(2, torchscript, bert, "--mode", "fast"), { tag: "usage", message: /core/ });
   t.match(await refuse(1, torchscript, bert, "--task", "too"), { tag: "task", nearest: ["two"] });
   t.match(await refuse(1, "odd.onnx", bert), { tag: "format", message: /task inputs already/ });
@@ -332,7 +298,7 @@ t.test("onnxruntime in Python: the code of docs/attach.md, as it stands", async 
   const there = { encoding: "utf8", cwd: join(folder, "python") } as const;
   const report = "\nprint(json.dumps([logits.tolist(), [row[:n].tolist() for row, n in zip(mixed, labels)]]))\n";
   await packed(inPython("tasks.eigen"), "--as", "two=spam", "--as", "three=topic");
-  const { input_ids, attention_mask, token_type_ids } = goldens.feeds;
+  const { input_ids, attention_mask, token_type_ids } = GOLDENS.feeds;
   await writeFile(inPython("feeds.json"), JSON.stringify({ input_ids, attention_mask, token_type_ids }));
   for (const model of ["torchscript", "q4"]) {
     await cp(sessions(`${model}.onnx`), inPython("model.onnx"));
@@ -341,7 +307,7 @@ t.test("onnxruntime in Python: the code of docs/attach.md, as it stands", async 
     const ran = spawnSync(python, ["-c", code + report], there);
     if (ran.status !== 0) throw new Error(ran.stderr);
     const [logits, mixed] = JSON.parse(ran.stdout.trim().split("\n").at(-1)!) as [number[][], number[][]];
-    const { two, three } = goldens.outputs[goldens.models[model]!]! as Record<"two" | "three", number[][]>;
+    const { two, three } = outputs[GOLDENS.models[model]!]! as Record<"two" | "three", number[][]>;
     t.ok(difference(logits, two) < TOLERANCE, `${model}: one task`);
     t.ok(difference(mixed, [two[0]!, three[1]!, two[2]!]) < TOLERANCE, `${model}: one task per row`);
   }

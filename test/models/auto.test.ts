@@ -2,12 +2,12 @@
  * Packs that trade bytes for behaviour: less rank, tasks by themselves, a budget, an error. Errors are
  * compared with ΔW from the adapters' own files, and with numpy's singular values.
  */
-import { openPack, type Term } from "eigenlora";
-import { type Adapter, type BuildOptions, buildPack, projectAdapters, searchPack, taskAdapter } from "eigenlora/build";
+import { openPack } from "eigenlora";
+import { type Adapter, type BuildOptions, buildPack, projectAdapters, searchPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { completeDtypes, DEFAULT_ERROR, deltaError, relative } from "../support/internals/pack.ts";
-import { concat, data, LOSSLESS, packOf } from "../support/packs.ts";
+import { completeDtypes, DEFAULT_ERROR } from "../support/internals/pack.ts";
+import { concat, data, LOSSLESS, lossOf, packOf } from "../support/packs.ts";
 import {
   difference,
   feeds,
@@ -28,44 +28,11 @@ t.teardown(() => Promise.all(whole.map((adapter) => adapter.close())));
 const cut = (adapter: Adapter): Adapter => ({ ...adapter, modules: new Map([...adapter.modules].slice(0, 4)) });
 const adapters = whole.map(cut);
 
-/** The largest and the mean error of a pack's tasks, as its reader decodes them. */
+/** The largest and the mean error of a pack's modules. */
 async function errorsOf(chunks: readonly Uint8Array[], of: readonly Adapter[]): Promise<{ max: number; mean: number }> {
   const pack = await openPack(concat(chunks).buffer);
-  const found: number[] = [];
-  for (const { id, modules } of of) {
-    const task = await taskAdapter(pack, id);
-    for (const [name, { rank, read }] of modules) {
-      const stored = task.modules.get(name)!;
-      const pair = ({ A, Bt }: { A: Float32Array; Bt: Float32Array }, rows: number) => ({
-        rank: rows,
-        A: Float64Array.from(A),
-        Bt: Float64Array.from(Bt),
-      });
-      const { difference: off, norm } = deltaError(pair(await read(), rank), pair(await stored.read(), stored.rank));
-      found.push(relative(off, norm));
-    }
-  }
+  const found = (await Promise.all(of.map((adapter) => lossOf(pack, adapter)))).flatMap(({ each }) => each);
   return { max: Math.max(...found), mean: found.reduce((a, b) => a + b, 0) / found.length };
-}
-
-/** Losses of tasks, as the reader decodes them. */
-async function lossesOf(chunks: readonly Uint8Array[], of: readonly Adapter[]): Promise<{ total: number }[]> {
-  const pack = await openPack(concat(chunks).buffer);
-  return Promise.all(
-    of.map(async ({ id, modules }) => {
-      const task = await taskAdapter(pack, id);
-      let [lost, all] = [0, 0];
-      for (const [name, module] of modules) {
-        const pair = ({ rank, A, Bt }: Term) => ({ rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) });
-        const exact = pair(await module.read());
-        const stored = task.modules.get(name);
-        const { difference: off, norm } = deltaError(exact, stored ? pair(await stored.read()) : exact);
-        lost += stored ? off ** 2 : norm ** 2;
-        all += norm ** 2;
-      }
-      return { total: Math.sqrt(lost / all) };
-    }),
-  );
 }
 
 const meanTotal = ({ errors }: { errors: readonly { total: number }[] }): number =>
@@ -157,8 +124,11 @@ t.test("nobody says what is wanted: every task keeps within a share of its ΔW, 
   const { chunks, report } = await searchPack(mixed);
   for (const { id, total } of report.errors)
     t.ok(total <= DEFAULT_ERROR && total > 0.5 * DEFAULT_ERROR, `${id}: ${total}`);
-  for (const [i, { total }] of (await lossesOf(chunks, mixed)).entries())
+  const pack = await openPack(concat(chunks).buffer);
+  for (const [i, adapter] of mixed.entries()) {
+    const { total } = await lossOf(pack, adapter);
     t.ok(Math.abs(total - report.errors[i]!.total) < 1e-4, `${total}, ${report.errors[i]!.total}`);
+  }
   const { report: plain } = await buildPack(mixed);
   const [least, ...others] = plain.errors.map(({ total }) => total);
   t.ok(least! > 0.8 && others.every((total) => total < 0.3), "the energy of all together is that of the large ones");

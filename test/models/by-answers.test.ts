@@ -4,9 +4,8 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { existsSync } from "node:fs";
-import { mkdtemp, readdir, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { basename, join } from "node:path";
+import { readdir, writeFile } from "node:fs/promises";
+import { basename } from "node:path";
 import { openPack, type Pack } from "eigenlora";
 import { type Adapter, buildPack, type WorkProgress } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
@@ -23,10 +22,12 @@ import {
   runBatches,
   toBatches,
 } from "../../examples/minilm.js";
-import { json, run, workIn } from "../support/command-line.ts";
+import { json, run } from "../support/command-line.ts";
+import { workIn } from "../support/folder.ts";
 import { modelBase } from "../support/internals/learn.ts";
 import { data } from "../support/packs.ts";
 import { soak } from "../support/required.ts";
+import { tinyModel } from "../support/tiny-model.ts";
 
 ort.env.logLevel = "error";
 const ROLE = "debtags-role";
@@ -286,20 +287,9 @@ interface Case {
   readonly adapters: readonly [string, string, string];
 }
 
-/** The model of 64 tokens, with a tokenizer of made-up words in the current folder. */
 async function tinyCase(): Promise<Case> {
-  const words = ["[PAD]", ...[..."abcdefghijklmno"].flatMap((a) => [..."pqrs"].map((b) => a + b + a))];
-  const tokenizer = {
-    ...{ version: "1.0", truncation: null, padding: null, added_tokens: [], normalizer: null, decoder: null },
-    pre_tokenizer: { type: "WhitespaceSplit" },
-    post_processor: null,
-    model: { type: "WordLevel", vocab: Object.fromEntries(words.map((word, i) => [word, i])), unk_token: "[PAD]" },
-  };
-  await writeFile("tokenizer.json", JSON.stringify(tokenizer));
-  await writeFile("tokenizer_config.json", JSON.stringify({ unk_token: "[PAD]" }));
   const [two, three, five] = ["two", "three", "five"].map((id) => data(`sessions/adapters/${id}`));
-  const how = ["--model", data("sessions/torchscript.onnx"), "--tokenizer", "tokenizer.json"];
-  return { with: how, adapters: [two!, three!, five!] };
+  return { with: await tinyModel(), adapters: [two!, three!, five!] };
 }
 
 async function minilmCase(): Promise<Case> {
@@ -309,7 +299,7 @@ async function minilmCase(): Promise<Case> {
 
 for (const [name, caseOf] of [["a tiny model", tinyCase], ...(soak ? [["MiniLM", minilmCase] as const] : [])] as const)
   t.test(`the command line on ${name}: two tasks, a third added, a Ctrl-C`, async (t) => {
-    workIn(t, await mkdtemp(join(tmpdir(), "eigenlora-by-answers-")));
+    workIn(t);
     const { with: how, adapters } = await caseOf();
     const [first, second, third] = adapters;
     const ids = adapters.map((path) => basename(path));
@@ -342,7 +332,7 @@ for (const [name, caseOf] of [["a tiny model", tinyCase], ...(soak ? [["MiniLM",
     const few = (await json(1, ...sized, "1/5000", "--force"))["error"].message;
     t.match(few, /^--bytes 1\/5000: a pack of these adapters can be at most [\d.]+× smaller/);
 
-    await interrupted(t, ["pack", first, third, "-o", "stopped.eigen", ...how, "--distill", "240"]);
+    await interrupted(t, ["pack", first, third, "-o", "stopped.eigen", ...how, "--distill", "120"]);
     if (name === "MiniLM") return;
     await refusals(t, first, how);
   });

@@ -2,14 +2,14 @@
  * `eigenlora check`: its verdict on a model and a pack agrees with a session's behaviour, for models that fit, in some modes or in none;
  * and its advice for those that do not.
  */
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
 import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import type { SessionOptions } from "eigenlora/session";
 import t from "tap";
+import { folderFor } from "../support/folder.ts";
 import { runProgram } from "../support/internals/cli.ts";
 import {
   fromBinary,
@@ -22,8 +22,7 @@ import {
 import { concat, data, LOSSLESS } from "../support/packs.ts";
 import { MODES, NODE, open, refusal } from "../support/sessions.ts";
 
-const folder = mkdtempSync(join(tmpdir(), "eigenlora-check-"));
-t.teardown(() => rmSync(folder, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+const folder = folderFor(t);
 
 /** A pack of adapters under test/data; its path. */
 async function pack(name: string, adapters: readonly string[], base?: string): Promise<string> {
@@ -118,7 +117,7 @@ function pathOf(model: string): string {
 
 async function surveyOf({ model, pack, options = {} }: Case): Promise<Survey> {
   const opened = await openPack(pack);
-  const survey = await surveyModel(() => readModel(pathOf(model)), opened, options);
+  const survey = await surveyModel(await readModel(pathOf(model)), opened, options);
   await opened.close();
   return survey;
 }
@@ -138,14 +137,6 @@ t.test("check and createEigenSession agree", async (t) => {
       }
       const session = await create();
       if (mode === "auto") t.same([session.mode, session.reason], [survey.mode, survey.reason], what);
-      else {
-        const cost = survey.modes[mode];
-        const [largest] = [...opened.tasks.values()].sort((a, b) => b.bytes - a.bytes);
-        const { bytesFed } = await session.switchTask(largest!.id);
-        t.equal(bytesFed, cost.fedBytes + cost.writtenBytes, `${what}, ${mode}: bytes of a switch`);
-        t.equal(opened.residentBytes.coefficients >= survey.largestTask, true, "coefficients of the largest task");
-        if (mode === "core") t.equal(session.memory().basis, cost.componentBytes, `${what}: bytes of components`);
-      }
       const unconfirmed = survey.modules.filter(({ confirmed }) => confirmed !== true).map(({ module }) => module);
       t.same(session.unconfirmed, unconfirmed, `${what}, ${mode}: the same are confirmed`);
       await session.close();
@@ -164,11 +155,9 @@ t.test("every module is told, though some are missing", async (t) => {
   const { modules, parameters } = await surveyOf(CASES["torch's default export"]!);
   t.match(modules[0], { initializer: "val_83", nodes: ["node_MatMul_82"], type: "f32", confirmed: true, why: null });
   t.same(
-    parameters.filter(({ dropped }) => dropped).map(({ name, becomes }) => [name, becomes]),
-    [
-      ["bert.pooler.dense.bias", "input"],
-      ["classifier.bias", "input"],
-    ],
+    parameters.filter(({ why }) => why !== null),
+    [],
+    "biases that the export has dropped count as found",
   );
 });
 
@@ -205,7 +194,7 @@ t.test("with onnxruntime-node it makes a session and runs it", async (t) => {
   t.match(json, {
     works: true,
     mode: "core",
-    run: { session: { works: true }, probe: "passed" },
+    run: { session: { works: true }, probes: { classifier: "passed" } },
   });
   t.match(json["run"].learning, { works: false, says: /whole and others adapt it.*--ignore classifier/ });
   t.match(json.learning, { works: false });

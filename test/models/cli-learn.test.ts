@@ -2,21 +2,20 @@
  * `eigenlora learn` on the real model: a task file, adding it to the pack, exporting it to PEFT, Ctrl-C, and refusals.
  */
 import { spawnSync } from "node:child_process";
-import { mkdtemp, readdir, readFile, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { readdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
 import t from "tap";
 import { createEncoder, readTask } from "../../examples/minilm.js";
-import { json, run, workIn } from "../support/command-line.ts";
+import { json, run, words } from "../support/command-line.ts";
 import { tensorsOf } from "../support/compare.ts";
+import { workIn } from "../support/folder.ts";
 import { COMMAND_LINE, readExamples, readQuestions } from "../support/internals/cli.ts";
 import { parseTaskFile } from "../support/internals/runtime.ts";
 import { data } from "../support/packs.ts";
 import { difference, NODE, open } from "../support/sessions.ts";
 
-const folder = await mkdtemp(join(tmpdir(), "eigenlora-learn-"));
-workIn(t, folder);
+const folder = workIn(t);
 const MODEL = data("minilm/model_fp16.onnx");
 
 const { labels, train } = await readTask("sections-0");
@@ -35,21 +34,7 @@ await json(
   "--k",
   "8",
 );
-const learn = [
-  "learn",
-  "p.eigen",
-  "rows.jsonl",
-  "--model",
-  MODEL,
-  "--tokens",
-  "32",
-  "--epochs",
-  "4",
-  "--batch",
-  "12",
-  "--init",
-  "random",
-];
+const learn = words`learn p.eigen rows.jsonl --model ${MODEL} --tokens 32 --epochs 4 --batch 12 --init random`;
 
 t.test("learns, adds, verifies, runs, exports", async (t) => {
   const made = await json(0, ...learn, "-o", "mine.eigentask", "--rate", "0.03");
@@ -109,7 +94,7 @@ t.test("learns, adds, verifies, runs, exports", async (t) => {
   for (const pack of [before, after, again]) await pack.close();
 });
 
-t.test("the same seed gives the same file; a LoRA of another rank", async (t) => {
+t.test("the same seed gives the same file; too few examples are not judged", async (t) => {
   const few = [...learn, "--epochs", "1", "--holdout", "0", "--seed", "7", "--id", "x"];
   const made = await json(0, ...few, "-o", "a.eigentask");
   t.equal(made["holdout"], null);
@@ -117,14 +102,12 @@ t.test("the same seed gives the same file; a LoRA of another rank", async (t) =>
   const [a, b] = [await readFile(join(folder, "a.eigentask")), await readFile(join(folder, "b.eigentask"))];
   t.ok(a.equals(b));
   t.equal(parseTaskFile(new Uint8Array(a), "a").id, "x");
-  const lora = await json(0, ...few, "-o", "c.eigentask", "--train", "lora", "--rank", "2", "--init", "fresh");
-  t.equal(lora["trained"].terms, 12 * 2 * 2 * 384);
 
   const lines = ["one text", "another text"].map((text, i) => JSON.stringify({ text, label: names[i] }));
   await writeFile(join(folder, "two.jsonl"), lines.join("\n"));
   const two = ["learn", "p.eigen", "two.jsonl", "--model", MODEL, "--epochs", "2", "--tokens", "8", "-o"];
   const unjudged = (await run(...two, "e.eigentask")).stdout;
-  t.match(unjudged, /There are too few examples to hold some back: all were trained on, and the last epoch is kept/);
+  t.match(unjudged, /No epoch was judged by examples held back: the last step is kept/);
   t.match(unjudged, /^ +2 +[\d.]+ +kept$/m);
 });
 
@@ -200,17 +183,21 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
   const known = ["b", "a", "c"];
   t.same((await readExamples(join(folder, "1.jsonl"), known)).labels, known);
   for (const [name, text, message, known] of [
-    ["x.jsonl", '{"text":"x","label":"a"}\n{"text":"x"}', /x.jsonl: line 2: expected "label" with a string, got none/],
+    [
+      "x.jsonl",
+      '{"text":"x","label":"a"}\n{"text":"x"}',
+      /x.jsonl: line 2: expected \{"text": "…", "label": "…"\}.*, got "text"$/,
+    ],
     ["x.jsonl", '{"text":"x","label":"a"}\n\n{"text":7,"label":"a"}', /line 3: expected "text" with a string, got 7/],
     [
       "x.jsonl",
       '{"text":"x","label":"a"}\nnot json',
-      /line 2: is not valid JSON: .*expected \{"text": "…", "label": "…"\}/,
+      /line 2: expected \{"text": "…", "label": "…"\}.*, got what is not valid JSON: /,
     ],
-    ["x.jsonl", '{"text":"x","label":"a"}\n[1]', /line 2: expected \{"text": "…", "label": "…"\}, got \[1\]/],
+    ["x.jsonl", '{"text":"x","label":"a"}\n[1]', /line 2: expected \{"text": "…", "label": "…"\}.*, got \[1\]/],
     ["x.jsonl", '{"text":"  ","label":"a"}', /line 1: its text is empty/],
     ["x.jsonl", '{"text":"x","label":" "}', /line 1: its label is empty/],
-    ["x.tsv", "a\tone", /line 1: is not valid JSON/],
+    ["x.tsv", "a\tone", /line 1: expected .* what is not valid JSON/],
     [
       "x.jsonl",
       '{"text":"one","label":"a"}\n{"text":"two","label":"spm"}',
@@ -234,12 +221,12 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
   const pair = { prompt: "a", completion: "b" };
   t.same(await asked("q.jsonl", `{"id":0,${JSON.stringify(pair).slice(1)}`), { examples: [pair] }, "keys in any order");
   for (const [text, message] of [
-    ['{"promt":"a"}', /line 1: expected "text", or "prompt" and "completion", or "messages"; got "promt"/],
-    ['{"promt":"a","completion":"b"}', /line 1: expected "prompt" with a string, got "promt", "completion"/],
-    ['{"text":"a"}\nb', /line 2: is not valid JSON/],
-    ['{"prompt":"a","completion":"b"', /line 1: is not valid JSON/],
+    ['{"promt":"a"}', /line 1: expected \{"text": "…"\}, \{"prompt": "…", "completion": "…"\} or .* got "promt"$/],
+    ['{"promt":"a","completion":"b"}', /line 1: expected \{"prompt": .* got "promt", "completion"$/],
+    ['{"text":"a"}\nb', /line 2: .* what is not valid JSON/],
+    ['{"prompt":"a","completion":"b"', /line 1: expected \{"prompt": .* what is not valid JSON/],
     ['[{"text":"a"}]', /q\.jsonl: is a list; expected JSON lines/],
-    ['{"messages":[{"role":"user","content":"a"}]}', /line 1: expected the assistant's message at the end, got "user"/],
+    ['{"messages":[{"role":"user","content":"a"}]}', /line 1: expected the assistant's message at the end, got user/],
     ['{"messages":[]}', /line 1: expected the assistant's message at the end, got none/],
   ] as const) {
     await t.rejects(asked("q.jsonl", text), { tag: "source", message }, text);
@@ -253,15 +240,13 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
   await refuse(2, { tag: "usage", message: /--holdout 1: expected a share from 0 to less than 1/ }, "--holdout", "1");
   await refuse(2, { tag: "usage", message: /--rate fast: expected a number above 0/ }, "--rate", "fast");
   await refuse(2, { tag: "usage", message: /--rank 0.5: expected a whole number from 1/ }, "--rank", "0.5");
-  await refuse(2, { tag: "usage", message: /--train all: expected coefficients or lora/ }, "--train", "all");
   await refuse(2, { tag: "usage", message: /would overwrite what it is made of/ }, "-o", "p.eigen");
   await refuse(
     1,
-    { tag: "task", message: /--init debtags-rule: expected auto, mean, random, fresh, or a task of p.eigen/ },
+    { tag: "task", message: /--init debtags-rule: expected auto, mean, random, or a task of p.eigen/ },
     "--init",
     "debtags-rule",
   );
-  await refuse(1, { message: /"fresh" is for factors/ }, "--init", "fresh");
   await refuse(
     1,
     { tag: "source", message: /nowhere.json: there is no tokenizer.*--tokenizer/ },
@@ -284,13 +269,7 @@ t.test("a language model learns completions, and chats by its template", async (
   const decoder = data("decoder/onnx/model.onnx");
   await json(
     0,
-    "pack",
-    data("decoder/adapters/upper"),
-    data("decoder/adapters/lower"),
-    "-o",
-    "skills.eigen",
-    "--k",
-    "6",
+    ...words`pack ${data("decoder/adapters/upper")} ${data("decoder/adapters/lower")} -o skills.eigen --k 6`,
   );
   const write = (name: string, lines: object[]): Promise<void> =>
     writeFile(join(folder, name), lines.map((line) => JSON.stringify(line)).join("\n"));
@@ -332,7 +311,7 @@ t.test("a language model learns completions, and chats by its template", async (
     /the model answers token by token: expected .*"prompt".* on each line of rows\.jsonl/,
   );
   await write("half.jsonl", [answers[0]!, { prompt: "1 + 1 = " }]);
-  t.match(await refused("half.jsonl"), /half\.jsonl: line 2: expected "completion" with a string, got "prompt"/);
+  t.match(await refused("half.jsonl"), /half\.jsonl: line 2: expected \{"prompt": .* got "prompt"$/m);
   t.match(await refused("half.txt", "--model", "none.onnx"), /half\.txt: cannot be read/);
   t.match(await refused("sums.jsonl", "--model", "none.onnx"), /none\.onnx: cannot be read: there is no such file/);
   t.match(

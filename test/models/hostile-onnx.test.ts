@@ -4,18 +4,16 @@
  */
 import { EigenLoraError } from "eigenlora";
 import t, { type Test } from "tap";
+import { changed } from "../support/graphs.ts";
 import {
   create,
-  fromBinary,
   type GraphProto,
   GraphProtoSchema,
-  ModelProtoSchema,
   makeFloats,
   makeInts,
   makeNode,
   makeValue,
   type NodeProto,
-  toBinary,
 } from "../support/internals/models.ts";
 import {
   difference,
@@ -34,11 +32,7 @@ const LIMIT = 15_000;
 const FLOAT = 1;
 
 /** The MLP of the sessions' tests with additions. */
-function changed(name: string, change: (graph: GraphProto) => void): Uint8Array {
-  const proto = fromBinary(ModelProtoSchema, modelBytes(name));
-  change(proto.graph!);
-  return toBinary(ModelProtoSchema, proto);
-}
+const gemm = (change: (graph: GraphProto) => void): Uint8Array => changed(modelBytes("gemm"), change);
 
 const WAYS: readonly Options[] = [{ mode: "core" }, { mode: "factors" }, { mode: "folded" }, { trainable: true }];
 
@@ -63,7 +57,7 @@ async function ends(t: Test, bytes: Uint8Array, works: boolean, ways: readonly O
 }
 
 t.test("an input of very many elements", async (t) => {
-  const bytes = changed("gemm", (graph) => {
+  const bytes = gemm((graph) => {
     graph.input.push(makeValue("huge", FLOAT, [10_000, 10_000]));
     graph.node.push(makeNode("Identity", "huge", ["huge"], "huger"));
     graph.output.push(makeValue("huger", FLOAT));
@@ -82,7 +76,7 @@ t.test("impossible dimensions of inputs", async (t) => {
   for (const dim of [-1, -5, 2 ** 40]) {
     await ends(
       t,
-      changed("gemm", (graph) => {
+      gemm((graph) => {
         graph.input.push(makeValue("odd", FLOAT, [dim, 3]));
         graph.node.push(makeNode("Identity", "odd", ["odd"], "odder"));
         graph.output.push(makeValue("odder", FLOAT));
@@ -93,7 +87,7 @@ t.test("impossible dimensions of inputs", async (t) => {
 });
 
 t.test("nodes that nothing uses", async (t) => {
-  const chain = changed("gemm", (graph) => {
+  const chain = gemm((graph) => {
     for (let i = 0; i < 30_000; i++)
       graph.node.push(makeNode("Identity", `u${i}`, [i === 0 ? "x" : `u${i - 1}`], `u${i}`));
   });
@@ -102,7 +96,7 @@ t.test("nodes that nothing uses", async (t) => {
 
 t.test("a weight that very many nodes use", async (t) => {
   const used = (nameOf: (i: number) => string) =>
-    changed("gemm", (graph) => {
+    gemm((graph) => {
       const weight = graph.node.find(({ name }) => name === "/mid/Gemm")!.input[1]!;
       const size = Number(graph.initializer.find(({ name }) => name === weight)!.dims[0]);
       graph.initializer.push(makeFloats("rows", Array(size).fill(0), [1, size]));
@@ -121,7 +115,7 @@ t.test("a weight that very many nodes use", async (t) => {
 });
 
 t.test("very many weights that claim one name", async (t) => {
-  const bytes = changed("gemm", (graph) => {
+  const bytes = gemm((graph) => {
     graph.initializer.push(makeFloats("rows", [0, 0, 0, 0], [1, 4]));
     for (let i = 0; i < 5000; i++) {
       graph.initializer.push(makeFloats(`val_${i}`, [i, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0], [4, 4]));
@@ -134,7 +128,7 @@ t.test("very many weights that claim one name", async (t) => {
 t.test("long names", async (t) => {
   const odd = [`w${"_fp16".repeat(20_000)}`, "a.".repeat(50_000), `m${"_1".repeat(30_000)}.weight`];
   for (const name of odd) {
-    const bytes = changed("gemm", (graph) => {
+    const bytes = gemm((graph) => {
       graph.initializer.push(makeFloats(name, [0], [1]));
       graph.node.push(makeNode("Add", `/${name.replaceAll(".", "/")}/Add`, [name, name], "odd"));
       graph.output.push(makeValue("odd", FLOAT));
@@ -150,17 +144,17 @@ t.test("long chains", async (t) => {
     graph.node.splice(at, 0, ...chain);
     to("i19999");
   };
-  const before = changed("gemm", (graph) => {
+  const before = gemm((graph) => {
     const first = graph.node.find(({ input }) => input[0] === "x")!;
     identities("x", (name) => (first.input[0] = name), graph, 0);
   });
   await ends(t, before, true, WAYS.slice(0, 3));
-  const weight = changed("gemm", (graph) => {
+  const weight = gemm((graph) => {
     const mid = graph.node.find(({ name }) => name === "/mid/Gemm")!;
     identities(mid.input[1]!, (name) => (mid.input[1] = name), graph, 0);
   });
   await ends(t, weight, false);
-  const shapes = changed("gemm", (graph) => {
+  const shapes = gemm((graph) => {
     const concats: NodeProto[] = [];
     for (let i = 0; i < 20_000; i++)
       concats.push(
@@ -186,7 +180,7 @@ t.test("graphs in graphs", async (t) => {
     return inner;
   };
   for (const depth of [30, 70, 300]) {
-    const bytes = changed("gemm", (graph) => {
+    const bytes = gemm((graph) => {
       graph.node.push(makeNode("If", "outer", ["deep"], "outer", { then_branch: nested(depth) }));
     });
     await ends(t, bytes, false);

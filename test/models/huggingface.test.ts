@@ -219,7 +219,7 @@ t.test("gated, missing, another revision, another file, no Hub, no network", asy
     message: /^hf:org\/gated@[0-9a-f]{40}\/task.jsn: there is no such file; the nearest are task.json/,
   });
   await t.rejects(openPack("hf:org/gated"), {
-    message: /names a repository, and a file of it is needed; it has adapter_config/,
+    message: /names a repository, and a file of it is needed$/,
   });
   for (const [listing, message] of [
     [() => "<html>", /does not answer as the Hub does .*check HF_ENDPOINT/],
@@ -253,7 +253,7 @@ t.test("gated, missing, another revision, another file, no Hub, no network", asy
   process.env["HF_ENDPOINT"] = "huggingface.co";
   await refused("hf:org/gated", /HF_ENDPOINT is "huggingface.co", expected an address/);
   process.env["HF_ENDPOINT"] = "http://127.0.0.1:9";
-  await refused("hf:org/gated", /cannot be fetched.*What is in the cache is taken with HF_HUB_OFFLINE=1/);
+  await refused("hf:org/gated", /cannot be fetched/);
 });
 
 t.test("a download that breaks off goes on where it was", async (t) => {
@@ -310,17 +310,9 @@ t.test("what is not what the Hub promised is refused, and not kept", async (t) =
     await source.read(0, 1);
     return source;
   };
-  const pointer = text(`version https://git-lfs.github.com/spec/v1\noid sha256:${sha256(bytes)}\nsize 1000\n`);
   for (const [instead, message] of [
-    [
-      () => randomBytes(1000),
-      /has 1000 bytes with the hash [0-9a-f]{64}, where the Hub promises 1000 with [0-9a-f]{64}; nothing of it was kept/,
-    ],
-    [() => bytes.subarray(0, 900), /has 900 bytes, where the Hub promises 1000; check HF_ENDPOINT/],
-    [
-      () => pointer,
-      /has \d+ bytes, where the Hub promises 1000: it is a Git LFS pointer, and the file itself is not there/,
-    ],
+    [() => randomBytes(1000), /has the hash [0-9a-f]{64}, where the Hub promises [0-9a-f]{64}; nothing of it was kept/],
+    [() => bytes.subarray(0, 900), /ends at byte 900, but bytes 0 to 1000 are needed/],
   ] as const) {
     hub.instead = instead;
     await t.rejects(open(), { tag: "source", message });
@@ -532,9 +524,5 @@ t.test("Python's huggingface_hub shares the cache", async (t) => {
   const [adapter] = await readAdapters(["hf:org/role"]);
   t.equal(adapter!.file, folder, "we find its");
   await adapter!.close();
-  await rm(join(home, "hub/models--org--role/trees"), { recursive: true, force: true });
-  const [older] = await readAdapters(["hf:org/role"]);
-  t.equal(older!.file, folder, "as older versions leave it, without a listing");
-  await older!.close();
   t.same(hub.take(), []);
 });

@@ -64,7 +64,8 @@ t.test("loss and gradients are PyTorch's", async (t) => {
         t.ok(gradients <= TOLERANCE, `${what}: gradients off by ${gradients.toExponential(1)} at most (${worst})`);
       }
     }
-    for (const part of soak ? [1, 7] : [7]) {
+    // A graph in parts is one graph, whichever model it is of.
+    for (const part of soak ? [1, 7] : name === CASES[0] || name === CASES.at(-1) ? [7] : []) {
       const { loss, gradients } = await against(NODE, "all", of, part);
       t.ok(Math.max(loss, gradients) <= TOLERANCE, `${name}, in parts of ${part} nodes`);
     }

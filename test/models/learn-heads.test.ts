@@ -10,11 +10,22 @@ import { readAdapters } from "eigenlora/node";
 import { type BatchFeeds, createTrainer, distill, type Example, type FitOptions } from "eigenlora/train";
 import t, { type Test } from "tap";
 import { uniform } from "../support/internals/base.ts";
-import { F32 } from "../support/learning.ts";
+import { answersAlike, F32, fitted } from "../support/learning.ts";
 import { data, LOSSLESS, packOf as packed } from "../support/packs.ts";
 import { peftAgrees } from "../support/peft-agrees.ts";
 import { soak } from "../support/required.ts";
-import { difference, modesOn, NODE, ORTS, type Ort, open, outputOf, type Session } from "../support/sessions.ts";
+import {
+  checkRows,
+  checkTasks,
+  int64,
+  modesOn,
+  NODE,
+  ORTS,
+  type Ort,
+  open,
+  outputOf,
+  type Session,
+} from "../support/sessions.ts";
 
 type Feeds = Parameters<Session["run"]>[0];
 
@@ -47,11 +58,8 @@ async function goldens(name: Name): Promise<{ feeds: Record<string, number[][]>;
   return JSON.parse(await readFile(data(`heads/${name}/goldens.json`), "utf8"));
 }
 
-function feedsOf({ Tensor }: Pick<Ort, "Tensor">, values: Record<string, number[][]>): Feeds {
-  const tensor = (rows: number[][]) =>
-    new Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0]!.length]);
-  return Object.fromEntries(Object.entries(values).map(([name, rows]) => [name, tensor(rows)]));
-}
+const feedsOf = (ort: Pick<Ort, "Tensor">, values: Record<string, number[][]>): Feeds =>
+  Object.fromEntries(Object.entries(values).map(([name, rows]) => [name, int64(ort, rows)]));
 
 /** Random ids; the label follows from the first one. */
 function examples(count: number, labels: number, seed: number): Example[] {
@@ -70,41 +78,13 @@ for (const name of NAMES) {
       for (const mode of modesOn(runtime)) {
         const session = await open(ort, model(name), await packOf(name), { mode });
         const run = feedsOf(ort, feeds);
-        for (const task of ["two", "four", null]) {
-          await session.switchTask(task);
-          const off = difference(await outputOf(session, run), logits[task ?? "base"]!.flat());
-          t.ok(off < 2e-5, `${mode}, ${task}: off by ${off}`);
-        }
-        if (mode !== "folded") {
-          const rows = await session.run(run, { tasks: ["two", null, "four"] });
-          const width = rows["logits"]!.dims[1]!;
-          for (const [row, task] of ["two", "base", "four"].entries()) {
-            const expected = logits[task]![row]!;
-            const found = (rows["logits"]!.data as Float32Array).subarray(row * width).subarray(0, expected.length);
-            t.ok(difference(found, expected) < 2e-5, `${mode}, row ${row}: ${task}`);
-          }
-        }
+        const how = { allowed: 2e-5, what: mode };
+        await checkTasks(t, session, run, ["two", "four"], (task) => logits[task ?? "base"]!.flat(), how);
+        const row = (task: string | null, row: number) => logits[task ?? "base"]![row]!;
+        if (mode !== "folded") await checkRows(t, session, run, ["two", null, "four"], row, how);
         await session.close();
       }
     });
-  }
-}
-
-/** Checks that softmaxed logits of the session equal the trainer's probabilities. */
-async function answersAlike(
-  t: Test,
-  session: Session,
-  rows: readonly Example[],
-  probabilities: readonly Float32Array[],
-): Promise<void> {
-  for (const [i, { feeds }] of rows.entries()) {
-    const exps = [...(await outputOf(session, feeds as Feeds))].map(Math.exp);
-    const total = exps.reduce((a, b) => a + b, 0);
-    const off = difference(
-      exps.map((v) => v / total),
-      probabilities[i]!,
-    );
-    t.ok(off < 1e-5, `row ${i} is off by ${off}`);
   }
 }
 
@@ -122,9 +102,8 @@ for (const name of NAMES) {
     const trainer = await createTrainer(session, { labels, seed: 1 });
     t.equal(trainer.size.head, WIDTH * WIDTH + WIDTH + 3 * (WIDTH + 1));
     const known = examples(48, 3, 1);
-    const losses: number[] = [];
-    for await (const { loss } of trainer.fit(known, how)) losses.push(loss);
-    t.ok(losses.at(-1)! < 0.7 * losses[0]!, `${losses[0]} → ${losses.at(-1)}`);
+    const [first, last] = await fitted(trainer, known, how);
+    t.ok(last < 0.7 * first, `${first} → ${last}`);
 
     await session.addTask("mine", await trainer.task({ dtype: F32 }));
     const saved = (await session.pack.load("mine")).parameters.map(({ name, shape, role }) => [name, shape, role]);
@@ -136,7 +115,7 @@ for (const name of NAMES) {
     ]);
     await session.switchTask("mine");
     const rows = known.slice(0, 5);
-    await answersAlike(t, session, rows, await trainer.predict(rows));
+    await answersAlike(t, session, trainer, rows);
 
     // A trainer that begins with the task has its head too; a new layer of labels has the model's own in front.
     const again = await createTrainer(session, { labels, init: { task: "mine" } });

@@ -2,16 +2,16 @@
  * Training of more than coefficients: the arithmetic of terms, factors that begin from components, what a stored task keeps of them.
  */
 import { openPack, type Term } from "eigenlora";
-import { type Adapter, searchPack, taskAdapter } from "eigenlora/build";
+import { searchPack, taskAdapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { createTrainer } from "eigenlora/train";
 import fc from "fast-check";
 import t from "tap";
 import { uniform } from "../support/internals/base.ts";
 import { type SharedBasis, type TrainedModule, TrainedTerms } from "../support/internals/learn.ts";
-import { deltaError, expandTerm } from "../support/internals/pack.ts";
+import { expandTerm } from "../support/internals/pack.ts";
 import { examples, F32, LABELS, noise, relative, tiny } from "../support/learning.ts";
-import { data } from "../support/packs.ts";
+import { data, lossOf } from "../support/packs.ts";
 import { difference, feeds, model, NODE, open, outputOf } from "../support/sessions.ts";
 
 const basis = (kind: SharedBasis["kind"], K: number, mean: boolean, width: number, seed: number): SharedBasis => ({
@@ -122,20 +122,6 @@ t.test("gradients are pulled back along what factors are made of", async (_t) =>
   );
 });
 
-/** ΔW error of one adapter against another. */
-async function lossOf(whole: Adapter, stored: Adapter): Promise<number> {
-  const pair = ({ rank, A, Bt }: Term) => ({ rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) });
-  let [lost, all] = [0, 0];
-  for (const [name, module] of whole.modules) {
-    const none = { rank: 1, A: new Float64Array(module.in), Bt: new Float64Array(module.out) };
-    const found = await stored.modules.get(name)?.read();
-    const { difference: off, norm } = deltaError(pair(await module.read()), found ? pair(found) : none);
-    lost += off ** 2;
-    all += norm ** 2;
-  }
-  return Math.sqrt(lost / all);
-}
-
 t.test("factors that were learned are stored as a pack with a step stores its tasks", async (t) => {
   const adapters = await readAdapters([data("sessions/adapters")]);
   const { chunks } = await searchPack(adapters);
@@ -158,8 +144,7 @@ t.test("factors that were learned are stored as a pack with a step stores its ta
   for (const [id, file] of Object.entries(files)) await session.addTask(id, file);
   const whole = await taskAdapter(pack, "whole");
   for (const [id, most] of Object.entries({ small: 0.3, fine: 0.05 })) {
-    const stored = await taskAdapter(pack, id);
-    const loss = await lossOf(whole, stored);
+    const { total: loss } = await lossOf(pack, { ...whole, id });
     t.ok(loss <= most && loss > most / 2, `${id}: ${loss}`);
     t.same(session.tasks.get(id)!.metadata.labels, LABELS);
   }

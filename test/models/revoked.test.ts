@@ -2,22 +2,21 @@
  * A withdrawn task stays out: one hash, that of its task file or of its place in a pack, refuses it in every form and for every use
  * (SPEC.md, section 8).
  */
-import { mkdtemp, readFile, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { readFile, writeFile } from "node:fs/promises";
 import { openPack, type Pack } from "eigenlora";
 import { encodeTaskFile, projectAdapters } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { createTrainer, distill } from "eigenlora/train";
 import t from "tap";
-import { json, run, workIn } from "../support/command-line.ts";
+import { json, run } from "../support/command-line.ts";
+import { workIn } from "../support/folder.ts";
 import { integrityOf, isCoded } from "../support/internals/format.ts";
 import { parseTaskFile } from "../support/internals/runtime.ts";
 import { examples, LABELS } from "../support/learning.ts";
 import { data } from "../support/packs.ts";
 import { model, NODE, open, packBytes } from "../support/sessions.ts";
 
-workIn(t, await mkdtemp(join(tmpdir(), "eigenlora-revoked-")));
+workIn(t);
 
 /** A coded pack of two tasks, and a third as an adapter. */
 const STEPPED = { select: { kind: "k", k: 3 }, gauge: "balanced", step: 0.02 } as const;
@@ -42,6 +41,8 @@ async function plainBlob(): Promise<Uint8Array> {
   return (await other.load(id)).bytes;
 }
 
+let exports = 0;
+
 /** Every way to use a task, refused or not. */
 function ways(hash: string, file: Uint8Array, grown: string): Record<string, () => Promise<unknown>> {
   const withdrawn = async (path: string): Promise<Pack> => openPack(path, { revoked: [hash] });
@@ -54,7 +55,7 @@ function ways(hash: string, file: Uint8Array, grown: string): Record<string, () 
     addTask: async () => (await withdrawn("pack.eigen")).addTask(id, file),
     add: () => command("add", "pack.eigen", "task.eigentask"),
     attach: () => command("attach", model("torchscript"), grown, "-o", "attached.onnx", "--force"),
-    export: () => command("export", grown, "--task", id, "-o", "exported", "--force"),
+    export: () => command("export", grown, "--task", id, "-o", `exported/${exports++}`),
     distill: async () => {
       const session = await open(NODE, model("torchscript"), await withdrawn(grown), { trainable: true });
       try {

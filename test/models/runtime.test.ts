@@ -2,12 +2,10 @@ import { createRuntime, openPack, type Runtime, type Tensor, type View, type Wei
 import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { loadTensors } from "../support/adapters.ts";
 import { backends } from "../support/backend-list.ts";
-import { bytesOf, checkGolden } from "../support/compare.ts";
-import { decodeTensor } from "../support/internals/base.ts";
+import { bytesOf, checkGolden, tensorsOf } from "../support/compare.ts";
 import { memoryHost } from "../support/internals/runtime.ts";
-import { concat, data, goldenPacks, LOSSLESS, packOf } from "../support/packs.ts";
+import { concat, data, goldenPacks, LOSSLESS, packOf, termDelta } from "../support/packs.ts";
 import { soak } from "../support/required.ts";
 import { packFor } from "../support/sessions.ts";
 
@@ -19,8 +17,8 @@ t.test("PEFT's goldens through pack and runtime", async (t) => {
 
 t.test("heads of other sizes come and go, and the caller's array is the head again", async (t) => {
   const base = new Map<string, Tensor>();
-  for (const [name, { shape, data: values }] of await loadTensors(data("sessions/base.safetensors")))
-    base.set(name, { dtype: "f32", shape, data: Float32Array.from(values) });
+  for (const [name, tensor] of await tensorsOf(data("sessions/base.safetensors")))
+    base.set(name, { dtype: "f32", ...tensor });
   const name = [...base.keys()].find((one) => one.endsWith("classifier.weight"))!;
   // A base of two labels, as one of the tasks.
   for (const one of [name, name.replace(".weight", ".bias")]) {
@@ -162,39 +160,6 @@ for (const options of await backends()) {
     }
     await folded.close();
   });
-}
-
-/** ΔW of a term: Btᵀ·A, and the components on both sides of the core. */
-async function termDelta(
-  term: NonNullable<ReturnType<Runtime["term"]>>,
-  pack: Awaited<ReturnType<typeof openPack>>,
-  name: string,
-): Promise<Float64Array> {
-  const module = pack.modules.find((m) => m.name === name)!;
-  const out = new Float64Array(module.out * module.in);
-  const { rank, A, Bt } = term;
-  for (let o = 0; o < module.out; o++) {
-    for (let k = 0; k < rank; k++)
-      for (let i = 0; i < module.in; i++) out[o * module.in + i]! += Bt[k * module.out + o]! * A[k * module.in + i]!;
-  }
-  if (!term.core) return out;
-  const bases = (await pack.bases()).bytes;
-  const rows = (side: "A" | "B"): Float32Array => {
-    const { dtype, rows: n, width, byteOffset, byteLength } = module[side][0]!.tensor;
-    return decodeTensor(dtype, bases.subarray(byteOffset, byteOffset + byteLength), n, width);
-  };
-  const [EA, EB, core] = [rows("A"), rows("B"), term.core];
-  const [ka, kb] = [module.A[0]!.tensor.rows, module.B[0]!.tensor.rows];
-  for (let a = 0; a < ka; a++) {
-    for (let b = 0; b < kb; b++) {
-      const s = core[a * kb + b]!;
-      for (let o = 0; o < module.out; o++) {
-        const x = s * EB[b * module.out + o]!;
-        for (let i = 0; i < module.in; i++) out[o * module.in + i]! += x * EA[a * module.in + i]!;
-      }
-    }
-  }
-  return out;
 }
 
 t.test("heads: blended with equal labels, else one is named", async (t) => {

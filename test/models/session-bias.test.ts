@@ -7,21 +7,20 @@ import { readFileSync } from "node:fs";
 import { openPack } from "eigenlora";
 import { createTrainer } from "eigenlora/train";
 import t, { type Test } from "tap";
+import { changed } from "../support/graphs.ts";
 import { atOnce } from "../support/internals/base.ts";
 import { parseTask } from "../support/internals/format.ts";
 import {
-  create,
   fromBinary,
   type GraphProto,
   ModelProtoSchema,
+  makeNode,
   type NodeProto,
-  NodeProtoSchema,
-  toBinary,
 } from "../support/internals/models.ts";
 import { parseTaskFile } from "../support/internals/runtime.ts";
 import { data, LOSSLESS, packOf } from "../support/packs.ts";
 import type * as sessions from "../support/sessions.ts";
-import { difference, type Feeds, MODES, NODE, ORTS, open, outputOf, refusal } from "../support/sessions.ts";
+import { difference, type Feeds, int64, MODES, NODE, ORTS, open, outputOf, refusal } from "../support/sessions.ts";
 
 const TOLERANCE = 1e-5;
 const path = (name: string): string => data(`exports/${name}`);
@@ -29,12 +28,8 @@ const goldens = JSON.parse(readFileSync(path("goldens.json"), "utf8")) as {
   feeds: Record<string, number[][]>;
   outputs: Record<string, Record<string, number[][]>>;
 };
-const ints = ({ Tensor }: Pick<sessions.Ort, "Tensor">): Feeds =>
-  Object.fromEntries(
-    Object.entries(goldens.feeds).map(([name, rows]) => {
-      return [name, new Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0]!.length])];
-    }),
-  );
+const ints = (ort: Pick<sessions.Ort, "Tensor">): Feeds =>
+  Object.fromEntries(Object.entries(goldens.feeds).map(([name, rows]) => [name, int64(ort, rows)]));
 const answer = (file: string, task: string | null): number[] => goldens.outputs[file]![task ?? "base"]!.flat();
 
 /** Bytes of a pack that keeps its adapters whole. */
@@ -96,18 +91,16 @@ t.test("the same quantised, and without Add", async (t) => {
 
 t.test("a bias that is there by another name is not added once more", async (t) => {
   const pack = await openPack(await packed("head"));
-  const broken = (change: (gemm: NodeProto, graph: GraphProto) => void): Uint8Array => {
-    const proto = fromBinary(ModelProtoSchema, readFileSync(path("classifier.onnx")));
-    const graph = proto.graph!;
-    const gemm = graph.node.find(({ input }) => input[1] === "classifier.weight")!;
-    gemm.metadataProps = [];
-    const bias = graph.initializer.find(({ name }) => name === "bert.embeddings.LayerNorm.bias")!;
-    graph.initializer.push({ ...bias, name: "b", dims: [4n], rawData: bias.rawData.slice(0, 16) });
-    change(gemm, graph);
-    return toBinary(ModelProtoSchema, proto);
-  };
+  const broken = (change: (gemm: NodeProto, graph: GraphProto) => void): Uint8Array =>
+    changed(readFileSync(path("classifier.onnx")), (graph) => {
+      const gemm = graph.node.find(({ input }) => input[1] === "classifier.weight")!;
+      gemm.metadataProps = [];
+      const bias = graph.initializer.find(({ name }) => name === "bert.embeddings.LayerNorm.bias")!;
+      graph.initializer.push({ ...bias, name: "b", dims: [4n], rawData: bias.rawData.slice(0, 16) });
+      change(gemm, graph);
+    });
   const behind = (opType: string, input: string[], output: string, domain = ""): NodeProto =>
-    create(NodeProtoSchema, { opType, name: `/${output}`, input, output: [output], domain });
+    makeNode(opType, `/${output}`, input, output, {}, domain);
   const ways: Record<string, (gemm: NodeProto, graph: GraphProto) => void> = {
     "as the Gemm's own": (gemm) => gemm.input.push("b"),
     "behind a Reshape and a Cast": (gemm, graph) => {
@@ -143,13 +136,12 @@ t.test("learned on such a model, a task has the bias too", async (t) => {
   const session = await open(NODE, path("classifier.onnx"), pack, { trainable: true });
   const encode = (texts: string[]): Feeds => {
     const rows = texts.map((text) => [2, 4 + text.length, 3]);
-    const tensor = (values: number[][]) =>
-      new NODE.Tensor("int64", BigInt64Array.from(values.flat(), BigInt), [values.length, 3]);
-    return {
-      input_ids: tensor(rows),
-      attention_mask: tensor(rows.map(() => [1, 1, 1])),
-      token_type_ids: tensor(rows.map(() => [0, 0, 0])),
-    };
+    const all = (value: number) =>
+      int64(
+        NODE,
+        rows.map(() => [value, value, value]),
+      );
+    return { input_ids: int64(NODE, rows), attention_mask: all(1), token_type_ids: all(0) };
   };
   const trainer = await createTrainer(session, { labels: ["short", "long"], encode: encode as never });
   const examples = [1, 2, 3, 4, 5, 6, 7, 8].map((n) => ({ text: "x".repeat(n), label: n < 5 ? "short" : "long" }));

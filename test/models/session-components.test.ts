@@ -7,10 +7,10 @@ import { openPack, type Pack } from "eigenlora";
 import { type Adapter, buildPack } from "eigenlora/build";
 import { createSession } from "eigenlora/session";
 import t from "tap";
+import { adapterOf, linear } from "../support/adapters.ts";
+import { modelOf } from "../support/graphs.ts";
 import {
-  create,
   fromBinary,
-  GraphProtoSchema,
   ModelProtoSchema,
   makeFloats,
   makeInts,
@@ -182,9 +182,7 @@ function sideBySide(): Uint8Array {
   node.push(makeNode("Concat", "/all", cuts.flat().reverse(), "y", { axis: -1 }));
   const input = [makeValue("x", 1, ["batch", "sequence", WIDTH])];
   const output = [makeValue("y", 1, ["batch", "sequence", widths[0]! + widths[1]!])];
-  const graph = create(GraphProtoSchema, { name: "layers", node, initializer, input, output });
-  const opsetImport = [{ domain: "", version: 17n }];
-  return toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 8n, opsetImport, graph }));
+  return modelOf({ node, initializer, input, output });
 }
 
 const WIDTH = 8;
@@ -201,12 +199,10 @@ const wave = (length: number, seed: number): Float32Array =>
 /** @param parts of the model that are adapted */
 function adapter(id: string, seed: number, parts: readonly (readonly [string, number])[]): Adapter {
   const modules = parts.map(([part, out], i) => {
-    const name = `layers.0.${part}`;
-    const read = async () => ({ rank: 2, A: wave(2 * WIDTH, seed + i), Bt: wave(2 * out, 2 * seed + i) });
-    return [name, { name, out, in: WIDTH, rank: 2, layout: "out-in" as const, read }] as const;
+    const term = { rank: 2, A: wave(2 * WIDTH, seed + i), Bt: wave(2 * out, 2 * seed + i) };
+    return linear(`layers.0.${part}`, out, WIDTH, term);
   });
-  const rest = { baseModel: undefined, saved: [], metadata: {}, warnings: [], close: async () => undefined };
-  return { id, file: id, byteLength: 0, modules: new Map(modules), ...rest };
+  return adapterOf(id, modules);
 }
 
 t.test("packed layers side by side, all of their parts adapted or some", async (t) => {

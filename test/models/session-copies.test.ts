@@ -4,16 +4,17 @@
  */
 import { readFileSync } from "node:fs";
 import { type CpuView, openPack, type Pack, type WeightHost } from "eigenlora";
-import { type Adapter, buildPack } from "eigenlora/build";
+import { buildPack } from "eigenlora/build";
 import { openOnnxHost } from "eigenlora/onnx";
 import { InferenceSession, Tensor } from "onnxruntime-node";
 import t, { type Test } from "tap";
+import { adapterOf, linear } from "../support/adapters.ts";
 import { deltaOf } from "../support/compare.ts";
+import { changed } from "../support/graphs.ts";
 import {
   detachWeights,
   fromBinary,
   type GraphProto,
-  type ModelProto,
   ModelProtoSchema,
   prepareModel,
   readModel,
@@ -32,11 +33,8 @@ const x = new Tensor(
 );
 
 /** A model of test/data/onnx, changed. */
-function applied(name: string, change: (graph: GraphProto) => void = () => undefined): Uint8Array {
-  const proto: ModelProto = fromBinary(ModelProtoSchema, new Uint8Array(readFileSync(data(`onnx/${name}.onnx`))));
-  change(proto.graph!);
-  return toBinary(ModelProtoSchema, proto);
-}
+const applied = (name: string, change: (graph: GraphProto) => void = () => undefined): Uint8Array =>
+  changed(new Uint8Array(readFileSync(data(`onnx/${name}.onnx`))), change);
 
 function factors(seed: number): { rank: number; A: Float32Array; Bt: Float32Array } {
   const values = (shift: number): Float32Array =>
@@ -44,12 +42,7 @@ function factors(seed: number): { rank: number; A: Float32Array; Bt: Float32Arra
   return { rank: 2, A: values(0), Bt: values(100) };
 }
 
-/** An adapter of the layer `mid`. */
-function adapter(id: string, seed: number): Adapter {
-  const one = { name: "mid", out: SIZE, in: SIZE, rank: 2, layout: "out-in" as const, read: async () => factors(seed) };
-  const rest = { baseModel: undefined, saved: [], metadata: {}, warnings: [], close: async () => undefined };
-  return { id, file: id, byteLength: 0, modules: new Map([["mid", one]]), ...rest };
-}
+const adapter = (id: string, seed: number) => adapterOf(id, [linear("mid", SIZE, SIZE, factors(seed))]);
 
 async function packOn(base?: WeightHost): Promise<Pack> {
   const options = base ? { ...LOSSLESS, base } : LOSSLESS;

@@ -4,20 +4,18 @@
  */
 import { InferenceSession, Tensor } from "onnxruntime-node";
 import t from "tap";
+import { changed as changedBytes, modelOf } from "../support/graphs.ts";
 import {
-  AttributeProtoSchema,
   create,
-  DimensionSchema,
   findParameters,
   fromBinary,
   type GraphProto,
-  GraphProtoSchema,
   inject,
   type ModelFile,
-  type ModelProto,
   ModelProtoSchema,
+  makeNode,
+  makeValue,
   type NodeProto,
-  NodeProtoSchema,
   type OnnxParameter,
   parseModel,
   planSession,
@@ -27,8 +25,6 @@ import {
   type TensorProto,
   TensorProtoSchema,
   takeApart,
-  toBinary,
-  ValueInfoProtoSchema,
 } from "../support/internals/models.ts";
 import {
   difference,
@@ -171,17 +167,13 @@ t.test("a layer in a branch, once or twice", async (t) => {
 });
 
 /** One of the tiny models, changed. */
-function changed(name: string, change: (graph: GraphProto, proto: ModelProto) => void): Uint8Array {
-  const proto = fromBinary(ModelProtoSchema, modelBytes(name));
-  change(proto.graph!, proto);
-  return toBinary(ModelProtoSchema, proto);
-}
+const changed = (name: string, change: (graph: GraphProto) => void): Uint8Array =>
+  changedBytes(modelBytes(name), change);
 
 t.test("what else reads a layer's result", async (t) => {
   // The product itself is an output of the model, and must show the task too.
   const exposed = changed("transposed", (graph) => {
-    const type = { value: { case: "tensorType" as const, value: { elemType: 1 } } };
-    graph.output.push(create(ValueInfoProtoSchema, { name: "/mid/MatMul_output_0", type }));
+    graph.output.push(makeValue("/mid/MatMul_output_0", FLOAT));
   });
   const products: Float32Array[] = [];
   for (const mode of MODES) {
@@ -200,7 +192,7 @@ t.test("what else reads a layer's result", async (t) => {
     const at = graph.node.findIndex((node) => node.name === "/classifier/Add");
     const add = graph.node[at]!;
     add.input = add.input.map((value) => (value === "/classifier/MatMul_output_0" ? "apart" : value));
-    graph.node.splice(at, 0, node("Identity", "apart", ["/classifier/MatMul_output_0"], "apart"));
+    graph.node.splice(at, 0, makeNode("Identity", "apart", ["/classifier/MatMul_output_0"], "apart"));
   });
   for (const mode of ["core", "factors"] as const) {
     const error = await refusal(async () => open(NODE, apart, await packFor("mlp"), { mode }));
@@ -228,17 +220,12 @@ t.test("what else reads a layer's result", async (t) => {
 /** The MLP on x [batch, sequence, 12]; inside, the sequence may come first. */
 function sequences(first: "batch" | "sequence"): Uint8Array {
   return changed("transposed", (graph) => {
-    const free = { value: { case: undefined } };
-    const { value } = graph.input[0]!.type!;
-    if (value.case === "tensorType") value.value.shape!.dim.splice(1, 0, create(DimensionSchema, free));
-    delete (graph.output[0]!.type!.value.value as { shape?: unknown }).shape;
+    graph.input[0]!.type!.tensorType!.shape!.dim.splice(1, 0, {});
+    graph.output[0]!.type!.tensorType!.shape = undefined;
     graph.valueInfo.length = 0;
     if (first === "batch") return;
-    const turn = (from: string, to: string): NodeProto => {
-      const turned = node("Transpose", `turn/${from}`, [from], to);
-      turned.attribute.push(create(AttributeProtoSchema, { name: "perm", ints: [1n, 0n, 2n], type: 7 }));
-      return turned;
-    };
+    const turn = (from: string, to: string): NodeProto =>
+      makeNode("Transpose", `turn/${from}`, [from], to, { perm: [1, 0, 2] });
     for (const one of graph.node) {
       one.input = one.input.map((name) => (name === "x" ? "x/turned" : name));
       one.output = one.output.map((name) => (name === "logits" ? "logits/turned" : name));
@@ -316,39 +303,12 @@ function tensor(name: string, dataType: number, dims: readonly number[], values:
   return create(TensorProtoSchema, { name, dataType, dims: dims.map(BigInt), rawData: raw() });
 }
 
-function node(
-  opType: string,
-  name: string,
-  input: string[],
-  output: string,
-  attributes: Record<string, number> = {},
-  domain = "",
-): NodeProto {
-  const attribute = Object.entries(attributes).map(([key, value]) => ({ name: key, i: BigInt(value), type: 2 }));
-  return create(NodeProtoSchema, { opType, name, input, output: [output], attribute, domain });
-}
-
 /** x [rows, K] → y */
-function layer(K: number, nodes: NodeProto[], initializer: TensorProto[]): Uint8Array {
-  const value = (name: string, dims: (number | undefined)[]) => {
-    const fixed = (d: number) => ({ case: "dimValue" as const, value: BigInt(d) });
-    const dim = dims.map((d) => ({ value: d === undefined ? { case: undefined } : fixed(d) }));
-    const type = { value: { case: "tensorType" as const, value: { elemType: FLOAT, shape: { dim } } } };
-    return create(ValueInfoProtoSchema, { name, type });
-  };
-  const graph = create(GraphProtoSchema, {
-    name: "layer",
-    node: nodes,
-    initializer,
-    input: [value("x", [undefined, K])],
-    output: [value("y", [undefined, undefined])],
-  });
-  const opsetImport = [
-    { domain: "", version: 21n },
-    { domain: "com.microsoft", version: 1n },
-  ];
-  return toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 10n, opsetImport, graph }));
-}
+const layer = (K: number, node: NodeProto[], initializer: TensorProto[]): Uint8Array =>
+  modelOf(
+    { node, initializer, input: [makeValue("x", FLOAT, ["", K])], output: [makeValue("y", FLOAT, ["", ""])] },
+    { opset: 21 },
+  );
 
 async function opened(bytes: Uint8Array): Promise<{ file: ModelFile; weight: OnnxParameter }> {
   const file = await readModel(bytes);
@@ -391,7 +351,7 @@ t.test("MatMulNBits is read as ONNX Runtime computes it", async (t) => {
       if (kind === "float" && bits === 8) continue;
       const inputs = ["x", "W", "scales", ...(zero ? ["zeros"] : [])];
       const attributes = { K, N, bits, block_size: size };
-      const product = node("MatMulNBits", "/layer/MatMul", inputs, "y", attributes, "com.microsoft");
+      const product = makeNode("MatMulNBits", "/layer/MatMul", inputs, "y", attributes, "com.microsoft");
       const off = await disagreement(layer(K, [product], [packed, scales, ...(zero ? [zero] : [])]), N, K);
       t.ok(off <= 1e-5, `${bits} bits, blocks of ${size}, K ${K}, zero points: ${kind}; off by ${off}`);
     }
@@ -420,10 +380,10 @@ t.test("DequantizeLinear and MatMulInteger are read as ONNX Runtime computes the
           const tensors = [weight, tensor("s", FLOAT, dims, random(count, 0.01, 0.2))];
           if (zero) tensors.push(tensor("z", type, dims, values(count)));
           const inputs = ["W", "s", ...(zero ? ["z"] : [])];
-          const dequantize = node("DequantizeLinear", "/layer/Dequantize", inputs, "w", attributes);
+          const dequantize = makeNode("DequantizeLinear", "/layer/Dequantize", inputs, "w", attributes);
           const product = turned
-            ? node("Gemm", "/layer/Gemm", ["x", "w"], "y", { transB: 1 })
-            : node("MatMul", "/layer/MatMul", ["x", "w"], "y");
+            ? makeNode("Gemm", "/layer/Gemm", ["x", "w"], "y", { transB: 1 })
+            : makeNode("MatMul", "/layer/MatMul", ["x", "w"], "y");
           const off = await disagreement(layer(K, [dequantize, product], tensors), N, K);
           t.ok(off <= 1e-5, `type ${type}, ${what}, turned ${turned}, zero points ${zero}: off by ${off}`);
         }
@@ -440,11 +400,11 @@ t.test("DequantizeLinear and MatMulInteger are read as ONNX Runtime computes the
       tensor("z", INT8, dims, new Array<number>(count).fill(perColumn ? 0 : 3)),
     ];
     const nodes = [
-      create(NodeProtoSchema, { opType: "DynamicQuantizeLinear", name: "q", input: ["x"], output: ["xq", "xs", "xz"] }),
-      node("MatMulInteger", "/layer/MatMul_quant", ["xq", "W", "xz", "z"], "i"),
-      node("Cast", "cast", ["i"], "f", { to: 1 }),
-      node("Mul", "scales", ["xs", "s"], "ss"),
-      node("Mul", "scaled", ["f", "ss"], "y"),
+      makeNode("DynamicQuantizeLinear", "q", ["x"], ["xq", "xs", "xz"]),
+      makeNode("MatMulInteger", "/layer/MatMul_quant", ["xq", "W", "xz", "z"], "i"),
+      makeNode("Cast", "cast", ["i"], "f", { to: 1 }),
+      makeNode("Mul", "scales", ["xs", "s"], "ss"),
+      makeNode("Mul", "scaled", ["f", "ss"], "y"),
     ];
     const off = await disagreement(layer(K, nodes, tensors), N, K);
     t.ok(off <= 1e-5, `MatMulInteger, a scale per column ${perColumn}: off by ${off}`);

@@ -7,9 +7,9 @@ import { openPack, type Pack } from "eigenlora";
 import { encodeTaskFile } from "eigenlora/build";
 import { createEigenSession, createEigenSessions, type EigenSessions } from "eigenlora/onnxruntime";
 import t, { type Test } from "tap";
-import { difference } from "../support/adapters.ts";
+import { relativeDifference } from "../support/compare.ts";
 import { data, LOSSLESS, packOf } from "../support/packs.ts";
-import { MODES, modesOn, NODE, ORTS, type Ort, refusal } from "../support/sessions.ts";
+import { int64, MODES, modesOn, NODE, ORTS, type Ort, refusal } from "../support/sessions.ts";
 
 interface Golden {
   readonly encoded: number[];
@@ -33,10 +33,8 @@ const whole = await packBytes(["answers", "titles"]);
 const opened = (t: Test, bytes = whole): Promise<Pack> =>
   openPack(bytes).then((pack) => (t.teardown(() => pack.close()), pack));
 
-const tensor = (ort: Ort, rows: number[][]) =>
-  new ort.Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0]!.length]);
 const mask = (ort: Ort) =>
-  tensor(
+  int64(
     ort,
     ROWS.map((row) => row.map((id) => Number(id !== 0))),
   );
@@ -45,13 +43,13 @@ const mask = (ort: Ort) =>
 async function answers(ort: Ort, models: Pick<Models, "call">): Promise<Golden> {
   return models.call(async ({ encoder, decoder }) => {
     const attention_mask = mask(ort);
-    const { last_hidden_state } = await encoder.run({ input_ids: tensor(ort, ROWS), attention_mask });
+    const { last_hidden_state } = await encoder.run({ input_ids: int64(ort, ROWS), attention_mask });
     const steps = golden(null).tokens[0]!.length - 1;
     const tokens = ROWS.map(() => [0]);
     let logits: number[] = [];
     for (let step = 0; step < steps; step++) {
       const feeds = {
-        input_ids: tensor(ort, tokens),
+        input_ids: int64(ort, tokens),
         encoder_hidden_states: last_hidden_state!,
         encoder_attention_mask: attention_mask,
       };
@@ -70,7 +68,10 @@ async function answers(ort: Ort, models: Pick<Models, "call">): Promise<Golden> 
 async function holds(t: Test, ort: Ort, models: Pick<Models, "call">, task: string | null, how: string): Promise<void> {
   const [found, expected] = [await answers(ort, models), golden(task)];
   t.same(found.tokens, expected.tokens, `${how}, ${task}: tokens`);
-  const off = Math.max(difference(found.encoded, expected.encoded), difference(found.logits, expected.logits));
+  const off = Math.max(
+    relativeDifference(found.encoded, expected.encoded),
+    relativeDifference(found.logits, expected.logits),
+  );
   t.ok(off < 1e-5, `${how}, ${task}: off by ${off}`);
 }
 
@@ -181,9 +182,9 @@ t.test("one file, with the modules that it has", async (t) => {
     t.equal(session.leftOut.length, 8);
     for (const task of TASKS) {
       await session.switchTask(task);
-      const feeds = { input_ids: tensor(NODE, ROWS), attention_mask: mask(NODE) };
+      const feeds = { input_ids: int64(NODE, ROWS), attention_mask: mask(NODE) };
       const { last_hidden_state } = await session.run(feeds);
-      const off = difference(last_hidden_state!.data as Float32Array, golden(task).encoded);
+      const off = relativeDifference(last_hidden_state!.data as Float32Array, golden(task).encoded);
       t.ok(off < 1e-5, `${mode}, ${task}: off by ${off}`);
     }
     await session.close();

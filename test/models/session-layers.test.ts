@@ -6,17 +6,15 @@ import { openPack, type Pack } from "eigenlora";
 import { type Adapter, buildPack } from "eigenlora/build";
 import { Tensor } from "onnxruntime-node";
 import t from "tap";
+import { adapterOf } from "../support/adapters.ts";
+import { modelOf } from "../support/graphs.ts";
 import {
   create,
-  type GraphProto,
-  GraphProtoSchema,
-  ModelProtoSchema,
   makeFloats,
   makeNode,
   makeValue,
   type NodeProto,
   TensorProtoSchema,
-  toBinary,
 } from "../support/internals/models.ts";
 import { concat, LOSSLESS } from "../support/packs.ts";
 import { NODE, type Options, open, outputOf } from "../support/sessions.ts";
@@ -29,9 +27,8 @@ const feeds = { x: new Tensor("float32", Float32Array.from(X), [1, 3]) };
 const diagonal = (value: number): number[] => Array.from({ length: 9 }, (_, i) => (i % 4 === 0 ? value : 0));
 
 /** y of these nodes, with W the identity, C, and what quantises to steps of a half below 64. */
-function modelOf(...nodes: NodeProto[]): Uint8Array<ArrayBuffer> {
-  const graph: GraphProto = create(GraphProtoSchema, {
-    name: "one layer",
+function layers(...nodes: NodeProto[]): Uint8Array<ArrayBuffer> {
+  return modelOf({
     node: nodes,
     input: [makeValue("x", FLOAT, ["batch", 3])],
     output: [makeValue("y", FLOAT, ["batch", 3])],
@@ -42,8 +39,6 @@ function modelOf(...nodes: NodeProto[]): Uint8Array<ArrayBuffer> {
       create(TensorProtoSchema, { name: "zero", dataType: UINT8, rawData: new Uint8Array([0]) }),
     ],
   });
-  const opsetImport = [{ domain: "", version: 17n }];
-  return toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 8n, opsetImport, graph })).slice();
 }
 
 const gemm = (y: string): NodeProto =>
@@ -54,25 +49,12 @@ const requantized = (from: string, to: string): NodeProto[] => [
   makeNode("DequantizeLinear", `${to}/dq`, [`${to}/q`, "step", "zero"], to),
 ];
 
-const rest = {
-  baseModel: undefined,
-  saved: [],
-  metadata: {},
-  warnings: [],
-  byteLength: 0,
-  close: async () => undefined,
-};
-
 /** Brings a weight of its own, without a bias. */
-const head: Adapter = {
-  ...rest,
-  id: "head",
-  file: "head",
-  modules: new Map(),
+const head = adapterOf("head", [], {
   saved: [
     { name: "classifier.weight", role: "saved", shape: [3, 3], read: async () => Float32Array.from(diagonal(2)) },
   ],
-};
+});
 
 async function packed(adapter: Adapter): Promise<Pack> {
   return openPack(concat((await buildPack([adapter], LOSSLESS)).chunks));
@@ -89,7 +71,7 @@ async function answers(model: Uint8Array<ArrayBuffer>, adapter: Adapter, options
 
 t.test("a task that brings a weight without its bias keeps the model's", async (t) => {
   for (const mode of ["factors", "folded"] as const) {
-    const [base, found] = await answers(modelOf(gemm("y")), head, { mode });
+    const [base, found] = await answers(layers(gemm("y")), head, { mode });
     t.same(base, [11, 22, 33], mode);
     t.same(found, [12, 24, 36], mode);
   }
@@ -100,10 +82,10 @@ t.test("a task that brings a weight without its bias keeps the model's", async (
     read: async () => Float32Array.of(1, 1, 1),
   };
   for (const mode of ["factors", "folded"] as const) {
-    const [, found] = await answers(modelOf(gemm("y")), { ...head, saved: [...head.saved, bias] }, { mode });
+    const [, found] = await answers(layers(gemm("y")), { ...head, saved: [...head.saved, bias] }, { mode });
     t.same(found, [3, 5, 7], `${mode}: one that brings both`);
   }
-  const [base, found] = await answers(modelOf(gemm("s"), ...requantized("s", "y")), head, { mode: "factors" });
+  const [base, found] = await answers(layers(gemm("s"), ...requantized("s", "y")), head, { mode: "factors" });
   t.same(base, [11, 22, 33]);
   t.same(found, [12, 24, 36], "behind quantised values too");
 });

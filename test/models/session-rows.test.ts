@@ -3,20 +3,19 @@
  * row. Expected values are those of each row alone.
  */
 import { openPack, type Pack } from "eigenlora";
-import { type Adapter, buildPack } from "eigenlora/build";
+import { buildPack } from "eigenlora/build";
 import { Tensor } from "onnxruntime-node";
 import t, { type Test } from "tap";
+import { adapterOf, linear } from "../support/adapters.ts";
+import { modelOf } from "../support/graphs.ts";
 import {
   create,
-  GraphProtoSchema,
-  ModelProtoSchema,
   makeFloats,
   makeInts,
   makeNode,
   makeValue,
   type NodeProto,
   TensorProtoSchema,
-  toBinary,
 } from "../support/internals/models.ts";
 import { concat, LOSSLESS } from "../support/packs.ts";
 import { difference, NODE, open, outputOf, refusal, type Session } from "../support/sessions.ts";
@@ -26,11 +25,9 @@ const wave = (count: number, seed: number): Float32Array =>
   Float32Array.from({ length: count }, (_, i) => 0.5 * Math.sin(seed + 1.3 * i));
 
 async function pack(): Promise<Pack> {
-  const adapters = [1, 2].map((seed): Adapter => {
-    const read = async () => ({ rank: 2, A: wave(2 * SIZE, seed), Bt: wave(2 * SIZE, 10 * seed) });
-    const one = { name: "mid", out: SIZE, in: SIZE, rank: 2, layout: "out-in" as const, read };
-    const rest = { baseModel: undefined, saved: [], metadata: {}, warnings: [], close: async () => undefined };
-    return { id: seed === 1 ? "a" : "b", file: "x", byteLength: 0, modules: new Map([["mid", one]]), ...rest };
+  const adapters = [1, 2].map((seed) => {
+    const term = { rank: 2, A: wave(2 * SIZE, seed), Bt: wave(2 * SIZE, 10 * seed) };
+    return adapterOf(seed === 1 ? "a" : "b", [linear("mid", SIZE, SIZE, term)]);
   });
   return openPack(concat((await buildPack(adapters, LOSSLESS)).chunks));
 }
@@ -47,15 +44,12 @@ function layered(before: NodeProto[], entering: string, made: string, after: Nod
     makeInts("first", [0]),
     makeInts("second", [1]),
   ];
-  const graph = create(GraphProtoSchema, {
-    name: "layer",
+  return modelOf({
     node: [...before, layer, ...after],
     initializer,
     input: [makeValue("x", FLOAT, ["batch", tokens, SIZE])],
     output: [makeValue("y", FLOAT)],
   });
-  const opsetImport = [{ domain: "", version: 17n }];
-  return toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 8n, opsetImport, graph }));
 }
 
 /** Reshapes to five tokens, so that made-up inputs do not fit. */
@@ -202,19 +196,14 @@ function dynamic(swapped: boolean): Uint8Array {
   ];
   const input = [makeValue("x", FLOAT, ["batch", "sequence", SIZE])];
   const output = [makeValue("logits", FLOAT, ["batch", "sequence", WIDE])];
-  const graph = create(GraphProtoSchema, { name: "dynamic", node, initializer, input, output });
-  const opsetImport = [{ domain: "", version: 17n }];
-  return toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 8n, opsetImport, graph }));
+  return modelOf({ node, initializer, input, output });
 }
 
 t.test("rows of 8 bits that share a range: tasks are told from rounding", async (t) => {
-  const adapters = ["a", "b"].map((id, i): Adapter => {
+  const adapters = ["a", "b"].map((id, i) => {
     const Bt = wave(SIZE, 2 + i);
     Bt[0] = 6;
-    const read = async () => ({ rank: 1, A: wave(SIZE, i), Bt });
-    const one = { name: "mid", out: SIZE, in: SIZE, rank: 1, layout: "out-in" as const, read };
-    const rest = { baseModel: undefined, saved: [], metadata: {}, warnings: [], close: async () => undefined };
-    return { id, file: id, byteLength: 0, modules: new Map([["mid", one]]), ...rest };
+    return adapterOf(id, [linear("mid", SIZE, SIZE, { rank: 1, A: wave(SIZE, i), Bt })]);
   });
   const pack = await openPack(concat((await buildPack(adapters, LOSSLESS)).chunks));
   const x = new Tensor("float32", wave(2 * 3 * SIZE, 4), [2, 3, SIZE]);

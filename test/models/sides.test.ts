@@ -6,7 +6,7 @@ import { createRuntime, openPack } from "eigenlora";
 import t from "tap";
 import { backends } from "../support/backend-list.ts";
 import { relativeDifference } from "../support/compare.ts";
-import { LOSSLESS, packOf } from "../support/packs.ts";
+import { LOSSLESS, packOf, termDelta } from "../support/packs.ts";
 import { difference, feeds, golden, MODES, model, open, outputOf, packFor, RUNTIMES } from "../support/sessions.ts";
 import { inOtherWords } from "../support/sides.ts";
 
@@ -77,7 +77,9 @@ for (const options of await backends()) {
             await runtimes[i]!.apply(name, view(x, inputs), view(to, out), { tasks: [TASKS[0]!, null, TASKS[2]!] });
           const off = relativeDifference(z, y);
           if (!(off < 5e-6)) t.fail(`${mode}, ${name}: rows are off by ${off}`);
-          const [expected, found] = runtimes.map((runtime) => deltaOf(runtime, name, inputs, out));
+          const [expected, found] = await Promise.all(
+            runtimes.map((runtime) => termDelta(runtime.term(name)!, runtime.pack, name)),
+          );
           const delta = relativeDifference(found!, expected!);
           if (!(delta < 5e-6)) t.fail(`${mode}, ${JSON.stringify(selection)}, ${name}: off by ${delta}`);
         }
@@ -86,40 +88,6 @@ for (const options of await backends()) {
       for (const runtime of runtimes) await runtime.close();
     }
   });
-}
-
-/** A corner of the active task's ΔW, from the runtime's terms. */
-function deltaOf(runtime: Awaited<ReturnType<typeof createRuntime>>, name: string, inputs: number, out: number) {
-  const { rank, A, Bt, core } = runtime.term(name)!;
-  const corner = new Float32Array(16 * 16);
-  const { pack } = runtime;
-  const module = pack.modules.find((one) => one.name === name)!;
-  for (let o = 0; o < 16; o++)
-    for (let i = 0; i < 16; i++)
-      for (let k = 0; k < rank; k++) corner[16 * o + i]! += Bt[k * out + o]! * A[k * inputs + i]!;
-  if (!core) return corner;
-  const [EA, EB] = componentsOf.get(name) ?? [];
-  const [KA, KB] = [module.A[0]!.tensor.rows, module.B[0]!.tensor.rows];
-  if (!EA || !EB) throw new Error("its components were not read");
-  for (let o = 0; o < 16; o++)
-    for (let i = 0; i < 16; i++)
-      for (let a = 0; a < KA; a++)
-        for (let b = 0; b < KB; b++) corner[16 * o + i]! += EA[a * inputs + i]! * core[a * KB + b]! * EB[b * out + o]!;
-  return corner;
-}
-/** f32 components of both sides, by module: equal in both packs where a core lies between them. */
-const componentsOf = new Map<string, [Float32Array, Float32Array]>();
-{
-  const pack = await openPack(bytes);
-  using section = await pack.bases();
-  for (const { name, A, B } of pack.modules) {
-    const rows = ([side]: typeof A): Float32Array => {
-      if (!side) return new Float32Array();
-      const { byteOffset, byteLength } = side.tensor;
-      return new Float32Array(section.bytes.slice(byteOffset, byteOffset + byteLength).buffer);
-    };
-    componentsOf.set(name, [rows(A), rows(B)]);
-  }
 }
 
 for (const { name, ort } of RUNTIMES) {

@@ -1,6 +1,5 @@
 /** Rows of tokens on a base whose head is tied to its embedding, and starts that change the base, against PEFT's logits. */
-import { mkdtemp, readFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { createRuntime, openPack, type Pack, type RuntimeOptions, type Tensor } from "eigenlora";
 import { buildPack } from "eigenlora/build";
@@ -8,11 +7,12 @@ import { readAdapters } from "eigenlora/node";
 import { createEngine } from "eigenlora/onnxruntime";
 import { createSessions } from "eigenlora/session";
 import t, { type Test } from "tap";
-import { json, run, workIn } from "../support/command-line.ts";
-import { openSafetensors, openSource } from "../support/internals/base.ts";
+import { json, run, words } from "../support/command-line.ts";
+import { tensorsOf as read } from "../support/compare.ts";
+import { workIn } from "../support/folder.ts";
 import { fromBinary, ModelProtoSchema, toBinary } from "../support/internals/models.ts";
 import { concat, data, LOSSLESS } from "../support/packs.ts";
-import { MODES, type Mode, NODE, ORTS, open, type Session } from "../support/sessions.ts";
+import { feedsIn, int64, MODES, type Mode, NODE, ORTS, open, type Session } from "../support/sessions.ts";
 
 const at = (path: string): string => data(`goldens/tied/${path}`);
 
@@ -49,8 +49,7 @@ function agrees(t: Test, found: ArrayLike<number>, expected: readonly number[] |
 
 async function logitsOf(session: Session, Tensor: typeof NODE.Tensor, tasks?: readonly (string | null)[]) {
   const rows = tasks?.length ?? 1;
-  const ids = Array.from({ length: rows }, () => IDS).flat();
-  const feeds = { input_ids: new Tensor("int64", BigInt64Array.from(ids, BigInt), [rows, IDS.length]) };
+  const feeds = { input_ids: int64({ Tensor }, Array(rows).fill(IDS)) };
   return (await session.run(feeds, tasks && { tasks }))["logits"]!.data as Float32Array;
 }
 
@@ -155,15 +154,8 @@ t.test("sessions: an embedding under another name, and two files of one model", 
 const TABLE = "model.embed_tokens.weight";
 const HEAD = "lm_head.weight";
 
-async function tensorsOf(path = at("base.safetensors")): Promise<Map<string, Tensor>> {
-  const source = await openSource(path);
-  const file = await openSafetensors(source);
-  const tensors = new Map<string, Tensor>();
-  for (const [name, { shape }] of file.tensors)
-    tensors.set(name, { dtype: "f32", shape, data: new Float32Array((await file.read(name)).slice().buffer) });
-  await source.close?.();
-  return tensors;
-}
+const tensorsOf = async (path = at("base.safetensors")): Promise<Map<string, Tensor>> =>
+  new Map([...(await read(path))].map(([name, tensor]) => [name, { dtype: "f32", ...tensor }]));
 
 function turned({ shape: [rows = 0, columns = 0], data }: Tensor): Tensor {
   const values = Float32Array.from(data, (_, i) => data[(i % rows) * columns + Math.floor(i / rows)]!);
@@ -298,21 +290,9 @@ t.test("own weights: an embedding that changes without its head", async (t) => {
 });
 
 t.test("commands: fold, export, attach", async (t) => {
-  const folder = await mkdtemp(join(tmpdir(), "eigenlora-tied-"));
-  workIn(t, folder);
+  const folder = workIn(t);
   const adapters = [...ROWS.slice(0, 3), ...STARTS].map((task) => at(`adapters/${task}`));
-  const pack = [
-    "pack",
-    ...adapters,
-    "-o",
-    "p.eigen",
-    "--energy",
-    "1",
-    "--dtype",
-    "f32",
-    "--base",
-    at("base.safetensors"),
-  ];
+  const pack = words`pack ${adapters} -o p.eigen --energy 1 --dtype f32 --base ${at("base.safetensors")}`;
   await json(0, ...pack);
   for (const task of [...ROWS.slice(0, 3), ...STARTS]) {
     await json(0, "fold", "p.eigen", "--task", task, "--base", at("base.safetensors"), "-o", `${task}.safetensors`);
@@ -328,20 +308,8 @@ t.test("commands: fold, export, attach", async (t) => {
   }
   await json(0, "attach", at("torchscript.onnx"), "p.eigen", "-o", "with.onnx", "--task", "rows");
   const attached = await NODE.InferenceSession.create(join(folder, "with.onnx"));
-  const feeds: Record<string, InstanceType<typeof NODE.Tensor>> = {
-    input_ids: new NODE.Tensor("int64", BigInt64Array.from(IDS, BigInt), [1, IDS.length]),
-  };
-  const source = await openSource(join(folder, "with.tasks", "rows.safetensors"));
-  const values = await openSafetensors(source);
-  for (const [name, { dtype, shape }] of values.tensors) {
-    const bytes = (await values.read(name)).slice();
-    feeds[name] =
-      dtype === "I64"
-        ? new NODE.Tensor("int64", new BigInt64Array(bytes.buffer), shape)
-        : new NODE.Tensor("float32", new Float32Array(bytes.buffer), shape);
-  }
+  const feeds = { input_ids: int64(NODE, [IDS]), ...(await feedsIn(join(folder, "with.tasks", "rows.safetensors"))) };
   agrees(t, (await attached.run(feeds))["logits"]!.data as Float32Array, goldens.tied["rows"], "attach");
-  await source.close?.();
   const refused = await run("pack", at("adapters/pissa"), "-o", "q.eigen");
   t.match(refused, {
     status: 1,

@@ -10,7 +10,7 @@ import { readAdapters } from "eigenlora/node";
 import { createTrainer, distill, type Encode } from "eigenlora/train";
 import t from "tap";
 import { createEncoder, readReference, readTask } from "../../examples/minilm.js";
-import { LABELS, tiny } from "../support/learning.ts";
+import { fitted, LABELS, tiny } from "../support/learning.ts";
 import { data, LOSSLESS, packOf } from "../support/packs.ts";
 import { packages, without } from "../support/required.ts";
 import { type Feeds, NODE, type Options, open, WEB } from "../support/sessions.ts";
@@ -84,9 +84,7 @@ t.test("it learns in a trainer, as a function that encodes alike does", async (t
   const session = await minilm(NODE, { trainable: true });
   for (const one of [tokenizer, encode]) {
     const trainer = await createTrainer(session, { labels: ["even", "odd"], encode: one, seed: 3 });
-    const found: number[] = [];
-    for await (const { loss } of trainer.fit(examples, { epochs: 2, batch: 8 })) found.push(loss);
-    losses.push(found);
+    losses.push((await fitted(trainer, examples, { epochs: 2, batch: 8 }))[2]);
   }
   t.equal(losses[0]!.length, 6);
   t.same(losses[0], losses[1]);

@@ -1,13 +1,13 @@
 /** The documents: links lead somewhere, pages are short, the index lists them all, and typedoc can make the API reference. */
 import { execFile } from "node:child_process";
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { dirname, join, relative } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import t from "tap";
 import { pagesIn } from "../support/blocks.ts";
 import { run } from "../support/command-line.ts";
+import { folderFor } from "../support/folder.ts";
 import { soak } from "../support/required.ts";
 import { subpaths } from "../tools/api.js";
 
@@ -150,8 +150,7 @@ t.test("docs/README.md lists every page", async (t) => {
 
 if (soak)
   t.test("the API reference can be made, without a warning", async (t) => {
-    const out = mkdtempSync(join(tmpdir(), "eigenlora-api-"));
-    t.teardown(() => rmSync(out, { recursive: true }));
+    const out = folderFor(t);
     const typedoc = join(root, "node_modules/typedoc/bin/typedoc");
     // Fails on warnings, by its options.
     await promisify(execFile)(process.execPath, [typedoc, "--options", "docs/typedoc.config.js", "--out", out], {

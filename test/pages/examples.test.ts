@@ -6,8 +6,7 @@
  */
 import { execFile, spawnSync } from "node:child_process";
 import { existsSync, readFileSync } from "node:fs";
-import { chmod, copyFile, cp, mkdir, mkdtemp, readFile, rm, symlink, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { chmod, copyFile, cp, mkdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
@@ -21,6 +20,7 @@ import { readTask } from "../../examples/minilm.js";
 import { BLOCKS, type Block, blocksIn, PAGES } from "../support/blocks.ts";
 import { answerOf, beTheCdn, launch, noChromium, openPage } from "../support/browser.ts";
 import { emptyHome } from "../support/empty-home.ts";
+import { folderFor } from "../support/folder.ts";
 import { concat, data, LOSSLESS } from "../support/packs.ts";
 import { packages, python, required } from "../support/required.ts";
 import { surface } from "../tools/api.js";
@@ -182,8 +182,7 @@ async function linkPackages(place: string): Promise<void> {
 
 /** An empty folder until the tests end. */
 async function emptyPlace(t: Test): Promise<string> {
-  const place = await mkdtemp(join(tmpdir(), "eigenlora-examples-"));
-  t.teardown(() => rm(place, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+  const place = folderFor(t);
   return place;
 }
 

@@ -4,17 +4,17 @@
  * missing server is skipped by name, and fails when EIGENLORA_REQUIRE lists it. `npm run soak` tries Next.js.
  */
 import { execFile, spawn } from "node:child_process";
-import { copyFile, cp, mkdir, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { copyFile, cp, mkdir, readFile, writeFile } from "node:fs/promises";
 import { createServer as createHttpServer } from "node:http";
 import { createRequire } from "node:module";
 import { type AddressInfo, createServer } from "node:net";
-import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { setTimeout as pause } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import t, { type Test } from "tap";
 import { answerOf, launch, noChromium } from "../support/browser.ts";
+import { folderFor } from "../support/folder.ts";
 import { serve } from "../support/range-server.ts";
 import { MODULE } from "../support/readme.ts";
 import { lacking, packages, python, pythonLacks, without } from "../support/required.ts";
@@ -45,8 +45,7 @@ interface Answer {
 }
 
 const pack = await packBytes(["adapters"], "base");
-const temporary = await mkdtemp(join(tmpdir(), "eigenlora-hosting-"));
-t.teardown(() => rm(temporary, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+const temporary = folderFor(t);
 const ORT = join(root, "node_modules/onnxruntime-web");
 
 async function addSources(folder: string): Promise<void> {

@@ -4,8 +4,7 @@
  */
 import { spawnSync } from "node:child_process";
 import { existsSync } from "node:fs";
-import { copyFile, cp, mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { copyFile, cp, mkdir, readdir, readFile, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { gzipSync } from "node:zlib";
@@ -16,6 +15,7 @@ import ts from "typescript";
 import { serveFolder } from "../../examples/page/serve.js";
 import { answerOf, beTheCdn, launch, noChromium } from "../support/browser.ts";
 import { bundleWorker, metro, noProgram, outputOf, workerd } from "../support/engines.ts";
+import { folderFor } from "../support/folder.ts";
 import { GLOBALS, MSGPACKR } from "../support/internals/cli.ts";
 import { data, LOSSLESS, packOf } from "../support/packs.ts";
 import { textOf } from "../support/page-llm.ts";
@@ -32,8 +32,7 @@ function run(cwd: string, command: string, ...args: string[]): string {
 }
 
 /** A project with only the package. */
-const folder = await mkdtemp(join(tmpdir(), "eigenlora-install-"));
-t.teardown(() => rm(folder, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+const folder = folderFor(t);
 const project = join(folder, "project");
 const own = join(project, "node_modules/eigenlora");
 const [{ filename }] = JSON.parse(

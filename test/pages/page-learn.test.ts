@@ -2,8 +2,7 @@
  * Teaching in the visitors' page: built, served, in a real Chromium on WASM, from a handful of examples. Software WebGPU takes minutes
  * for it: learn-chromium.test.ts trains a smaller model there.
  */
-import { mkdtemp, readFile, rm } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
 import type { Browser, Page } from "playwright-core";
@@ -12,22 +11,20 @@ import { createEncoder, model } from "../../examples/minilm.js";
 import { buildPage } from "../../examples/page/build.js";
 import { serveFolder } from "../../examples/page/serve.js";
 import { size } from "../../examples/page/views.js";
-import { launch, noChromium } from "../support/browser.ts";
+import { launch, noChromium, visitorOf } from "../support/browser.ts";
+import { folderFor } from "../support/folder.ts";
 import { parseTaskFile } from "../support/internals/runtime.ts";
 import { keepTasks } from "../support/page-pack.ts";
 import { NODE, open } from "../support/sessions.ts";
 
 const skip = noChromium;
 
-const folder = await mkdtemp(join(tmpdir(), "eigenlora-learn-"));
+const folder = folderFor(t);
 await buildPage(folder);
 const TASKS = ["debtags-admin", "debtags-game", "debtags-role", "sections-0"];
 await keepTasks(folder, TASKS);
 const server = await serveFolder(folder);
-t.teardown(async () => {
-  await server.close();
-  await rm(folder, { recursive: true });
-});
+t.teardown(() => server.close());
 
 /** Shared by both tests: each opens a window of its own. */
 const browser = skip ? undefined! : await launch(t);
@@ -43,14 +40,7 @@ async function visit(
   url = server.url,
   options: Parameters<Browser["newPage"]>[0] = {},
 ): Promise<{ page: Page; complaints: string[] }> {
-  const page = await browser.newPage(options);
-  page.setDefaultTimeout(120_000);
-  const complaints: string[] = [];
-  page.on(
-    "console",
-    (message) => void (["error", "warning"].includes(message.type()) && complaints.push(message.text())),
-  );
-  page.on("pageerror", (error) => complaints.push(error.message));
+  const { page, complaints } = await visitorOf(browser, options);
   await page.addInitScript(() => {
     const heard: Heard = { probabilities: [], losses: [] };
     Object.assign(globalThis, { heard });

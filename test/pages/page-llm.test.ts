@@ -3,8 +3,7 @@
  * answers are PEFT's.
  */
 import { execFile } from "node:child_process";
-import { mkdtemp, readFile, rm } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
@@ -15,20 +14,18 @@ import { buildLlmPage } from "../../examples/page/llm/build.js";
 import { decode } from "../../examples/page/llm/decode.js";
 import { type Answered, serveFolder } from "../../examples/page/serve.js";
 import { launch, noChromium as skip } from "../support/browser.ts";
+import { folderFor } from "../support/folder.ts";
 import { data } from "../support/packs.ts";
 import { complaintsOfAxe } from "../support/page-axe.ts";
 import { ask, PROMPTS, pick, settled, textOf, tinyMaterial, visit } from "../support/page-llm.ts";
 import { NODE, open } from "../support/sessions.ts";
 
-const folder = await mkdtemp(join(tmpdir(), "eigenlora-llm-"));
+const folder = folderFor(t);
 const material = await tinyMaterial();
 const facts = await buildLlmPage(folder, material);
 const answers: Answered[] = [];
 const server = await serveFolder(folder, { onAnswer: (answered) => answers.push(answered) });
-t.teardown(async () => {
-  await server.close();
-  await rm(folder, { recursive: true });
-});
+t.teardown(() => server.close());
 /** Shared by all tests here: each opens a window of its own. */
 const browser = skip ? undefined! : await launch(t, ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]);
 const SKILLS = ["upper", "lower"] as const;

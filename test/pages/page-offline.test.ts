@@ -1,25 +1,22 @@
 /** The page's permissions and its kept files: its Content-Security-Policy and its service worker, in a real Chromium. */
-import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import type { Page } from "playwright-core";
 import t from "tap";
 import { buildPage, writeOfflineWorker } from "../../examples/page/build.js";
 import { serveFolder } from "../../examples/page/serve.js";
 import { launch, noChromium } from "../support/browser.ts";
+import { folderFor } from "../support/folder.ts";
 import { keepTasks } from "../support/page-pack.ts";
 
-const folder = await mkdtemp(join(tmpdir(), "eigenlora-page-"));
+const folder = folderFor(t);
 await buildPage(folder);
 await keepTasks(folder, ["debtags-admin", "debtags-game", "debtags-role"]);
 // Hosts of static files send this: browsers need not ask again for minutes.
 const server = await serveFolder(folder, { cacheControl: "max-age=600" });
 /** Shared by all tests here: each opens a window of its own. */
 const browser = noChromium ? undefined! : await launch(t);
-t.teardown(async () => {
-  await server.close();
-  await rm(folder, { recursive: true });
-});
+t.teardown(() => server.close());
 
 const settled = (page: Page): Promise<void> => page.locator('main[aria-busy="false"]').waitFor();
 

@@ -1,11 +1,11 @@
-import { mkdtemp, readFile, rm } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import type { Browser, Page } from "playwright-core";
 import t from "tap";
 import { buildPage } from "../../examples/page/build.js";
 import { type Answered, serveFolder } from "../../examples/page/serve.js";
-import { launch, noChromium } from "../support/browser.ts";
+import { launch, noChromium, visitorOf } from "../support/browser.ts";
+import { folderFor } from "../support/folder.ts";
 import { complaintsOfAxe } from "../support/page-axe.ts";
 import { soak } from "../support/required.ts";
 
@@ -15,14 +15,11 @@ import { soak } from "../support/required.ts";
  */
 const skip = noChromium;
 
-const folder = await mkdtemp(join(tmpdir(), "eigenlora-page-"));
+const folder = folderFor(t);
 const answers: Answered[] = [];
 await buildPage(folder);
 const server = await serveFolder(folder, { onAnswer: (answered) => answers.push(answered) });
-t.teardown(async () => {
-  await server.close();
-  await rm(folder, { recursive: true });
-});
+t.teardown(() => server.close());
 
 const data = async (path: string): Promise<any> =>
   JSON.parse(await readFile(new URL(`../data/${path}`, import.meta.url), "utf8"));
@@ -31,25 +28,16 @@ const browser = skip ? undefined! : await launch(t, ["--enable-unsafe-webgpu", "
 
 const packReads = (): Answered[] => answers.filter(({ path }) => path === "/tasks.eigen");
 
-/** A page without its service worker, which would read the whole pack once more; patient, for busy machines. */
-async function newPage(options: Parameters<Browser["newPage"]>[0] = {}): Promise<Page> {
-  const page = await browser.newPage({ serviceWorkers: "block", ...options });
-  page.setDefaultTimeout(90_000);
-  return page;
-}
+/** A page without its service worker, which would read the whole pack once more. */
+const newPage = (options: Parameters<Browser["newPage"]>[0] = {}) =>
+  visitorOf(browser, { serviceWorkers: "block", ...options });
 
 /** Opens the page, and collects its complaints. */
 async function visit(
   options: Parameters<Browser["newPage"]>[0] = {},
   url = server.url,
 ): Promise<{ page: Page; complaints: string[] }> {
-  const page = await newPage(options);
-  const complaints: string[] = [];
-  page.on("console", (message) => {
-    const ours = message.text() === "Service Worker registration blocked by Playwright";
-    if (["error", "warning"].includes(message.type()) && !ours) complaints.push(message.text());
-  });
-  page.on("pageerror", (error) => complaints.push(error.message));
+  const { page, complaints } = await newPage(options);
   await page.addInitScript(() => {
     const window = globalThis as unknown as { shift: number };
     window.shift = 0;
@@ -277,7 +265,7 @@ t.test("sentence, tasks and their cost", { skip }, async (t) => {
 });
 
 t.test("names at once; a task picked while the model loads answers first", { skip }, async (t) => {
-  const page = await newPage();
+  const { page } = await newPage();
   let letIn = (): void => {};
   const waiting = new Promise<void>((resolve) => (letIn = resolve));
   await page.route("**/model_fp16.onnx", async (route) => {
@@ -337,7 +325,7 @@ t.test("a phone, in the dark, without motion", { skip }, async (t) => {
 if (soak)
   t.test("failures say what to do", { skip }, async (t) => {
     const failureOf = async (prepare: (page: Page) => Promise<unknown>): Promise<string> => {
-      const page = await newPage();
+      const { page } = await newPage();
       await prepare(page);
       await page.goto(server.url);
       await page.locator("#failure").waitFor();
@@ -357,7 +345,7 @@ if (soak)
     t.match(await failureOf((page) => page.addInitScript("delete globalThis.WebAssembly")), /has no WebAssembly/);
 
     // The server fails once the page runs.
-    const page = await newPage();
+    const { page } = await newPage();
     let reads = 0;
     await page.route("**/tasks.eigen", (route) => (++reads > 3 ? route.abort() : route.continue()));
     await page.goto(server.url);

@@ -4,22 +4,21 @@
  * with such a home, too.
  */
 import { execFile } from "node:child_process";
-import { mkdtemp, rm, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import t from "tap";
 import { readTask } from "../../examples/minilm.js";
 import { emptyHome } from "../support/empty-home.ts";
+import { folderFor } from "../support/folder.ts";
 import { data } from "../support/packs.ts";
 
 const root = fileURLToPath(new URL("../..", import.meta.url));
 const main = join(root, "dist/src/cli/main.js");
 
 t.test("commands that run a model", async (t) => {
-  const folder = await mkdtemp(join(tmpdir(), "eigenlora-telemetry-"));
-  t.teardown(() => rm(folder, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+  const folder = folderFor(t);
   const { labels, train } = await readTask("debtags-role");
   const rows = train.slice(0, 6).map(([text, label]) => JSON.stringify({ text, label: labels[label] }));
   await writeFile(join(folder, "rows.jsonl"), rows.join("\n"));

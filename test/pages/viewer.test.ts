@@ -4,11 +4,9 @@
  */
 import { spawn } from "node:child_process";
 import { once } from "node:events";
-import { mkdtemp, readFile, writeFile } from "node:fs/promises";
+import { readFile, writeFile } from "node:fs/promises";
 import { createServer as createHttpServer, get } from "node:http";
 import { createServer } from "node:net";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
 import { createInterface } from "node:readline";
 import { fileURLToPath, pathToFileURL } from "node:url";
 import { openPack } from "eigenlora";
@@ -16,8 +14,8 @@ import { buildPack, encodeTaskFile, readTaskFile } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import type { Page } from "playwright-core";
 import t, { type Test } from "tap";
-import { launch, noChromium } from "../support/browser.ts";
-import { json, run, workIn } from "../support/command-line.ts";
+import { launch, noChromium, visitorOf } from "../support/browser.ts";
+import { json, run } from "../support/command-line.ts";
 import { concat, data, LOSSLESS, packOf } from "../support/packs.ts";
 import { complaintsOfAxe } from "../support/page-axe.ts";
 import { serve } from "../support/range-server.ts";
@@ -27,8 +25,6 @@ const viewer = fileURLToPath(new URL("../../dist/viewer.html", import.meta.url))
 const demo = fileURLToPath(new URL("../../examples/tasks.eigen", import.meta.url));
 const home = fileURLToPath(new URL("../../docs/site/home.md", import.meta.url));
 
-const folder = await mkdtemp(join(tmpdir(), "eigenlora-viewer-"));
-workIn(t, folder);
 /** Large: without loss, in f32; signed. */
 await writeFile("large.eigen", (await packOf(["adapters/own-seed"], LOSSLESS)).bytes);
 await run("keygen", "-o", "me");
@@ -54,13 +50,9 @@ async function view(t: Test, ...files: string[]): Promise<{ url: string; end(): 
 
 /** Opens a page, and collects what it complains of and whom it asks. */
 async function visit(t: Test, url: string): Promise<{ page: Page; complaints: string[]; asked: string[] }> {
-  const page = await browser.newPage({ viewport: { width: 1280, height: 900 } });
+  const { page, complaints } = await visitorOf(browser, { viewport: { width: 1280, height: 900 } });
   t.teardown(() => page.close());
-  page.setDefaultTimeout(60_000);
-  const complaints: string[] = [];
   const asked: string[] = [];
-  page.on("console", (message) => void (message.type() === "error" && complaints.push(message.text())));
-  page.on("pageerror", (error) => complaints.push(error.message));
   page.on("request", (request) => asked.push(request.url()));
   await page.goto(url);
   await settled(page);

@@ -3,14 +3,14 @@
  * PYTHON with Ray; fails without it where EIGENLORA_REQUIRE lists "ray".
  */
 import { execFile } from "node:child_process";
-import { mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { mkdir, readdir, readFile, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { openPack } from "eigenlora";
 import t from "tap";
 import { readTask } from "../../examples/minilm.js";
+import { folderFor } from "../support/folder.ts";
 import { data, packDifference, packOf } from "../support/packs.ts";
 import { lacking, python, pythonLacks, soak } from "../support/required.ts";
 
@@ -20,8 +20,7 @@ const skip = lacking("ray", pythonLacks("ray"));
 const [count, shards] = soak ? [53, 7] : [6, 4];
 
 t.test(`${count} adapters, ${shards} shards, two workers, one killed: the pack of one machine`, { skip }, async (t) => {
-  const folder = await mkdtemp(join(tmpdir(), "eigenlora-hub-"));
-  t.teardown(() => rm(folder, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+  const folder = folderFor(t);
   const [script, main] = ["../support/hub.py", "../../dist/src/cli/main.js"].map((path) =>
     fileURLToPath(new URL(path, import.meta.url)),
   );

@@ -3,8 +3,7 @@
  * transformers' Trainer. After `add`, a session answers as PEFT does with the adapter that was saved.
  */
 import { execFile } from "node:child_process";
-import { cp, mkdir, mkdtemp, readFile, symlink, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { cp, mkdir, readFile, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
@@ -16,7 +15,9 @@ import t, { type Test } from "tap";
 import { safetensorsOf } from "../../benchmarks/lib/adapters.js";
 import { baseEntries } from "../../benchmarks/lib/torch.js";
 import { createEncoder, readTask } from "../../examples/minilm.js";
-import { json, run, workIn } from "../support/command-line.ts";
+import { adapterOf } from "../support/adapters.ts";
+import { json, run } from "../support/command-line.ts";
+import { workIn } from "../support/folder.ts";
 import { normal, openSafetensors, openSource, uniform } from "../support/internals/base.ts";
 import { data } from "../support/packs.ts";
 import { lacking, python, pythonLacks, skip, soak } from "../support/required.ts";
@@ -24,8 +25,7 @@ import { lacking, python, pythonLacks, skip, soak } from "../support/required.ts
 ort.env.logLevel = "error";
 const ONE_THREAD = { intraOpNumThreads: 1, interOpNumThreads: 1 };
 const EXAMPLES = fileURLToPath(new URL("../../examples/python", import.meta.url));
-const folder = await mkdtemp(join(tmpdir(), "eigenlora-python-"));
-workIn(t, folder);
+const folder = workIn(t);
 
 const DONORS = ["debtags-admin", "debtags-game", "debtags-use", "sections-0", "sections-1", "sections-2"];
 const own = DONORS.map((id) => data(`adapters/own-seed/${id}`));
@@ -95,7 +95,7 @@ t.test("sides that are not shared are left out, and a pack that shares nothing i
   const { sides } = await json(0, "export", "sides.eigen", "--components", "-o", "sides.safetensors");
   t.ok(sides > 0 && sides < 24, `${sides} sides`);
   t.match(
-    (await run("export", "sides.eigen", "--components", "-o", "sides.safetensors", "--force")).stdout,
+    (await run("export", "sides.eigen", "--components", "-o", "again.safetensors")).stdout,
     / on \d+ of 24 sides/,
   );
   await json(0, "pack", ...own, "-o", "apart.eigen");
@@ -155,16 +155,15 @@ async function madeOf(file: string, { modules }: Pack): Promise<Adapter> {
     }
     return rows;
   };
-  const made = modules.map(({ name, in: inputs, out, layout, kernel }): [string, AdapterModule] => {
+  const made = modules.map(({ name, in: inputs, out, layout, kernel }): AdapterModule => {
     const read = async () => ({
       rank: 8,
       A: await rowsOf(`${name}.A`, 8 * inputs),
       Bt: await rowsOf(`${name}.B`, 8 * out),
     });
-    return [name, { name, in: inputs, out, layout, kernel, rank: 8, read }];
+    return { name, in: inputs, out, layout, kernel, rank: 8, read };
   });
-  const about = { baseModel: undefined, saved: [], metadata: {}, warnings: [], byteLength: 0 };
-  return { ...about, id: "made", file, modules: new Map(made), close: async () => {} };
+  return adapterOf("made", made, { file });
 }
 
 /** One call of an example: what is given to it, and texts that its adapter is asked. */
@@ -208,8 +207,12 @@ t.test("adapters that PEFT trains within the components are added without loss",
   const names = [...Object.keys(COUNTS), "sides"];
   const runs: Job[] = [];
   for (const name of names) {
-    await run("export", `${name}.eigen`, "--components", "-o", `${name}.safetensors`, "--force");
-    runs.push({ script: "train", given: [model, `${name}.safetensors`, "rows.jsonl", `mine/${name}`, 4, 8], asked });
+    await run("export", `${name}.eigen`, "--components", "-o", `components/${name}.safetensors`);
+    runs.push({
+      script: "train",
+      given: [model, `components/${name}.safetensors`, "rows.jsonl", `mine/${name}`, 4, 8],
+      asked,
+    });
   }
   await mkdir("book");
   await symlink(join(folder, model), "book/my-model");

@@ -2,14 +2,12 @@
  * `eigenlora/react-native`: files of the app, and sessions on onnxruntime-react-native, emulated over onnxruntime-node
  * (test/support/react-native-ort.ts). Metro and Hermes are in test/runtimes/engines.test.ts.
  */
-import { mkdtemp, rm } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { fileSource, fromBase64 } from "eigenlora/react-native";
 import { createEigenSession as createNativeSession } from "eigenlora/react-native/onnxruntime";
 import t from "tap";
+import { folderFor } from "../support/folder.ts";
 import { folderFiles, nativeOrt } from "../support/react-native-ort.ts";
 import { difference, feeds, golden, MODES, modelBytes, NODE, packBytes, packFor } from "../support/sessions.ts";
 
@@ -69,8 +67,7 @@ t.test("a library that gives something else is named", async (t) => {
   t.throws(() => fileSource({ name: "x", read: async () => "" } as never), TypeError);
 });
 
-const folder = await mkdtemp(join(tmpdir(), "eigenlora-native-"));
-t.teardown(() => rm(folder, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+const folder = folderFor(t);
 
 for (const mode of MODES) {
   t.test(`onnxruntime-react-native, emulated, mode ${mode}`, async (t) => {

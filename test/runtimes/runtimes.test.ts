@@ -1,11 +1,11 @@
 import { execFile } from "node:child_process";
-import { cp, mkdir, mkdtemp, rm, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { cp, mkdir, writeFile } from "node:fs/promises";
 import { basename, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import t, { type Test } from "tap";
 import { answerOf, bundle, noChromium, openPage } from "../support/browser.ts";
+import { folderFor } from "../support/folder.ts";
 import { packOf } from "../support/packs.ts";
 import { serve } from "../support/range-server.ts";
 import { packages, without } from "../support/required.ts";
@@ -29,8 +29,7 @@ const server = await serve(files);
 t.teardown(() => server.close());
 
 /** A project that has installed the package: node_modules/eigenlora, and this test's script. */
-const project = await mkdtemp(join(tmpdir(), "eigenlora-runtimes-"));
-t.teardown(() => rm(project, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+const project = folderFor(t);
 await mkdir(join(project, "node_modules", "eigenlora"), { recursive: true });
 for (const part of ["dist", "package.json"])
   await cp(join(root, part), join(project, "node_modules/eigenlora", part), { recursive: true });

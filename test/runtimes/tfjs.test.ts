@@ -10,6 +10,7 @@ import { createRuntime, openPack } from "eigenlora";
 import { buildPack } from "eigenlora/build";
 import { tfjsHost } from "eigenlora/tfjs";
 import t from "tap";
+import { adapterOf } from "../support/adapters.ts";
 import { asKernel, inputs, largestDifference } from "../support/frameworks.ts";
 import { concat, LOSSLESS } from "../support/packs.ts";
 import { packages, runtimes, without } from "../support/required.ts";
@@ -48,11 +49,8 @@ t.test("a GraphModel that others have converted", { skip: skip || noPitch }, asy
     { name: "model_1.conv2d_1", out: 8, in: 8 * 3 * 39, kernel: [3, 39] },
     { name: "model_1.conv2d_4", out: 32, in: 8 * 5 * 5, kernel: [5, 5] },
   ].map((layer) => ({ ...layer, layout: "conv" as const, A: inputs(2 * layer.in), Bt: inputs(2 * layer.out) }));
-  const modules = new Map(
-    layers.map(({ A, Bt, ...layer }) => [layer.name, { ...layer, rank: 2, read: async () => ({ rank: 2, A, Bt }) }]),
-  );
-  const about = { id: "a", file: "a", byteLength: 0, baseModel: undefined, saved: [], metadata: {}, warnings: [] };
-  const { chunks } = await buildPack([{ ...about, modules, close: async () => {} }], LOSSLESS);
+  const modules = layers.map(({ A, Bt, ...layer }) => ({ ...layer, rank: 2, read: async () => ({ rank: 2, A, Bt }) }));
+  const { chunks } = await buildPack([adapterOf("a", modules)], LOSSLESS);
 
   const [model, byHand] = [await load(), await load()];
   for (const { name, out, in: width, kernel, A, Bt } of layers) {

@@ -2,8 +2,7 @@
  * Packs on pipelines of transformers.js whose model has several sessions, compared with PEFT's answers: a tiny FLAN-T5
  * (test/data/seq2seq). Needs what `transformers.test.ts` needs.
  */
-import { cp, mkdtemp, readFile, rm, symlink } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { cp, readFile, symlink } from "node:fs/promises";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 import { openPack, type Pack } from "eigenlora";
@@ -11,7 +10,8 @@ import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { type AttachedPack, type AttachOptions, attachPack, type TransformersPipeline } from "eigenlora/transformers";
 import t from "tap";
-import { difference } from "../support/adapters.ts";
+import { relativeDifference } from "../support/compare.ts";
+import { folderFor } from "../support/folder.ts";
 import { concat, data, LOSSLESS } from "../support/packs.ts";
 import { packages, without } from "../support/required.ts";
 import { MODES, refusal } from "../support/sessions.ts";
@@ -72,8 +72,7 @@ async function opened(bytes = whole): Promise<Pack> {
   return pack;
 }
 
-const models = await mkdtemp(join(tmpdir(), "eigenlora-parts-"));
-t.teardown(() => rm(models, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+const models = folderFor(t);
 await symlink(data("seq2seq"), join(models, "seq2seq"));
 
 let loaded: Transformers | undefined;
@@ -101,7 +100,7 @@ async function holds(t: Tap, pipe: Pipe, task: string | null, how: string): Prom
     t.same(await generate(pipe, prompt), ids, `${how}, ${task}: tokens of ${prompt}`);
     const start = { decoder_input_ids: new Tensor("int64", [0n], [1, 1]) };
     const found = await pipe.model({ ...pipe.tokenizer(prompt), ...start });
-    const off = difference(found["logits"]!.data, logits);
+    const off = relativeDifference(found["logits"]!.data, logits);
     t.ok(off < 2e-5, `${how}, ${task}: logits off by ${off}`);
   }
   const expected = PROMPTS.map((prompt) => ({ generated_text: text(of(task, prompt).ids) }));

@@ -3,12 +3,12 @@
  * `transformers.test.ts` needs.
  */
 import { execFile } from "node:child_process";
-import { mkdtemp, rm, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import t from "tap";
+import { folderFor } from "../support/folder.ts";
 import {
   type Answer,
   generations,
@@ -49,8 +49,7 @@ const RUNS = [
 ];
 
 t.test("onnxruntime-web answers as PEFT does", { skip }, async (t) => {
-  const folder = await mkdtemp(join(tmpdir(), "eigenlora-pipelines-"));
-  t.teardown(() => rm(folder, { recursive: true }));
+  const folder = folderFor(t);
   const runs: object[] = [];
   for (const run of RUNS) {
     const pack = join(folder, `${run.model}.eigen`);

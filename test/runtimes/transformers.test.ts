@@ -2,25 +2,22 @@
  * Packs on pipelines of transformers.js, compared with PEFT's answers. EIGENLORA_RUNTIMES names a folder in which `npm install
  * @huggingface/transformers@4.3.1` was run. Without it tests are skipped by name, or fail when EIGENLORA_REQUIRE lists "transformers".
  */
-import { execFile } from "node:child_process";
 import { existsSync } from "node:fs";
-import { mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { mkdir, readdir, readFile, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { fileURLToPath, pathToFileURL } from "node:url";
-import { promisify } from "node:util";
+import { pathToFileURL } from "node:url";
 import { openPack } from "eigenlora";
 import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { type AttachedPack, type AttachOptions, attachPack } from "eigenlora/transformers";
 import t, { type Test } from "tap";
 import { answerOf, bundle, noChromium, openPage } from "../support/browser.ts";
+import { folderFor } from "../support/folder.ts";
 import { fromBinary, ModelProtoSchema, toBinary } from "../support/internals/models.ts";
 import { concat, data, LOSSLESS, packOf } from "../support/packs.ts";
 import { packages, without } from "../support/required.ts";
 import { difference, GOLDENS, golden, goldenRow, model, modelBytes, packBytes, refusal } from "../support/sessions.ts";
 
-const root = fileURLToPath(new URL("../..", import.meta.url));
 const folder = packages("@huggingface/transformers");
 const skip = without("transformers", folder);
 
@@ -80,8 +77,7 @@ const SUITES = new Map([
 const BASE_LABELS = Array.from({ length: 8 }, (_, i) => `base ${i}`);
 
 /** A folder in the layout of transformers.js' models, and the packs for them. */
-const models = await mkdtemp(join(tmpdir(), "eigenlora-transformers-"));
-t.teardown(() => rm(models, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+const models = folderFor(t);
 await makeModels();
 
 async function makeModels(): Promise<void> {
@@ -491,7 +487,7 @@ interface Smoke {
   labelled: { task: typeof ROLE | typeof GAME; text: string; label: string }[];
   probe: string;
   detached: string;
-  logits?: number[];
+  logits: number[];
 }
 
 const TEXTS = rows(ROLE, 8);
@@ -511,19 +507,8 @@ function judge(t: Test, { generated, answered, labelled, probe, detached, logits
   }
   t.equal(probe, "passed");
   t.ok(BASE_LABELS.includes(detached));
-  if (logits) t.ok(difference(logits, goldenRow("base", "three", 0)) < 1e-5);
+  t.ok(difference(logits, goldenRow("base", "three", 0)) < 1e-5, "a model with a second file");
 }
-
-t.test("onnxruntime-web in Node", { skip }, async (t) => {
-  const plan = join(models, "plan.json");
-  await writeFile(plan, JSON.stringify({ ...PLAN, device: "auto", browser: false }));
-  const { stdout } = await promisify(execFile)(process.execPath, [
-    join(root, "test/support/transformers-smoke-main.js"),
-    folder,
-    plan,
-  ]);
-  judge(t, JSON.parse(stdout) as Smoke);
-});
 
 t.test("Chromium", { skip: skip || noChromium, timeout: 120_000 }, async (t) => {
   const files = new Map<string, Uint8Array>();
@@ -553,9 +538,7 @@ t.test("Chromium", { skip: skip || noChromium, timeout: 120_000 }, async (t) => 
     env.backends.onnx.wasm.wasmPaths = location.origin + "/ort/";
     env.backends.onnx.wasm.numThreads = 1;
     const read = async (file) => new Uint8Array(await (await fetch("/" + file)).arrayBuffer());
-    globalThis.answer = smoke(transformers, { openPack, attachPack }, { ...${JSON.stringify(PLAN)}, device: "wasm", browser: true, read });`;
+    globalThis.answer = smoke(transformers, { openPack, attachPack }, { ...${JSON.stringify(PLAN)}, device: "wasm", read });`;
   files.set("page.js", await bundle(contents, { nodePaths: [packages()] }));
-  const found = (await answerOf(await openPage(t, files))) as Smoke;
-  t.ok(found.logits, "a model with a second file");
-  judge(t, found);
+  judge(t, (await answerOf(await openPage(t, files))) as Smoke);
 });

@@ -1,124 +1,95 @@
 /**
- * Every family of models in test/soak/families, made anew by PyTorch, PEFT and its exporters, then run in every mode on onnxruntime-node and
- * compared with PEFT; and a whole pipeline of Stable Diffusion. Refusals must be exactly those of test/soak/families/refusals.js. Takes
- * minutes; the files, some MB, go to a temporary folder.
+ * The families of families.py in every mode on onnxruntime-node: each task, the base before and after, and one task per row, compared
+ * with PEFT. Needs PYTHON with torch, transformers, PEFT, diffusers and onnx; skips itself without, unless EIGENLORA_REQUIRE lists families.
  *
- * usage: node test/soak/families.js [--write] [--keep FOLDER] [FAMILY...]
- *   --write   writes test/soak/families/results/results.json and docs/research/families.md; for all families only
- *   --keep    makes the files in this folder, and uses those of families that are there already
- *
- * Needs PYTHON with torch, transformers, PEFT, diffusers, onnx and onnxscript; skips itself without, unless EIGENLORA_REQUIRE lists
- * families.
+ * usage: node test/soak/families.js [FAMILY...]
  */
 import "../support/no-telemetry.js";
 import { spawnSync } from "node:child_process";
-import { existsSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
-import { createRequire } from "node:module";
+import { mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { parseArgs } from "node:util";
-import { runPipeline } from "./families/diffusion.js";
-import { unmet } from "./families/refusals.js";
-import { runFamily } from "./families/run.js";
-import { render } from "./families/table.js";
+import { openPack } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { createEigenSession } from "eigenlora/onnxruntime";
+import * as ort from "onnxruntime-node";
 
-const { values, positionals } = parseArgs({
-  options: { write: { type: "boolean" }, keep: { type: "string" } },
-  allowPositionals: true,
+/** Largest difference from PEFT's answers, relative to the largest number of an answer. */
+const MOST = 1e-5;
+/** Families that run on one task, and not on several at a time: layers see a table that all rows share, or windows of pictures. */
+const ONE_TASK = ["deberta-v2", "swin"];
+const LOSSLESS = /** @type {const} */ ({
+  select: { kind: "energy", share: 1 },
+  dtype: { basis: "f32", coefficients: "f32", head: "f32" },
 });
-const here = (/** @type {string} */ path) => fileURLToPath(new URL(path, import.meta.url));
+const TASKS = ["a", "b"];
+
 const python = process.env["PYTHON"] ?? "python3";
 const env = { ...process.env, OMP_NUM_THREADS: "1", PYTHONDONTWRITEBYTECODE: "1" };
-
-const versions = spawnSync(
-  python,
-  [
-    "-c",
-    "import torch, transformers, peft, diffusers, onnx, onnxscript\n" +
-      "for one in (torch, transformers, peft, diffusers): print(one.__name__, one.__version__.split('+')[0])",
-  ],
-  { encoding: "utf8", cwd: tmpdir(), env },
-);
-if (versions.status !== 0) {
-  const why = `${python} has not all of torch, transformers, peft, diffusers, onnx, onnxscript`;
-  if (/\bfamilies\b/.test(process.env["EIGENLORA_REQUIRE"] ?? "")) throw new Error(`${why}: ${versions.stderr}`);
-  console.log(`skipped: ${why}`);
+const there = { cwd: tmpdir(), env, encoding: /** @type {const} */ ("utf8") };
+const { status, stderr } = spawnSync(python, ["-c", "import torch, transformers, peft, diffusers, onnx"], there);
+if (status !== 0) {
+  if (/\bfamilies\b/.test(process.env["EIGENLORA_REQUIRE"] ?? "")) throw new Error(stderr);
+  console.log(`skipped: ${python} has not all of torch, transformers, peft, diffusers, onnx`);
 } else {
-  await soak();
-}
-
-/** @param {string} script @param {string[]} args */
-function made(script, ...args) {
-  const { status } = spawnSync(python, [here(`families/${script}`), ...args], {
-    stdio: ["ignore", "inherit", "inherit"],
-    cwd: tmpdir(),
-    env,
-  });
-  if (status !== 0) throw new Error(`${script} ${args.join(" ")}: exit code ${status}`);
-}
-
-async function soak() {
-  const root = values.keep ?? mkdtempSync(join(tmpdir(), "eigenlora-families-"));
+  const root = mkdtempSync(join(tmpdir(), "eigenlora-families-"));
   try {
-    const listed = spawnSync(python, [here("families/make.py"), "--list"], { encoding: "utf8", cwd: tmpdir(), env });
-    const all = listed.stdout.trim().split("\n");
-    const chosen = positionals.length > 0 ? positionals : all;
-    const missing = chosen.filter((name) => !existsSync(join(root, name, "family.json")));
-    if (missing.length > 0) made("make.py", root, ...missing);
-    const [rows, failures] = await runAll(root, chosen);
-    if (chosen === all) {
-      const latents = await runPipelines(join(root, "pipelines"), failures);
-      failures.push(...unmet());
-      if (values.write && failures.length === 0) write(rows, latents);
-    }
-    for (const failure of failures) console.log(`FAILED ${failure}`);
-    if (failures.length > 0) process.exitCode = 1;
+    const script = fileURLToPath(new URL("families.py", import.meta.url));
+    const made = spawnSync(python, [script, root, ...process.argv.slice(2)], { ...there, stdio: "inherit" });
+    if (made.status !== 0) throw new Error(`families.py: exit code ${made.status}`);
+    for (const name of readdirSync(root)) await check(name, join(root, name));
   } finally {
-    if (values.keep === undefined) rmSync(root, { recursive: true, force: true });
+    rmSync(root, { recursive: true, force: true });
   }
 }
 
-/** @param {string} root @param {readonly string[]} names @returns {Promise<[import("./families/table.js").Row[], string[]]>} */
-async function runAll(root, names) {
-  const rows = [];
-  /** @type {string[]} */
-  const failures = [];
-  for (const name of names) {
-    const began = performance.now();
-    const { family, results, failures: own } = await runFamily(join(root, name));
-    rows.push({ title: family.title, results });
-    failures.push(...own);
-    const outcomes = results.flatMap(({ modes, rows }) => [...Object.values(modes), ...Object.values(rows)]);
-    const refused = outcomes.filter((outcome) => typeof outcome !== "number").length;
-    const seconds = ((performance.now() - began) / 1000).toFixed(1);
-    console.log(`${name}: ${outcomes.length - refused} right, ${refused} refused, ${own.length} failed, ${seconds} s`);
+/** @param {string} name @param {string} folder */
+async function check(name, folder) {
+  /** @type {{ feeds: Record<string, [string, number[], number[]]>, answers: Record<string, number[]> }} */
+  const { feeds, answers } = JSON.parse(readFileSync(join(folder, "family.json"), "utf8"));
+  const adapters = await readAdapters(TASKS.map((task) => join(folder, "adapters", task)));
+  const { chunks } = await buildPack(adapters, { ...LOSSLESS, base: join(folder, "base.safetensors") });
+  for (const adapter of adapters) await adapter.close();
+  const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
+  for (const mode of /** @type {const} */ (["core", "factors", "folded"])) {
+    const session = await createEigenSession(ort, join(folder, "model.onnx"), pack, { mode });
+    const inputs = Object.fromEntries(
+      session.inputNames.map((key) => {
+        const [type, dims, data] = feeds[key];
+        const values = type === "int64" ? BigInt64Array.from(data, BigInt) : Float32Array.from(data);
+        return [key, new ort.Tensor(/** @type {any} */ (type), /** @type {any} */ (values), dims)];
+      }),
+    );
+    let off = 0;
+    for (const task of [null, ...TASKS, null]) {
+      await session.switchTask(task);
+      const { answer } = await session.run(inputs);
+      off = Math.max(off, difference(answer, answers[task ?? "base"]));
+    }
+    if (mode !== "folded") {
+      const tasks = ["a", null, "b"];
+      const width = answers["base"].length / tasks.length;
+      const expected = tasks.flatMap((task, row) => answers[task ?? "base"].slice(row * width, (row + 1) * width));
+      const mixed = await session.run(inputs, { tasks }).catch((/** @type {Error} */ error) => error);
+      const refused = mixed instanceof Error && /runs on one task and not on several/.test(mixed.message);
+      if (ONE_TASK.includes(name) !== refused) off = Infinity;
+      if (mixed instanceof Error && !refused) console.log(mixed);
+      if (!(mixed instanceof Error)) off = Math.max(off, difference(mixed["answer"], expected));
+    }
+    console.log(`${off <= MOST ? "ok" : "FAILED"} ${name}, ${mode}: off by ${off.toExponential(1)}`);
+    if (!(off <= MOST)) process.exitCode = 1;
+    await session.close();
   }
-  return [rows, failures];
+  await pack.close();
 }
 
-/** @param {string} root @param {string[]} failures @returns {Promise<import("./families/table.js").Latents>} */
-async function runPipelines(root, failures) {
-  if (!existsSync(join(root, "sdxl", "pipeline.json"))) made("diffusion.py", root);
-  /** @type {import("./families/table.js").Latents} */
-  const latents = {};
-  for (const kind of /** @type {const} */ (["sd15", "sdxl"])) {
-    const { off, failures: own } = await runPipeline(join(root, kind));
-    failures.push(...own);
-    latents[kind] = off;
-    console.log(`pipeline ${kind}: latents within ${off.toExponential(1)} of diffusers', ${own.length} failed`);
-  }
-  return latents;
-}
-
-/** @param {import("./families/table.js").Row[]} rows @param {import("./families/table.js").Latents} latents */
-function write(rows, latents) {
-  const { version } = createRequire(import.meta.url)("onnxruntime-node/package.json");
-  const used = [...versions.stdout.trim().split("\n"), `onnxruntime-node ${version}`];
-  // Two digits, since further ones depend on the machine.
-  const results = JSON.stringify({ versions: used, latents, rows }, (_, value) =>
-    typeof value === "number" ? Number(value.toPrecision(2)) : value,
-  );
-  writeFileSync(here("families/results/results.json"), `${results.replaceAll('{"title"', '\n{"title"')}\n`);
-  writeFileSync(here("../../docs/research/families.md"), render(JSON.parse(results)));
+/** @param {{ data: any }} tensor @param {readonly number[]} expected */
+function difference({ data }, expected) {
+  if (data.length !== expected.length) return Infinity;
+  const off = expected.map((value, i) => Math.abs(data[i] - value));
+  return off.some(Number.isNaN)
+    ? Infinity
+    : off.reduce((a, b) => Math.max(a, b), 0) / expected.reduce((a, b) => Math.max(a, Math.abs(b)), 0);
 }

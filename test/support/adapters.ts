@@ -1,25 +1,11 @@
 /** Shared by tests of adapter readers: files made from a few shapes, and an adapter's weights by the definitions. */
-import { readFileSync } from "node:fs";
+import type { Term } from "eigenlora";
 import type { Adapter, AdapterModule } from "eigenlora/build";
-import {
-  f32ToBf16,
-  f32ToF16,
-  openSafetensors,
-  openSource,
-  type SafetensorsEntry,
-  writeSafetensors,
-} from "./internals/base.ts";
+import { f32ToBf16, f32ToF16, type SafetensorsEntry, writeSafetensors } from "./internals/base.ts";
 
 export interface Tensor {
   shape: readonly number[];
   data: ArrayLike<number>;
-}
-
-export async function loadTensors(path: string): Promise<Map<string, Tensor>> {
-  const file = await openSafetensors(await openSource(new Uint8Array(readFileSync(path))));
-  const tensors = new Map<string, Tensor>();
-  for (const [name, { shape }] of file.tensors) tensors.set(name, { shape, data: await file.readF32(name) });
-  return tensors;
 }
 
 /** The golden base's name for a parameter of an adapter. */
@@ -80,16 +66,18 @@ async function applyModule(module: AdapterModule, { shape, data }: Tensor): Prom
   return weight;
 }
 
-/** Largest absolute difference divided by the largest absolute expected value. */
-export function difference(found: ArrayLike<number>, expected: ArrayLike<number>): number {
-  if (found.length !== expected.length) return Infinity;
-  let worst = 0;
-  let largest = 0;
-  for (let i = 0; i < expected.length; i++) {
-    worst = Math.max(worst, Math.abs(found[i]! - expected[i]!));
-    largest = Math.max(largest, Math.abs(expected[i]!));
-  }
-  return worst / largest;
+/** An adapter made in memory. */
+export function adapterOf(id: string, modules: Iterable<AdapterModule>, more: Partial<Adapter> = {}): Adapter {
+  return {
+    ...{ id, file: id, byteLength: 0, baseModel: undefined, saved: [], metadata: {}, warnings: [] },
+    ...{ modules: new Map([...modules].map((module) => [module.name, module])), close: async () => undefined },
+    ...more,
+  };
+}
+
+/** A linear module [out, in] with these factors. */
+export function linear(name: string, out: number, inputs: number, term: Term): AdapterModule {
+  return { name, out, in: inputs, layout: "out-in", rank: term.rank, read: async () => term };
 }
 
 export async function readAll(adapter: Adapter): Promise<void> {

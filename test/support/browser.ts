@@ -74,6 +74,22 @@ export async function openPage(
   return page;
 }
 
+/** A window of its own, and its complaints: errors and warnings of the console, and what nobody catches. */
+export async function visitorOf(
+  browser: Browser,
+  options: Parameters<Browser["newPage"]>[0] = {},
+): Promise<{ page: Page; complaints: string[] }> {
+  const page = await browser.newPage(options);
+  page.setDefaultTimeout(120_000);
+  const complaints: string[] = [];
+  page.on("console", (message) => {
+    const ours = message.text() === "Service Worker registration blocked by Playwright";
+    if (["error", "warning"].includes(message.type()) && !ours) complaints.push(message.text());
+  });
+  page.on("pageerror", (error) => complaints.push(error.message));
+  return { page, complaints };
+}
+
 /** Answers for the CDN with packages from a folder. */
 export async function beTheCdn(t: Test, page: Page | BrowserContext, packages: string): Promise<void> {
   const TYPES: Record<string, string> = { wasm: "application/wasm", js: "text/javascript", mjs: "text/javascript" };

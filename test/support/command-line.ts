@@ -2,8 +2,6 @@
  * Runs the command line in the process of a test: dozens of calls need no dozens of processes. Exit codes, streams and signals of
  * processes are tested on processes.
  */
-import { rm } from "node:fs/promises";
-import type { Test } from "tap";
 import { runProgram } from "./internals/cli.ts";
 
 /** Output and exit code of a command. */
@@ -28,12 +26,14 @@ export async function json(status: number, ...args: string[]): Promise<Record<st
   return JSON.parse(result.stdout);
 }
 
-/** Makes a folder the current one for relative paths, and removes it at the end. */
-export function workIn(t: Test, folder: string): void {
-  const before = process.cwd();
-  process.chdir(folder);
-  t.teardown(() => {
-    process.chdir(before);
-    return rm(folder, { recursive: true, maxRetries: 5, retryDelay: 200 });
+/** Words of a command as a user types them. A value is one word, or part of one, whatever it holds; a list is its words. */
+export function words(
+  text: TemplateStringsArray,
+  ...values: readonly (string | number | readonly string[])[]
+): string[] {
+  const marked = text.raw.map((part, i) => (i < values.length ? `${part}\0${i}\0` : part)).join("");
+  return marked.split(/\s+/).flatMap((word) => {
+    const list = /^\0(\d+)\0$/.exec(word) && values[Number(word.slice(1, -1))];
+    return Array.isArray(list) ? list : word.replace(/\0(\d+)\0/g, (_, i) => String(values[Number(i)]));
   });
 }

@@ -8,13 +8,11 @@ import { openHost } from "./internals/runtime.ts";
 import type { SuiteTest } from "./stand-in.ts";
 
 /** Tensors of a safetensors file as f32, by name. */
-export async function tensorsOf(
-  path: string,
-): Promise<Map<string, { shape: readonly number[]; values: Float32Array }>> {
+export async function tensorsOf(path: string): Promise<Map<string, { shape: readonly number[]; data: Float32Array }>> {
   const source = await openSource(path);
   const file = await openSafetensors(source);
-  const tensors = new Map<string, { shape: readonly number[]; values: Float32Array }>();
-  for (const [name, { shape }] of file.tensors) tensors.set(name, { shape, values: await file.readF32(name) });
+  const tensors = new Map<string, { shape: readonly number[]; data: Float32Array }>();
+  for (const [name, { shape }] of file.tensors) tensors.set(name, { shape, data: await file.readF32(name) });
   await source.close?.();
   return tensors;
 }

@@ -2,10 +2,9 @@
  * An empty home folder for processes: files that a library writes unasked show up in it. onnxruntime writes nothing where CI is set, so
  * of this process's environment only PATH is passed on.
  */
-import { mkdtemp, readdir, rm } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { readdir } from "node:fs/promises";
 import type { Test } from "tap";
+import { folderFor } from "./folder.ts";
 
 export interface EmptyHome {
   readonly env: { readonly HOME: string; readonly PATH: string | undefined };
@@ -14,7 +13,6 @@ export interface EmptyHome {
 }
 
 export async function emptyHome(t: Test): Promise<EmptyHome> {
-  const home = await mkdtemp(join(tmpdir(), "eigenlora-home-"));
-  t.teardown(() => rm(home, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+  const home = folderFor(t);
   return { env: { HOME: home, PATH: process.env["PATH"] }, written: () => readdir(home, { recursive: true }) };
 }

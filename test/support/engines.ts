@@ -3,14 +3,14 @@
  * `node_modules` may have hermes-engine-cli, hermes-compiler, metro with React Native's preset, and workerd; the shells are Debian's.
  */
 import { execFile, spawn } from "node:child_process";
-import { cp, mkdir, mkdtemp, rm, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { cp, mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { build } from "esbuild";
 import type { Test } from "tap";
 import { bundleForHermes } from "../../benchmarks/lib/metro.js";
+import { folderFor } from "./folder.ts";
 import { packages, without } from "./required.ts";
 
 const execute = promisify(execFile);
@@ -34,8 +34,7 @@ export const noProgram = (...programs: Program[]): string | false =>
 
 /** Installs the package in a project. @returns its folder */
 export async function projectWith(t: Test): Promise<string> {
-  const project = await mkdtemp(join(tmpdir(), "eigenlora-engines-"));
-  t.teardown(() => rm(project, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+  const project = folderFor(t);
   await mkdir(join(project, "node_modules/eigenlora"), { recursive: true });
   for (const part of ["dist", "package.json"])
     await cp(join(root, part), join(project, "node_modules/eigenlora", part), { recursive: true });

@@ -6,6 +6,7 @@
 
 import type { Runtime } from "eigenlora";
 import { type Adapter, type AdapterModule, buildPack, type ModuleShape, type SavedTensor } from "eigenlora/build";
+import { adapterOf } from "./adapters.ts";
 import { uniform } from "./internals/base.ts";
 
 /** Values of a parameter, row-major. */
@@ -104,16 +105,7 @@ export async function packFor(layers: readonly string[]): Promise<Uint8Array<Arr
       const head = labels ? heads.get(`${id} ${name}`)! : undefined;
       return head ? [{ name, role: "saved", shape: head.shape, read: async () => head.data }] : [];
     });
-    const about = {
-      id,
-      file: id,
-      byteLength: 0,
-      baseModel: undefined,
-      metadata: {},
-      warnings: [],
-      close: async () => {},
-    };
-    return { ...about, modules, saved };
+    return adapterOf(id, modules.values(), { saved });
   });
   const { chunks } = await buildPack(adapters, {
     select: { kind: "energy", share: 1 },

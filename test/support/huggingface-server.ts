@@ -4,12 +4,11 @@
  */
 import { createHash } from "node:crypto";
 import { readdirSync, readFileSync, statSync } from "node:fs";
-import { mkdtemp, rm } from "node:fs/promises";
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
-import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { Test } from "tap";
+import { folderFor } from "./folder.ts";
 
 /** Files of a commit, by path. */
 export type Files = ReadonlyMap<string, Uint8Array>;
@@ -59,7 +58,7 @@ const SETTINGS = ["HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_TOKE
 /** A Hub and an empty cache, which this process uses until the test ends. */
 export async function hubFor(t: Test): Promise<{ hub: Hub; home: string }> {
   const before = SETTINGS.map((name) => [name, process.env[name]] as const);
-  const home = await mkdtemp(join(tmpdir(), "eigenlora-hf-"));
+  const home = folderFor(t);
   const hub = await startHub(t);
   for (const name of SETTINGS) delete process.env[name];
   Object.assign(process.env, { HF_ENDPOINT: hub.endpoint, HF_HOME: home });
@@ -68,7 +67,6 @@ export async function hubFor(t: Test): Promise<{ hub: Hub; home: string }> {
       if (value === undefined) delete process.env[name];
       else process.env[name] = value;
     }
-    return rm(home, { recursive: true, maxRetries: 5, retryDelay: 200 });
   });
   return { hub, home };
 }

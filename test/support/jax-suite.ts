@@ -207,15 +207,7 @@ export function jaxSuite(t: SuiteTest, jax: Module, device: string): void {
     const refusal = /"net\.query" is not in the base; candidates: .*first\.weight\. .*option `names`/;
     await t.rejects(attach(flat), { tag: "base", message: refusal });
     const runtime = await attach(flat, { names: new Map([["net.query", "first.weight"]]) });
-    const report = await runtime.switchTask("more");
-    t.equal(report.added.join(), "net.classifier.weight,net.classifier.bias");
-    for (const [name, { shape, data }] of weightsOf(TEXT, "more")) {
-      const array = flat[name.replace("net.query", "first")]!;
-      t.strictSame(array.shape, [...shape], `${name}: as the checkpoint stores it`);
-      t.ok(largestDifference(await array.ref.data(), data) < 1e-6, name);
-    }
-    await runtime.switchTask(null);
-    t.equal(Object.keys(flat).join(), "net.tokens.weight,first.weight,first.bias", "what the task added is gone");
+    await t.rejects(runtime.switchTask("more"), { tag: "base", message: /brings "net\.classifier\.weight"/ });
     const { tokens, query } = paramsOf(weights).net;
     const headless = await attach({ net: { tokens, query } });
     await t.rejects(headless.switchTask("same"), {

@@ -4,8 +4,9 @@ import { isAbsolute } from "node:path";
 import type { Adapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import type { Feed } from "eigenlora/session";
-import type { BatchFeeds, Example } from "eigenlora/train";
+import type { BatchFeeds, Example, Trainer } from "eigenlora/train";
 import type * as common from "onnxruntime-common";
+import type { Test } from "tap";
 import { openSafetensors, openSource, transpose, uniform } from "./internals/base.ts";
 import {
   buildTrainingGraph,
@@ -33,7 +34,18 @@ import {
 } from "./internals/models.ts";
 import { findWeight, NameMatcher } from "./internals/runtime.ts";
 import { data } from "./packs.ts";
-import { feeds as feedsOf, GOLDENS, model, NODE, type Ort, open, packFor, type Session } from "./sessions.ts";
+import {
+  difference,
+  feeds as feedsOf,
+  GOLDENS,
+  model,
+  NODE,
+  type Ort,
+  open,
+  outputOf,
+  packFor,
+  type Session,
+} from "./sessions.ts";
 
 export type Level = "disabled" | "basic" | "all";
 export type Tensors = Record<string, common.Tensor>;
@@ -432,4 +444,30 @@ export function examples(ort: Ort, session: Session, count: number, seed: number
 
 export async function tiny(ort: Ort, more: Parameters<typeof open>[3] = {}): Promise<Session> {
   return open(ort, model("torchscript"), await packFor("base"), { trainable: true, ...more });
+}
+
+/** Trains on examples. @returns the loss of each step */
+export async function fitted(
+  trainer: Trainer,
+  ...how: Parameters<Trainer["fit"]>
+): Promise<[first: number, last: number, all: number[]]> {
+  const losses: number[] = [];
+  for await (const { loss } of trainer.fit(...how)) losses.push(loss);
+  return [losses[0]!, losses.at(-1)!, losses];
+}
+
+/** Checks that softmaxed logits of the session equal the trainer's probabilities. */
+export async function answersAlike(
+  t: Test,
+  session: Session,
+  trainer: Trainer,
+  rows: readonly Example[],
+): Promise<void> {
+  const probabilities = await trainer.predict(rows);
+  for (const [i, { feeds }] of rows.entries()) {
+    const exps = Array.from(await outputOf(session, feeds as never), Math.exp);
+    const total = exps.reduce((a, b) => a + b, 0);
+    const answer = exps.map((v) => v / total);
+    t.ok(difference(answer, probabilities[i]!) < 1e-5, `row ${i}: ${probabilities[i]}`);
+  }
 }

@@ -1,12 +1,13 @@
 /** Shared by the tests: the repository's real data, and packs made of it. */
 import { readdir, readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
-import type { Pack, TensorRef } from "eigenlora";
-import { type BuildOptions, type BuildReport, buildPack } from "eigenlora/build";
+import type { Pack, Runtime, TensorRef, Term } from "eigenlora";
+import { type Adapter, type BuildOptions, type BuildReport, buildPack, taskAdapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
-import { type Golden, relativeDifference } from "./compare.ts";
+import { deltaOf, type Golden, relativeDifference } from "./compare.ts";
 import { decodeTensor } from "./internals/base.ts";
 import { placeOf, type Sign, streamFresh, type TaskToWrite } from "./internals/format.ts";
+import { deltaError, relative } from "./internals/pack.ts";
 
 /** Options that store everything an adapter has without loss. */
 export const LOSSLESS = {
@@ -17,6 +18,11 @@ export const LOSSLESS = {
 /** Absolute path of a file under test/data. */
 export function data(path: string): string {
   return fileURLToPath(new URL(`../data/${path}`, import.meta.url));
+}
+
+/** Absolute path of a file under test/vectors/valid, whose packs and task files are written from SPEC.md alone. */
+export function vector(name: string): string {
+  return fileURLToPath(new URL(`../vectors/valid/${name}`, import.meta.url));
 }
 
 export function concat(chunks: readonly Uint8Array[]): Uint8Array<ArrayBuffer> {
@@ -98,4 +104,50 @@ export async function packDifference(found: Pack, expected: Pack): Promise<{ bas
     }
   }
   return off;
+}
+
+/** ‖ΔW − ΔW'‖ / ‖ΔW‖ of a task as its pack's reader decodes it: of all modules together, and of each. */
+export async function lossOf(pack: Pack, { id, modules }: Adapter): Promise<{ total: number; each: number[] }> {
+  const task = await taskAdapter(pack, id);
+  const pair = ({ rank, A, Bt }: Term) => ({ rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) });
+  let [lost, all] = [0, 0];
+  const each: number[] = [];
+  for (const [name, module] of modules) {
+    const found = await task.modules.get(name)?.read();
+    const none = { rank: 1, A: new Float32Array(module.in), Bt: new Float32Array(module.out) };
+    const { difference, norm } = deltaError(pair(await module.read()), pair(found ?? none));
+    each.push(relative(difference, norm));
+    lost += difference ** 2;
+    all += norm ** 2;
+  }
+  await task.close();
+  return { total: relative(Math.sqrt(lost), Math.sqrt(all)), each };
+}
+
+/** ΔW of a term: Btᵀ·A, and the components on both sides of the core. */
+export async function termDelta(
+  term: NonNullable<ReturnType<Runtime["term"]>>,
+  pack: Pack,
+  name: string,
+): Promise<Float64Array> {
+  const module = pack.modules.find((m) => m.name === name)!;
+  const out = deltaOf(term, module.out, module.in);
+  if (!term.core) return out;
+  const bases = (await pack.bases()).bytes;
+  const rows = (side: "A" | "B"): Float32Array => {
+    const { dtype, rows: n, width, byteOffset, byteLength } = module[side][0]!.tensor;
+    return decodeTensor(dtype, bases.subarray(byteOffset, byteOffset + byteLength), n, width);
+  };
+  const [EA, EB, core] = [rows("A"), rows("B"), term.core];
+  const [ka, kb] = [module.A[0]!.tensor.rows, module.B[0]!.tensor.rows];
+  for (let a = 0; a < ka; a++) {
+    for (let b = 0; b < kb; b++) {
+      const s = core[a * kb + b]!;
+      for (let o = 0; o < module.out; o++) {
+        const x = s * EB[b * module.out + o]!;
+        for (let i = 0; i < module.in; i++) out[o * module.in + i]! += x * EA[a * module.in + i]!;
+      }
+    }
+  }
+  return out;
 }

@@ -3,6 +3,7 @@ import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import type { Browser, Page } from "playwright-core";
 import type { Material } from "../../examples/page/llm/build.js";
+import { visitorOf } from "./browser.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 
 /** Prompts whose greedy tokens by PEFT are known (test/data/decoder/goldens.json). The decoder's texts mean nothing. */
@@ -42,13 +43,7 @@ export async function visit(
   url: string,
   options: Parameters<Browser["newPage"]>[0] = {},
 ): Promise<{ page: Page; complaints: string[] }> {
-  const page = await browser.newPage(options);
-  const complaints: string[] = [];
-  page.on("console", (message) => {
-    const ours = message.text() === "Service Worker registration blocked by Playwright";
-    if (["error", "warning"].includes(message.type()) && !ours) complaints.push(message.text());
-  });
-  page.on("pageerror", (error) => complaints.push(error.message));
+  const { page, complaints } = await visitorOf(browser, options);
   await page.goto(url);
   await settled(page);
   return { page, complaints };

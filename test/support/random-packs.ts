@@ -1,6 +1,7 @@
 /** Seeded packs with every kind of task, including tasks that bring whole what others adapt; a base for them; selections of them. */
 import type { FloatDtype, Selection, Tensor } from "eigenlora";
 import { type Adapter, type AdapterModule, buildPack, type ModuleShape, type SavedTensor } from "eigenlora/build";
+import { adapterOf } from "./adapters.ts";
 import { encodeTensor, shuffle, uniform } from "./internals/base.ts";
 import { concat } from "./packs.ts";
 
@@ -88,12 +89,7 @@ function randomTask(id: string, chance: Chance): Adapter {
     ["a", "b", "c", "d"],
   ]);
   if (of([true, false])) save("model.classifier.weight", "saved", [labels.length, WIDTH]);
-  const metadata = { labels };
-  return {
-    ...{ id, file: id, byteLength: 0, baseModel: undefined, modules, saved, metadata },
-    warnings: [],
-    close: async () => {},
-  };
+  return adapterOf(id, modules.values(), { saved, metadata: { labels } });
 }
 
 /** A pack of five such tasks; every other one without components. */

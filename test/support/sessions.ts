@@ -9,6 +9,8 @@ import { createSession, type Engine, type SessionOptions } from "eigenlora/sessi
 import type * as common from "onnxruntime-common";
 import * as node from "onnxruntime-node";
 import * as web from "onnxruntime-web";
+import type { Test } from "tap";
+import { openSafetensors, openSource } from "./internals/base.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
 import { PlainEngine, PlainTensor } from "./plain-engine.ts";
 import { soak, whole } from "./required.ts";
@@ -127,6 +129,42 @@ export function feeds(
   return made;
 }
 
+/** Rows of integers. */
+export function int64({ Tensor }: Pick<Ort, "Tensor">, rows: readonly (readonly number[])[]): common.Tensor {
+  return new Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0]!.length]);
+}
+
+/** Tensors of a safetensors file, as feeds. */
+export async function feedsIn(path: string): Promise<Feeds> {
+  const source = await openSource(path);
+  const file = await openSafetensors(source);
+  const feeds: Feeds = {};
+  for (const [name, { dtype, shape }] of file.tensors) {
+    const { buffer } = Uint8Array.from(await file.read(name));
+    if (dtype === "I64") feeds[name] = new node.Tensor("int64", new BigInt64Array(buffer), shape);
+    else feeds[name] = new node.Tensor("float32", new Float32Array(buffer), shape);
+  }
+  await source.close?.();
+  return feeds;
+}
+
+/** The runtime with a provider that takes some inputs and ignores them: its nodes get zeros. */
+export function ignoring(ort: Ort, which: (name: string) => boolean): Ort {
+  const create = async (...given: Parameters<Ort["InferenceSession"]["create"]>) =>
+    new Proxy(await ort.InferenceSession.create(...given), {
+      get(target, key) {
+        const value = Reflect.get(target, key, target);
+        if (key !== "run") return typeof value === "function" ? value.bind(target) : value;
+        return (run: Feeds, ...rest: never[]) => {
+          const zeros = ({ size, dims }: common.Tensor) => new ort.Tensor("float32", new Float32Array(size), dims);
+          const fed = Object.entries(run).map(([name, tensor]) => [name, which(name) ? zeros(tensor) : tensor]);
+          return target.run(Object.fromEntries(fed), ...rest);
+        };
+      },
+    });
+  return { ...ort, InferenceSession: { create } } as unknown as Ort;
+}
+
 export function open(ort: Runtime, input: SourceInput, pack: Pack, options: Options = {}): Promise<Session> {
   if (!("engine" in ort)) return createEigenSession(ort, input, pack, options);
   return createSession(ort.engine, input, pack, options as SessionOptions);
@@ -151,6 +189,50 @@ export function difference(found: ArrayLike<number>, expected: ArrayLike<number>
     if (!(off <= largest)) largest = Number.isNaN(off) ? Infinity : off;
   }
   return largest;
+}
+
+/** Allowed difference of answers, and where they are from. */
+interface Holds {
+  /** Default: 1e-5. */
+  readonly allowed?: number | ((task: string | null) => number);
+  readonly what: string;
+}
+
+/** Checks the answers of the base, of each task, and of the base again. */
+export async function checkTasks(
+  t: Pick<Test, "ok">,
+  session: Session,
+  run: Feeds,
+  tasks: Iterable<string>,
+  answer: (task: string | null) => readonly number[],
+  { allowed = 1e-5, what }: Holds,
+): Promise<void> {
+  for (const task of [null, ...tasks, null]) {
+    await session.switchTask(task);
+    const off = difference(await outputOf(session, run), answer(task));
+    t.ok(off <= (typeof allowed === "number" ? allowed : allowed(task)), `${what}, ${task}: off by ${off}`);
+  }
+}
+
+/** Checks one task in each row. @param answer one row of a task's answer, which may have fewer columns than others */
+export async function checkRows(
+  t: Pick<Test, "ok">,
+  session: Session,
+  run: Feeds,
+  tasks: readonly (string | null)[],
+  answer: (task: string | null, row: number) => readonly number[],
+  { allowed = 1e-5, what }: Holds,
+): Promise<void> {
+  const values = await outputOf(session, run, { tasks });
+  const width = values.length / tasks.length;
+  for (const [row, task] of tasks.entries()) {
+    const expected = answer(task, row);
+    const off = difference(values.subarray(row * width, row * width + expected.length), expected);
+    t.ok(
+      off <= (typeof allowed === "number" ? allowed : allowed(task)),
+      `${what}, ${task} in row ${row}: off by ${off}`,
+    );
+  }
 }
 
 /** Error of an action that must be refused. */

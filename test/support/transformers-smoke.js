@@ -1,18 +1,14 @@
-/**
- * A pack on pipelines of transformers.js, on any build of onnxruntime: returns answers for `transformers.test.ts` to judge.
- */
+/** A pack on pipelines of transformers.js in a browser: returns answers for `transformers.test.ts` to judge. */
 
 /**
  * @param {any} transformers the module @huggingface/transformers, with `env` set up
  * @param {Pick<typeof import("eigenlora"), "openPack"> & Pick<typeof import("eigenlora/transformers"), "attachPack">} eigenlora
- * @param {{ device: string, browser: boolean, read: (file: string) => Promise<Uint8Array>, prompts: string[], questions: string[], texts: string[], topics: string[] }} plan
- *   browser: only there does transformers.js give onnxruntime-web a model's second file, and have its runs take turns. They
- *   overwrite each other's memory where they overlap
+ * @param {{ device: string, read: (file: string) => Promise<Uint8Array>, prompts: string[], questions: string[], texts: string[], topics: string[] }} plan
  */
 export async function smoke(
   { pipeline, Tensor },
   { openPack, attachPack },
-  { device, browser, read, prompts, questions, texts, topics },
+  { device, read, prompts, questions, texts, topics },
 ) {
   const generator = await pipeline("text-generation", "decoder", { device, dtype: "fp32" });
   const writers = await attachPack(generator, await openPack(await read("decoder.eigen")), { model: "decoder" });
@@ -58,17 +54,14 @@ export async function smoke(
   for (const task of topics) {
     // Each call must use the task that was asked for before it, awaited or not.
     work.push(classes.switchTask(task));
-    for (const text of texts) {
-      work.push(ask(task, text));
-      if (!browser) await Promise.all(work);
-    }
+    for (const text of texts) work.push(ask(task, text));
   }
   await Promise.all(work);
   const probe = classes.session.probe.result;
   await classes.close();
   const [{ label: detached }] = await classifier(texts[0]);
   await classifier.dispose();
-  return { generated, answered, labelled, probe, detached, logits: browser ? await external() : undefined };
+  return { generated, answered, labelled, probe, detached, logits: await external() };
 
   async function external() {
     const pipe = await pipeline("text-classification", "external", { device, dtype: "fp32" });

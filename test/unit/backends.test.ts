@@ -5,7 +5,6 @@ import fc from "fast-check";
 import t from "tap";
 import { dawnMissing } from "../support/backend-list.ts";
 import { backendSuite, values } from "../support/backend-suite.ts";
-import { countingDevice } from "../support/counting-device.js";
 import { encodeTensor, uniform } from "../support/internals/base.ts";
 import { createWasmProducts, symmetricEigen, transposeMatrix as transpose } from "../support/internals/pack.ts";
 import {
@@ -39,12 +38,6 @@ for (const variant of available) {
 }
 if ((await dawnMissing()) === undefined) {
   t.test("dawn", (t) => (backendSuite(t, () => createWebgpuBackend()), t.end()));
-  t.test("dawn without shader-f16", async (t) => {
-    const { device, close } = await countingDevice();
-    t.teardown(close);
-    t.notOk(device.features.has("shader-f16"));
-    backendSuite(t, () => createWebgpuBackend({ device }));
-  });
 }
 
 t.test("without a wish the best variant runs", async (t) => {

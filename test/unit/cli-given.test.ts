@@ -2,17 +2,17 @@
  * Arguments that people give to the command line: folders of models, archives, pointers, whole models, other spellings of sizes, formats and
  * shares. Each is taken, or named as what it is.
  */
-import { cp, mkdir, mkdtemp, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { cp, mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
 import t, { type Test } from "tap";
-import { json, run, workIn } from "../support/command-line.ts";
+import { json, run } from "../support/command-line.ts";
+import { workIn } from "../support/folder.ts";
 import { data } from "../support/packs.ts";
 
 /** A folder with two adapters in `ad/`. */
 async function workplace(t: Test): Promise<void> {
-  workIn(t, await mkdtemp(join(tmpdir(), "eigenlora-given-")));
+  workIn(t);
   for (const id of ["two", "three"]) await cp(data(`sessions/adapters/${id}`), join("ad", id), { recursive: true });
 }
 

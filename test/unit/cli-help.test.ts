@@ -1,9 +1,7 @@
 /** The command line's own texts: help of every command, versions, and unknown words. */
-import { mkdtemp, readFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { readFile } from "node:fs/promises";
 import t from "tap";
-import { workIn } from "../support/command-line.ts";
+import { workIn } from "../support/folder.ts";
 import { COMMAND_LINE, runProgram } from "../support/internals/cli.ts";
 
 interface Answer {
@@ -50,7 +48,7 @@ t.test("a short list, and help of each command that fits 80 columns", async (t) 
 });
 
 t.test("each help has an example, whose words are known", async (t) => {
-  workIn(t, await mkdtemp(join(tmpdir(), "eigenlora-help-")));
+  workIn(t);
   const below = ["shard", "merge", "project", "assemble"].map((name) => `hub ${name}`);
   for (const command of [...commands, ...below]) {
     const { stdout } = await run(...command.split(" "), "--help");

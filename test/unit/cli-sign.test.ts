@@ -1,17 +1,15 @@
 /** Keys, signatures and roots at the command line. Signatures are checked by Node's own crypto too. */
 import { createPublicKey, verify } from "node:crypto";
-import { copyFile, mkdtemp, readFile, rm, stat } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { copyFile, readFile, stat } from "node:fs/promises";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { openPack } from "eigenlora";
 import t from "tap";
 import { run as command } from "../support/command-line.ts";
+import { folderFor } from "../support/folder.ts";
+import { vector } from "../support/packs.ts";
 
-const folder = await mkdtemp(join(tmpdir(), "eigenlora-sign-"));
-t.teardown(() => rm(folder, { recursive: true }));
+const folder = folderFor(t);
 const at = (name: string): string => join(folder, name);
-const vector = (name: string): string => fileURLToPath(new URL(`../vectors/valid/${name}`, import.meta.url));
 
 async function run(...args: string[]): Promise<{ code: number; out: string; err: string }> {
   const { status, stdout, stderr } = await command(...args);

@@ -1,22 +1,21 @@
 import { spawnSync } from "node:child_process";
 import * as fs from "node:fs";
-import { copyFile, cp, mkdir, mkdtemp, readdir, readFile, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { copyFile, cp, mkdir, readdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { openPack } from "eigenlora";
 import { encodeTaskFile } from "eigenlora/build";
 import t from "tap";
-import { json, run, workIn } from "../support/command-line.ts";
+import { json, run, words } from "../support/command-line.ts";
 import { relativeDifference, tensorsOf } from "../support/compare.ts";
+import { workIn } from "../support/folder.ts";
 import { openSafetensors, openSource } from "../support/internals/base.ts";
 import { FILES, type Files } from "../support/internals/cli.ts";
 import { layoutAppend } from "../support/internals/format.ts";
 import { data } from "../support/packs.ts";
 
 const main = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
-const folder = await mkdtemp(join(tmpdir(), "eigenlora-cli-"));
-workIn(t, folder);
+const folder = workIn(t);
 const own = data("adapters/own-seed");
 /** Components of a few adapters hold little of another one. */
 const LOSSY = ["--max-loss", "1"];
@@ -122,7 +121,7 @@ t.test("pack, inspect, verify: the keys of the contract, and figures that agree"
   await writeFile(join(folder, "damaged.eigen"), damaged);
   const found = await json(1, "verify", "damaged.eigen", "--against", own);
   t.equal(found["ok"], false);
-  const bad = found["checks"].filter((c: any) => !c.ok);
+  const bad = found["checks"].filter((c: any) => c.ok === false);
   t.same(
     bad.map((c: any) => c.name),
     ["bases", "task debtags-game", "task sections-2"],
@@ -146,15 +145,7 @@ t.test("every number format can be packed", async (t) => {
   for (const dtype of ["f32", "f16", "int8", "int4", "int3"]) {
     const packed = await json(
       0,
-      "pack",
-      join(own, "debtags-role"),
-      join(own, "debtags-use"),
-      "-o",
-      `${dtype}.eigen`,
-      "--k",
-      "12",
-      "--dtype",
-      dtype,
+      ...words`pack ${join(own, "debtags-role")} ${join(own, "debtags-use")} -o ${dtype}.eigen --k 12 --dtype ${dtype}`,
     );
     t.ok(packed["bytes"] < last, dtype);
     last = packed["bytes"];
@@ -212,16 +203,7 @@ t.test("add takes task files as they are, beside adapters", async (t) => {
   const before = await readFile(join(folder, "two.eigen"));
   const added = await json(
     0,
-    "add",
-    "two.eigen",
-    "mine.eigentask",
-    join(own, "sections-0"),
-    "no extension",
-    "--as",
-    "other=renamed",
-    "--as",
-    "sections-0=three",
-    ...LOSSY,
+    ...words`add two.eigen mine.eigentask ${join(own, "sections-0")} ${"no extension"} --as other=renamed --as sections-0=three ${LOSSY}`,
   );
   t.same(added["added"], ["three", "mine", "renamed"]);
   t.same(
@@ -337,47 +319,21 @@ t.test("fold and export give PEFT's weights back", async (t) => {
     await mkdir(join(folder, name), { recursive: true });
     await cp(join(golden, "adapter"), join(folder, name, "task"), { recursive: true });
     const base = join(golden, "base.safetensors");
-    await json(
-      0,
-      "pack",
-      join(name, "task"),
-      "-o",
-      "one.eigen",
-      "--force",
-      "--energy",
-      "1",
-      "--dtype",
-      "f32",
-      "--base",
-      base,
-    );
+    await json(0, ...words`pack ${join(name, "task")} -o one.eigen --force --energy 1 --dtype f32 --base ${base}`);
     const folded = await json(0, "fold", "one.eigen", "--task", "task", "--base", base, "-o", `${name}.safetensors`);
     t.equal(folded["file"], `${name}.safetensors`);
     const merged = await tensorsOf(join(golden, "merged.safetensors"));
     const found = await tensorsOf(join(folder, `${name}.safetensors`));
-    for (const [weight, { values, shape }] of merged) {
+    for (const [weight, { data, shape }] of merged) {
       t.same(found.get(weight)?.shape, shape, weight);
-      t.ok(relativeDifference(found.get(weight)!.values, values) <= 1e-6, `${name}: ${weight}`);
+      t.ok(relativeDifference(found.get(weight)!.data, data) <= 1e-6, `${name}: ${weight}`);
     }
     await json(0, "export", "one.eigen", "--task", "task", "-o", `${name}-back`);
-    await json(
-      0,
-      "pack",
-      `${name}-back`,
-      "-o",
-      "two.eigen",
-      "--force",
-      "--as",
-      `${name}-back=task`,
-      "--energy",
-      "1",
-      "--dtype",
-      "f32",
-    );
+    await json(0, ...words`pack ${name}-back -o two.eigen --force --as ${name}-back=task --energy 1 --dtype f32`);
     await json(0, "fold", "two.eigen", "--task", "task", "--base", base, "-o", "again.safetensors", "--force");
     const again = await tensorsOf(join(folder, "again.safetensors"));
-    for (const [weight, { values }] of merged)
-      t.ok(relativeDifference(again.get(weight)!.values, values) <= 1e-6, `${name}-back: ${weight}`);
+    for (const [weight, { data }] of merged)
+      t.ok(relativeDifference(again.get(weight)!.data, data) <= 1e-6, `${name}-back: ${weight}`);
   }
   t.match(
     await json(

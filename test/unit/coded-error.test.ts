@@ -4,7 +4,7 @@ import { type Adapter, searchPack, taskAdapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import { deltaOf } from "../support/compare.ts";
-import { isCodedPack, type Steps, search, Unreachable, withinError } from "../support/internals/pack.ts";
+import { isCodedPack } from "../support/internals/pack.ts";
 import { concat, data } from "../support/packs.ts";
 
 const names = ["debtags-role", "debtags-use", "sections-0", "sections-1", "debtags-interface"];
@@ -54,51 +54,4 @@ t.test("an error that integers do not reach is kept to by other numbers", async 
   t.match(report.tried[0]!.reason, /loses more than 0.001 of its ΔW/);
   t.match(report.name, /each task by itself, f(16|32)/);
   t.notOk(isCodedPack(pack));
-});
-
-t.test("steps are sought for each task, and not for ever", async (t) => {
-  const asked: number[] = [];
-  type Losses = { id: string; total: number }[];
-  const make = async (steps: Steps): Promise<Losses> => {
-    asked.push(steps.get("a")!);
-    // One task loses as much as its step; another exceeds 0.1 whatever the step.
-    return [...steps].map(([id, step]) => {
-      const total = id === "a" ? step : Math.max(step, 0.1);
-      return { id, total };
-    });
-  };
-  const start = new Map([
-    ["a", 1],
-    ["b", 1],
-  ]);
-  const found = await search(
-    start,
-    make,
-    withinError(0.2, (made: Losses) => made),
-  );
-  for (const { total } of found) t.ok(total <= 0.2 && total > 0.19);
-  await t.rejects(
-    search(
-      start,
-      make,
-      withinError(0.05, (made: Losses) => made),
-    ),
-    /task "b" loses more than 0.05 of its ΔW/,
-  );
-  t.ok(asked.length < 20);
-});
-
-t.test("a size is filled by the finest step, for one key of all", async (t) => {
-  // Bytes fall as steps grow; half of the step's range leaves nothing of a task.
-  const make = async (steps: Steps): Promise<number> => 1000 * steps.get("")! ** -0.6;
-  const fits = (max: number, lost = 0) => ({
-    slope: -0.8,
-    figuresOf: (bytes: number) => [{ key: "", ratio: bytes / max, isLost: bytes < lost }],
-    refusal: () => new Unreachable("too few"),
-  });
-  for (const from of [0.01, 1, 300]) {
-    const bytes = await search(new Map([["", from]]), make, fits(2500));
-    t.ok(bytes <= 2500 && bytes > 0.9 * 2500, `${bytes}`);
-  }
-  await t.rejects(search(new Map([["", 1]]), make, fits(100, 200)), { name: "RangeError", message: "too few" });
 });

@@ -10,8 +10,7 @@ import { AdapterError } from "eigenlora";
 import { type Adapter, buildPack, diffusersFile, ggufFile, kohyaFile, onnxAdapterFile } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { difference } from "../support/adapters.ts";
-import { deltaOf } from "../support/compare.ts";
+import { deltaOf, relativeDifference } from "../support/compare.ts";
 import { concat, data, LOSSLESS } from "../support/packs.ts";
 import { lacking, python, pythonLacks, runtimes, skip, without } from "../support/required.ts";
 
@@ -61,8 +60,8 @@ t.test("format → lossless pack → format: the same modules and updates", asyn
       const other = after.modules.get(module)!;
       t.same([other.in, other.out, other.kernel], [inputs, out, kernel]);
       const [was, is] = [await read(), await other.read()];
-      worst = Math.max(worst, difference(deltaOf(is, out, inputs), deltaOf(was, out, inputs)));
-      if (was.magnitude) worst = Math.max(worst, difference(is.magnitude!, was.magnitude));
+      worst = Math.max(worst, relativeDifference(deltaOf(is, out, inputs), deltaOf(was, out, inputs)));
+      if (was.magnitude) worst = Math.max(worst, relativeDifference(is.magnitude!, was.magnitude));
     }
     t.ok(worst <= 1e-6, `${name}: off by ${worst}`);
     await before.close();
@@ -99,8 +98,8 @@ t.test("llama.cpp answers with what was exported as with PEFT's merged weights",
     execFileSync(process.execPath, [script("../support/llama.js"), LLAMA, ...pairs], { encoding: "utf8" }),
   );
   const [plain, expected, found] = answers.map((row: number[]) => Float64Array.from(row));
-  t.ok(difference(plain, expected) > 1e-2, "the adapter changes the answer");
-  t.ok(difference(found, expected) < 1e-6, `off by ${difference(found, expected)}`);
+  t.ok(relativeDifference(plain, expected) > 1e-2, "the adapter changes the answer");
+  t.ok(relativeDifference(found, expected) < 1e-6, `off by ${relativeDifference(found, expected)}`);
   t.end();
 });
 

@@ -4,8 +4,10 @@
  */
 import { readdirSync, readFileSync } from "node:fs";
 import type { Dtype } from "eigenlora";
+import { readAdapters } from "eigenlora/node";
 import fc from "fast-check";
 import t from "tap";
+import { deltaOf, tensorsOf } from "../support/compare.ts";
 import { decodeTensor } from "../support/internals/base.ts";
 import {
   balance,
@@ -19,9 +21,8 @@ import {
   type Pair,
   type SideBasis,
 } from "../support/internals/pack.ts";
+import { data } from "../support/packs.ts";
 import { runs } from "../support/required.ts";
-
-const DATA = new URL("../data/", import.meta.url);
 
 const F32: ExtractOptions = {
   gauge: "as-trained",
@@ -31,65 +32,24 @@ const F32: ExtractOptions = {
   coefficientDtype: "f32",
 };
 
-// ---- reading ----------------------------------------------------------------------------------------------------
-
-interface Tensor {
-  shape: number[];
-  data: Float32Array;
-}
-
-/** f32 tensors of a safetensors file that is known to be good. */
-function readTensors(path: string): Map<string, Tensor> {
-  const file = readFileSync(new URL(path, DATA));
-  const end = 8 + Number(file.readBigUInt64LE(0));
-  type Header = Record<string, { shape: number[]; data_offsets: number[] }>;
-  const header = JSON.parse(file.toString("utf8", 8, end)) as Header;
-  const tensors = new Map<string, Tensor>();
-  for (const [name, { shape, data_offsets: at }] of Object.entries(header)) {
-    if (name === "__metadata__") continue;
-    const bytes = new Uint8Array(file.subarray(end + at[0]!, end + at[1]!));
-    tensors.set(name, { shape, data: new Float32Array(bytes.buffer) });
-  }
-  return tensors;
-}
-
-/** The stacks of real adapters, alpha / r = 2 folded into B. */
-function readStacks(tasks: readonly string[]): ModuleStack[] {
-  const stacks = new Map<string, ModuleMember[]>();
-  for (const id of tasks) {
-    const tensors = readTensors(`adapters/own-seed/${id}/adapter_model.safetensors`);
-    for (const [key, A] of tensors) {
-      if (!key.endsWith("lora_A.weight")) continue;
-      const name = key.slice("base_model.model.".length, -".lora_A.weight".length);
-      const B = tensors.get(key.replace("lora_A", "lora_B"))!;
-      const [out, rank] = B.shape as [number, number];
-      const Bt = Float32Array.from(B.data, (_, i) => 2 * B.data[(i % out) * rank + Math.floor(i / out)]!);
-      const members = stacks.get(name) ?? [];
-      stacks.set(name, members);
-      members.push({ id, rank, A: A.data, Bt });
+/** The stacks of real adapters. */
+async function readStacks(tasks: readonly string[]): Promise<ModuleStack[]> {
+  const stacks = new Map<string, { name: string; out: number; in: number; members: ModuleMember[] }>();
+  const adapters = await readAdapters(tasks.map((task) => data(`adapters/own-seed/${task}`)));
+  // The golden values have their own order.
+  adapters.sort((a, b) => tasks.indexOf(a.id) - tasks.indexOf(b.id));
+  for (const { id, modules, close } of adapters) {
+    for (const { name, out, in: inputs, read } of modules.values()) {
+      const stack = stacks.get(name) ?? { name, out, in: inputs, members: [] };
+      stacks.set(name, stack);
+      stack.members.push({ id, ...(await read()) });
     }
+    await close();
   }
-  return [...stacks].map(([name, members]) => {
-    const [{ rank, A, Bt }] = members as [ModuleMember];
-    return { name, out: Bt.length / rank, in: A.length / rank, members };
-  });
+  return [...stacks.values()];
 }
 
 // ---- slow, obvious definitions --------------------------------------------------------------------------------------
-
-/** Btᵀ·A [out, in]. */
-function product(A: ArrayLike<number>, Bt: ArrayLike<number>, rank: number): Float64Array {
-  const inputs = A.length / rank;
-  const outputs = Bt.length / rank;
-  const out = new Float64Array(outputs * inputs);
-  for (let k = 0; k < rank; k++) {
-    for (let i = 0; i < outputs; i++) {
-      const b = Bt[k * outputs + i]!;
-      for (let j = 0; j < inputs; j++) out[i * inputs + j]! += b * A[k * inputs + j]!;
-    }
-  }
-  return out;
-}
 
 function norm(x: Float64Array): number {
   return Math.sqrt(x.reduce((sum, value) => sum + value * value, 0));
@@ -126,9 +86,9 @@ function storedError(result: ModuleExtraction, member: ModuleMember, type: Dtype
   const task = result.tasks.find(({ id }) => id === member.id)!;
   const A = rowsOf(result.A, decodeTensor(type, task.A.coefficients!, task.rank, result.A.components), task.rank);
   const Bt = rowsOf(result.B, decodeTensor(type, task.B.coefficients!, task.rank, result.B.components), task.rank);
-  const exact = product(member.A, member.Bt, member.rank);
+  const exact = deltaOf(member);
   const length = norm(exact);
-  return length > 0 ? norm(difference(exact, product(A, Bt, task.rank))) / length : 0;
+  return length > 0 ? norm(difference(exact, deltaOf({ rank: task.rank, A, Bt }))) / length : 0;
 }
 
 /** ‖E·Eᵀ − I‖_max of what is stored. */
@@ -221,9 +181,9 @@ interface Golden {
   >;
 }
 
-const golden = JSON.parse(readFileSync(new URL("goldens/extract/golden.json", DATA), "utf8")) as Golden;
-const values = readTensors("goldens/extract/column.safetensors");
-const real = readStacks(golden.tasks);
+const golden = JSON.parse(readFileSync(data("goldens/extract/golden.json"), "utf8")) as Golden;
+const values = await tensorsOf(data("goldens/extract/column.safetensors"));
+const real = await readStacks(golden.tasks);
 const TRIMMED = "balanced none, ranks trimmed to 8 4 6 2 8 3 in task order, error against the trimmed adapters, K=12";
 
 /** The first `ranks[i]` balanced pairs of each adapter, as adapters of their own. */
@@ -300,8 +260,8 @@ function sum(x: Iterable<number>): number {
 }
 
 t.test("real adapters: all 20, three ways to choose K", async () => {
-  const tasks = readdirSync(new URL("adapters/own-seed/", DATA)).sort();
-  const [stack] = readStacks(tasks) as [ModuleStack];
+  const tasks = readdirSync(data("adapters/own-seed")).sort();
+  const [stack] = (await readStacks(tasks)) as [ModuleStack];
   for (const gauge of ["as-trained", "balanced"] as const) {
     const lossless = extractModule(stack, { ...F32, gauge });
     for (const member of stack.members) {
@@ -399,7 +359,7 @@ t.test("ΔW does not depend on the gauge, nor the balanced pack on the gauge it 
       const pair = balance(toPair(member), stack.out, stack.in);
       const { difference: lost, norm: length } = deltaError(toPair(member), pair);
       t.ok(lost <= 1e-6 * length, "balancing keeps ΔW");
-      const formed = norm(difference(product(member.A, member.Bt, 8), product(pair.A, pair.Bt, pair.rank)));
+      const formed = norm(difference(deltaOf(member), deltaOf(pair)));
       t.ok(formed <= 1e-6 * length, "formed");
       const rows = multiplyTransposed(pair.A, pair.A, pair.rank, pair.rank, stack.in);
       const columns = multiplyTransposed(pair.Bt, pair.Bt, pair.rank, pair.rank, stack.out);

@@ -1,16 +1,16 @@
 /** Messages that newcomers stumbled over, each as it should be. */
-import { cp, mkdir, mkdtemp, readFile, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { cp, mkdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import t from "tap";
-import { json, run, workIn } from "../support/command-line.ts";
+import { json, run } from "../support/command-line.ts";
+import { workIn } from "../support/folder.ts";
 import { createOutput, downloading } from "../support/internals/cli.ts";
 import { data } from "../support/packs.ts";
 
 const MODEL = data("sessions/torchscript.onnx");
 const adapters = ["two", "five"].map((id) => data(`sessions/adapters/${id}`));
 
-t.beforeEach(async (t) => workIn(t, await mkdtemp(join(tmpdir(), "eigenlora-first-hour-"))));
+t.beforeEach(async (t) => workIn(t));
 
 t.test("a folder stands for the model in it, or in its folder onnx", async (t) => {
   await json(0, "pack", ...adapters, "-o", "p.eigen", "--k", "2", "--base", data("sessions/base.safetensors"));

@@ -8,8 +8,8 @@ import { AdapterError, FormatError } from "eigenlora";
 import { type Adapter, buildPack, readKohya } from "eigenlora/build";
 import { describeBase, findAdapters, readAdapters } from "eigenlora/node";
 import t from "tap";
-import { apply, bytesOf, difference, entries, loadTensors, type Spec } from "../support/adapters.ts";
-import { checkGolden } from "../support/compare.ts";
+import { apply, bytesOf, entries, type Spec } from "../support/adapters.ts";
+import { checkGolden, relativeDifference, tensorsOf } from "../support/compare.ts";
 import { openGguf } from "../support/internals/base.ts";
 import { openOnnxAdapter, unflatten } from "../support/internals/pack.ts";
 import { concat, data, LOSSLESS } from "../support/packs.ts";
@@ -48,13 +48,15 @@ for (const [name, file, format, tolerance] of CASES) {
     const adapter = await readOne(join(folder, file), config);
     t.same(adapter.warnings, []);
     t.same([...adapter.modules.keys()], [...adapter.modules.keys()].sort(), "modules are sorted");
-    const base = await loadTensors(join(folder, "base.safetensors"));
-    const expected = await loadTensors(join(folder, "merged.safetensors"));
-    const changed = [...expected.keys()].filter((key) => difference(expected.get(key)!.data, base.get(key)!.data) > 0);
+    const base = await tensorsOf(join(folder, "base.safetensors"));
+    const expected = await tensorsOf(join(folder, "merged.safetensors"));
+    const changed = [...expected.keys()].filter(
+      (key) => relativeDifference(expected.get(key)!.data, base.get(key)!.data) > 0,
+    );
     const merged = await apply(adapter, base);
     t.same([...merged.keys()].sort(), changed.sort(), "reaches exactly what the tool changes");
     for (const [key, values] of merged) {
-      const error = difference(values, expected.get(key)!.data);
+      const error = relativeDifference(values, expected.get(key)!.data);
       t.ok(error <= tolerance, `${key}: ${error}`);
     }
     const host = join(folder, "base.safetensors");

@@ -1,18 +1,17 @@
 /** Names from files: no character of them may move a cursor, change colours or forge a line. */
 import { spawnSync } from "node:child_process";
-import { cp, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { cp, readFile, writeFile } from "node:fs/promises";
 import { basename, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { encodeTaskFile } from "eigenlora/build";
 import t from "tap";
+import { folderFor } from "../support/folder.ts";
 import { encodeTensor, toHex } from "../support/internals/base.ts";
 import { paragraph, printable, runProgram } from "../support/internals/cli.ts";
 import { encodeBasis, encodeTask, sha256 } from "../support/internals/format.ts";
 import { data, freshChunks } from "../support/packs.ts";
 
-const folder = await mkdtemp(join(tmpdir(), "eigenlora-hostile-"));
-t.teardown(() => rm(folder, { recursive: true }));
+const folder = folderFor(t);
 
 /** Clears the screen, in two ways; forges a line, in two ways; turns the direction of writing, in two ways. */
 const evil = "\u001b[2J\u009b2J\r\nwarning: forged\u2028\u202e\u2066\u007f";

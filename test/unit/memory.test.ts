@@ -1,19 +1,12 @@
 import { spawnSync } from "node:child_process";
-import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import t from "tap";
 import { dawnMissing } from "../support/backend-list.ts";
-import {
-  create,
-  GraphProtoSchema,
-  ModelProtoSchema,
-  makeNode,
-  makeValue,
-  TensorProtoSchema,
-  toBinary,
-} from "../support/internals/models.ts";
+import { folderFor } from "../support/folder.ts";
+import { modelOf } from "../support/graphs.ts";
+import { create, makeNode, makeValue, TensorProtoSchema } from "../support/internals/models.ts";
 
 const child = fileURLToPath(new URL("../support/memory-child.js", import.meta.url));
 
@@ -40,16 +33,18 @@ for (const backend of ["js", "wasm", "webgpu"]) {
 const [SIZE, LAYERS] = [1024, 13];
 
 /** y = x · W₀ · W₁ · … */
-function writeModel(path: string): void {
+const model = join(folderFor(t), "model.onnx");
+{
   const names = Array.from({ length: LAYERS }, (_, i) => `layers.${i}`);
   const initializer = names.map((name, i) => {
-    const values = Float32Array.from({ length: SIZE * SIZE }, (_, k) => 0.02 * Math.sin(i + 1.3 * k));
-    const dims = [BigInt(SIZE), BigInt(SIZE)];
+    const rawData = new Uint8Array(
+      Float32Array.from({ length: SIZE * SIZE }, (_, k) => ((k * (i + 7)) % 97) / 5000).buffer,
+    );
     return create(TensorProtoSchema, {
       name: `${name}.weight`,
       dataType: 1,
-      dims,
-      rawData: new Uint8Array(values.buffer),
+      dims: [BigInt(SIZE), BigInt(SIZE)],
+      rawData,
     });
   });
   const value = (i: number): string => (i === 0 ? "x" : i === LAYERS ? "y" : `h${i}`);
@@ -57,9 +52,7 @@ function writeModel(path: string): void {
     makeNode("MatMul", `/${name}/MatMul`, [value(i), `${name}.weight`], value(i + 1)),
   );
   const [input, output] = ["x", "y"].map((name) => [makeValue(name, 1, ["batch", SIZE])]);
-  const graph = create(GraphProtoSchema, { name: "layers", node, initializer, input, output });
-  const opsetImport = [{ domain: "", version: 17n }];
-  writeFileSync(path, toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 8n, opsetImport, graph })));
+  writeFileSync(model, modelOf({ node, initializer, input, output }));
 }
 
 /** Bytes allowed in addition to those that `memory()` counts: parsed graphs, tensors of the last run. A model's file is not among them. */
@@ -67,11 +60,7 @@ const ALLOWANCE = 3e6;
 
 for (const mode of ["core", "factors", "folded"]) {
   t.test(`${mode}: a session keeps what memory() says, and not the model's file`, async (t) => {
-    const folder = mkdtempSync(join(tmpdir(), "eigenlora-memory-"));
-    t.teardown(() => rmSync(folder, { recursive: true }));
     const child = fileURLToPath(new URL("../support/session-memory-child.js", import.meta.url));
-    const model = join(folder, "model.onnx");
-    writeModel(model);
     const args = ["--expose-gc", child, mode, model];
     const { stdout, stderr } = spawnSync(process.execPath, args, { encoding: "utf8" });
     if (stdout === "") throw new Error(stderr);

@@ -25,28 +25,12 @@ t.test("a log hears of long work once, and again each tenth, never more than twe
   const said: string[] = [];
   for (let done = 1; done <= 1000; done++) {
     said.push(...after(0.1, () => out.progress({ stage: "packing", done: done / 10, total: 100, unit: "%" })));
-    if (done % 10 === 0) said.push(...after(0, out.beat));
   }
   t.ok(said.length <= 12, `${said.length} lines`);
   const shares = said.map((line) => Number(/^packing: (\d+) %/.exec(line)![1]));
   t.same(shares, [5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100]);
   t.equal(said[5], "packing: 50 %, 50 s left\n");
   t.equal(said.at(-1), "packing: 100 %\n");
-});
-
-t.test("a log hears once of what cannot be counted, and of work whose next report takes long", async (t) => {
-  const { out, after } = output();
-  after(0, () => out.phase("loading the model"));
-  t.same(after(4, out.beat), []);
-  t.same(after(2, out.beat), ["loading the model\n"]);
-  t.same(after(60, out.beat), [], "not again");
-  after(1, () => out.progress({ ...steps(0), detail: "sst2" }));
-  t.same(after(6, out.beat), ["learning sst2: 0 of 100 steps, 0 %\n"]);
-  t.same(after(60, out.beat), [], "nor this");
-  t.same(
-    after(0, () => out.progress({ ...steps(10), detail: "cola" })),
-    ["learning cola: 10 of 100 steps, 10 %, 10 min left\n"],
-  );
 });
 
 t.test("a terminal has one line, as wide as it is, which goes before anything else is said", async (t) => {

@@ -4,6 +4,7 @@
 import { createRuntime, openPack, type Pack, type Runtime, type RuntimeOptions, type Tensor } from "eigenlora";
 import { type Adapter, type AdapterModule, buildPack, type SavedTensor } from "eigenlora/build";
 import t from "tap";
+import { adapterOf } from "../support/adapters.ts";
 import { relativeDifference } from "../support/compare.ts";
 import { concat, LOSSLESS } from "../support/packs.ts";
 import { chance } from "../support/random-packs.ts";
@@ -35,18 +36,8 @@ function save(
   return { name, role, shape, indices, read: async () => values };
 }
 
-function task(id: string, modules: readonly AdapterModule[], saved: readonly SavedTensor[]): Adapter {
-  const about = {
-    id,
-    file: id,
-    byteLength: 0,
-    baseModel: undefined,
-    metadata: {},
-    warnings: [],
-    close: async () => {},
-  };
-  return { ...about, modules: new Map(modules.map((module) => [module.name, module])), saved };
-}
+const task = (id: string, modules: readonly AdapterModule[], saved: readonly SavedTensor[]): Adapter =>
+  adapterOf(id, modules, { saved });
 
 const other = lora("other", OUT, IN);
 const whole = task("whole", [other], [save("layer.weight", "saved", [OUT, IN]), save("layer.bias", "saved", [OUT])]);

@@ -13,18 +13,7 @@ import { uniform } from "../support/internals/base.ts";
 import { soak } from "../support/required.ts";
 
 const goldens = fileURLToPath(new URL("../data/goldens/peft", import.meta.url));
-const SEEDS = [
-  "plain",
-  "patterns",
-  "bias-all",
-  "conv",
-  "dora",
-  "embedding",
-  "lora-bias",
-  "modules-to-save",
-  "token-rows",
-  "rslora",
-];
+const SEEDS = "plain patterns bias-all conv dora embedding lora-bias modules-to-save token-rows rslora".split(" ");
 const COUNT = soak ? 4000 : 1000;
 
 type Json = Record<string, unknown>;
@@ -85,21 +74,10 @@ const JUNK: readonly unknown[] = [
   deep(70),
   "y".repeat(5000),
 ];
-const PATTERNS = [
-  "(x+x+)+y",
-  ".*",
-  "query",
-  "(query|value)",
-  "layer\\.0\\..*",
-  "[",
-  "(?=q)q",
-  "q{99999}",
-  "",
-  "^bert",
-  "toString",
-  "__proto__",
-  ".*.*.*.*.*query",
-];
+const PATTERNS =
+  "(x+x+)+y .* query (query|value) layer\\.0\\..* [ (?=q)q q{99999} ^bert toString __proto__ .*.*.*.*.*query"
+    .split(" ")
+    .concat("");
 const NAMES = [
   "..",
   "../../etc/passwd",

@@ -5,7 +5,6 @@
 import { type Coefficients, openPack, type Pack, type Side, type TensorRef } from "eigenlora";
 import {
   type Adapter,
-  type AdapterModule,
   type BuildOptions,
   buildPack,
   encodeTaskFile,
@@ -14,6 +13,7 @@ import {
   type TaskLoss,
 } from "eigenlora/build";
 import t, { type Test } from "tap";
+import { adapterOf, linear } from "../support/adapters.ts";
 import { deltaOf } from "../support/compare.ts";
 import { uniform } from "../support/internals/base.ts";
 import { readTensor } from "../support/internals/format.ts";
@@ -39,19 +39,19 @@ function adaptersOf(seed: number, split: Split, scales: readonly number[] = SCAL
   const common = SHAPES.map(([, out, inputs, rank]) => ({ A: values(rank * inputs), Bt: values(rank * out) }));
   return scales.map((scale, i) => {
     const [a, b] = split === "B" ? [1, scale] : [Math.sqrt(scale), Math.sqrt(scale)];
-    const modules = SHAPES.map(([name, out, inputs, rank], m): [string, AdapterModule] => {
+    const modules = SHAPES.map(([name, out, inputs, rank], m) => {
       const near = (factor: number, of: Float64Array): Float32Array => {
         const own = values(of.length);
         return Float32Array.from(of, (value, j) => 0.2 * factor * (value + own[j]!));
       };
       const term = { rank, A: near(a, common[m]!.A), Bt: near(b, common[m]!.Bt) };
-      return [name, { name, out, in: inputs, rank, layout: "out-in", read: async () => term }];
+      return linear(name, out, inputs, term);
     });
-    return {
-      ...{ id: `t${i}`, file: `t${i}`, byteLength: 1e4, baseModel: undefined, saved: [], metadata: {}, warnings: [] },
-      modules: new Map(modules.sort()),
-      close: async () => {},
-    };
+    return adapterOf(
+      `t${i}`,
+      modules.sort((a, b) => (a.name < b.name ? -1 : 1)),
+      { byteLength: 1e4 },
+    );
   });
 }
 

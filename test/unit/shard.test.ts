@@ -4,15 +4,15 @@
  */
 import { spawn } from "node:child_process";
 import { once } from "node:events";
-import { cp, mkdtemp, readdir, readFile, stat, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { cp, readdir, readFile, stat, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { openPack, type Pack } from "eigenlora";
 import { type Adapter, type BuildOptions, buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { json, workIn } from "../support/command-line.ts";
+import { json, words } from "../support/command-line.ts";
+import { workIn } from "../support/folder.ts";
 import { type SafetensorsEntry, shuffle, uniform } from "../support/internals/base.ts";
 import {
   adapterStatistics,
@@ -367,8 +367,7 @@ t.test("parts that lie with good checksums are refused", async (t) => {
 });
 
 t.test("the commands: restarts, interruptions, refusals, the keys of the contract", async (t) => {
-  const folder = await mkdtemp(join(tmpdir(), "eigenlora-shard-"));
-  workIn(t, folder);
+  const folder = workIn(t);
   const main = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
   for (const name of ["debtags-game", "debtags-role", "sections-0"])
     await cp(data(`adapters/own-seed/${name}`), join(folder, name), { recursive: true });
@@ -392,38 +391,12 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
   t.equal((await json(0, "hub", "shard", "debtags-game", "debtags-role", "-o", "again.part"))["present"], false);
   t.ok(before.equals(await bytes("again.part")), "the same input, the same bytes");
   t.equal(
-    (
-      await json(
-        0,
-        "hub",
-        "shard",
-        "debtags-game",
-        "debtags-role",
-        "--gauge",
-        "balanced",
-        "-o",
-        "again.part",
-        "--force",
-      )
-    )["present"],
+    (await json(0, ...words`hub shard debtags-game debtags-role --gauge balanced -o again.part --force`))["present"],
     false,
     "another setting",
   );
   t.equal(
-    (
-      await json(
-        0,
-        "hub",
-        "shard",
-        "debtags-game",
-        "debtags-role",
-        "--as",
-        "debtags-game=games",
-        "-o",
-        "a.part",
-        "--force",
-      )
-    )["present"],
+    (await json(0, ...words`hub shard debtags-game debtags-role --as debtags-game=games -o a.part --force`))["present"],
     false,
     "another name",
   );

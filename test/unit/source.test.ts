@@ -1,13 +1,13 @@
-import { mkdtemp, open, readFile, rm, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { open, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
 import t from "tap";
+import { folderFor } from "../support/folder.ts";
 import { openSource } from "../support/internals/base.ts";
-import { data } from "../support/packs.ts";
+import { vector } from "../support/packs.ts";
 import { serve } from "../support/range-server.ts";
 
-const path = data("goldens/pack/every-kind.eigen");
+const path = vector("every-kind.eigen");
 const golden = new Uint8Array(await readFile(path));
 
 t.test("every kind of source gives the same pack, and counts its requests", async (t) => {
@@ -27,12 +27,12 @@ t.test("every kind of source gives the same pack, and counts its requests", asyn
     const pack = await openPack(source);
     t.equal(pack.reads.requests, 2, `${name}: opened in two requests`);
     (await pack.bases()).close();
-    await pack.load("mixed");
+    await pack.load("whole");
     t.equal(pack.reads.requests, 3, `${name}: three to the first task`);
-    await pack.load("all");
+    await pack.load("terms");
     t.equal(pack.reads.requests, 4, `${name}: one per further task`);
-    await pack.load("mixed");
-    await pack.prefetch(["all", "mixed"]);
+    await pack.load("whole");
+    await pack.prefetch(["terms", "whole"]);
     t.equal(pack.reads.requests, 4, `${name}: none when resident`);
     await pack.close();
   }
@@ -46,13 +46,13 @@ t.test("callers of one task share one request; an abort ends only its own wait",
   const before = server.ranges.length;
   const aborted = new AbortController();
   server.faults = ["slow"];
-  const first = pack.load("mixed", { signal: aborted.signal });
-  const second = pack.load("mixed");
+  const first = pack.load("whole", { signal: aborted.signal });
+  const second = pack.load("whole");
   setTimeout(() => aborted.abort(new Error("changed my mind")), 15);
   await t.rejects(first, { message: "changed my mind" });
   t.ok((await second).bytes.length > 0);
   t.equal(server.ranges.length - before, 1);
-  await t.rejects(pack.load("all", { signal: AbortSignal.abort(new Error("before")) }), { message: "before" });
+  await t.rejects(pack.load("terms", { signal: AbortSignal.abort(new Error("before")) }), { message: "before" });
 });
 
 t.test("no server, no file, no bytes", async (t) => {
@@ -77,24 +77,23 @@ t.test("no server, no file, no bytes", async (t) => {
 
 t.test("a closed pack says so, and its resident tasks stay", async (t) => {
   const pack = await openPack(path);
-  await pack.load("mixed");
+  await pack.load("whole");
   await pack.close();
-  t.ok((await pack.load("mixed")).bytes.length > 0);
-  await t.rejects(pack.load("all"), {
+  t.ok((await pack.load("whole")).bytes.length > 0);
+  await t.rejects(pack.load("terms"), {
     tag: "source",
     message: /every-kind\.eigen: cannot be read: it was closed; open it again/,
   });
 });
 
 t.test("a file that shrinks under us is an error, not a hang", async (t) => {
-  const folder = await mkdtemp(join(tmpdir(), "eigenlora-"));
-  t.teardown(() => rm(folder, { recursive: true }));
+  const folder = folderFor(t);
   const file = join(folder, "a.eigen");
   await writeFile(file, golden);
   const pack = await openPack(file);
   const handle = await open(file, "r+");
   await handle.truncate(2000);
   await handle.close();
-  await t.rejects(pack.load("all"), { tag: "source", message: /truncated/ });
+  await t.rejects(pack.load("terms"), { tag: "source", message: /truncated/ });
   await pack.close();
 });

@@ -152,3 +152,11 @@ t.test("tests name what is built in support/internals alone", async (t) => {
     );
   t.same(named, []);
 });
+
+t.test("a page names benchmarks that exist", async (t) => {
+  const scripts = ["benchmarks", "benchmarks/research"].flatMap((folder) => readdirSync(join(root, folder)));
+  const pages = readdirSync(join(root, "docs"), { recursive: true, encoding: "utf8" }).map((name) => `docs/${name}`);
+  for (const page of ["README.md", "SECURITY.md", "CONTRIBUTING.md", ...pages].filter((name) => name.endsWith(".md")))
+    for (const [, name] of readFileSync(join(root, page), "utf8").matchAll(/npm run bench (?:-- )?([a-z][\w-]*)/g))
+      t.ok(scripts.includes(`${name}.js`), `${page}: ${name}`);
+});

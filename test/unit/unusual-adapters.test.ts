@@ -5,6 +5,7 @@
 import { openPack, type Pack } from "eigenlora";
 import { type Adapter, type BuildOptions, buildPack, projectAdapters, searchPack } from "eigenlora/build";
 import t from "tap";
+import { adapterOf, linear } from "../support/adapters.ts";
 import { uniform } from "../support/internals/base.ts";
 import { readDonor, sharedRows, startState, TrainedTerms } from "../support/internals/learn.ts";
 import { completeDtypes } from "../support/internals/pack.ts";
@@ -29,10 +30,9 @@ function adapter(
       Bt: values(rank * OUT, still),
       ...(magnitude && { magnitude: values(OUT).map((value) => 1 + value) }),
     };
-    return [name, { name, out: OUT, in: IN, rank, layout: "out-in" as const, read: async () => term }] as const;
+    return linear(name, OUT, IN, term);
   });
-  const rest = { baseModel: undefined, metadata: {}, warnings: [], close: async () => undefined };
-  return { id, file: id, byteLength: 1000, modules: new Map(modules), saved, ...rest };
+  return adapterOf(id, modules, { byteLength: 1000, saved });
 }
 
 const opened = async (chunks: readonly Uint8Array[]): Promise<Pack> => openPack(concat(chunks));

@@ -1,5 +1,6 @@
 import { spawnSync } from "node:child_process";
 import { readdir, readFile } from "node:fs/promises";
+import { basename } from "node:path";
 import { fileURLToPath } from "node:url";
 import { EigenLoraError, type OpenOptions, openPack, type Pack } from "eigenlora";
 import { readTaskFile } from "eigenlora/build";
@@ -137,6 +138,21 @@ t.test("valid vectors: every value is found, with and without a root and keys", 
   }
 });
 
+/** Messages that say more than that a rule is broken. */
+const MESSAGES: Readonly<Record<string, RegExp>> = {
+  truncated: /truncated/,
+  "directory-outside": /outside the file/,
+  "directory-in-window": /outside the file/,
+  "committed-u64": /2\^53/,
+  "too-many-sections": /sections, at most/,
+  "section-hole": /starts at/,
+  "section-overlap": /starts at/,
+  "section-required": /kind \d+/,
+  "major-2": /version 2.0.*update/,
+  "no-superblock": /neither superblock/,
+  nan: /basis A of "types.f32": value 1 of row 0 is NaN or infinite, or 65536 and more/,
+};
+
 t.test("invalid vectors are refused by name, at the step that the index says", async (t) => {
   for (const vector of index.filter(({ valid }) => !valid)) {
     const says = `${vector.file} (${vector.section}, ${vector.step}): ${vector.why}`;
@@ -147,6 +163,7 @@ t.test("invalid vectors are refused by name, at the step that the index says", a
     if (!error) continue;
     t.ok(error instanceof EigenLoraError, says);
     t.not((error as { tag?: string }).tag, "source");
+    t.match((error as Error).message, MESSAGES[basename(vector.file, ".eigen")] ?? /./, says);
   }
 });
 

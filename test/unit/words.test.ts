@@ -25,10 +25,8 @@ const SEVERAL: Readonly<Record<string, string>> = {
   Slice: "core and sessions: a range of a block, a part of a packed layer",
   Target: "packing and CLI",
   Components: "packing and ONNX: `inject` takes it by that name",
-  Answer: "packing and HTTP",
   Side: "packing and format",
   Plan: "format and sessions",
-  BaseValues: "core and sessions",
   SessionOptions: "bindings and sessions",
 };
 

@@ -15,6 +15,7 @@ import { createRuntime, openPack } from "eigenlora";
 import { peftFiles, taskAdapter } from "eigenlora/build";
 import "../../support/load-typescript.js";
 import { packFile } from "../../vectors/format.js";
+import { mainThread } from "./clock.js";
 
 const { encodeSection } = await import("../../support/internals/format.ts");
 const { dtypes } = await import("../../support/internals/base.ts");
@@ -118,10 +119,10 @@ async function attack(name, bytes, abort) {
   const controller = new AbortController();
   const work = await prepare(opened, controller.signal);
   const before = process.resourceUsage().maxRSS;
-  const start = spent();
+  const start = mainThread();
   let [last, block, turns, ended, stopped] = [start, 0, 0, 0, 0];
   const beat = () => {
-    const now = spent();
+    const now = mainThread();
     block = Math.max(block, now - last);
     last = now;
     if (abort && ++turns === 3) (stopped = now), controller.abort();
@@ -132,16 +133,10 @@ async function attack(name, bytes, abort) {
     () => "done",
     (error) => error.name,
   );
-  ended = spent();
+  ended = mainThread();
   block = Math.max(block, ended - last);
   const memory = 1024 * (process.resourceUsage().maxRSS - before);
   return { outcome, cpu: ended - start, memory, block, heard: stopped ? ended - stopped : 0 };
-}
-
-/** Milliseconds of CPU so far. Other work on the machine does not count, as it does in time. */
-function spent() {
-  const { user, system } = process.cpuUsage();
-  return (user + system) / 1000;
 }
 
 const [mode, ...rest] = process.argv.slice(2);

@@ -14,6 +14,7 @@ import { fileURLToPath, pathToFileURL } from "node:url";
 import { parseArgs } from "node:util";
 import { isMainThread, Worker } from "node:worker_threads";
 import { align, blobOf, joined, msgpack, packFile, tensor } from "../../vectors/format.js";
+import { mainThread } from "./clock.js";
 
 // What makes files takes memory that is not the reader's.
 const isMaker = isMainThread && !process.argv.includes("--child");
@@ -422,12 +423,6 @@ function bigPack() {
   return bytes;
 }
 
-/** Milliseconds of CPU that the main thread has taken: another program beside takes none of them, as it does of the wall's clock. */
-function mainThread() {
-  if (process.platform !== "linux") return process.cpuUsage().user / 1e3;
-  return Number.parseInt(readFileSync(`/proc/self/task/${process.pid}/schedstat`, "utf8"), 10) / 1e6;
-}
-
 /** The most megabytes that this process has held. On Linux `maxRSS` counts what its parent held too. */
 function peak() {
   if (process.platform !== "linux") return process.resourceUsage().maxRSS / 1e3;
@@ -438,7 +433,7 @@ function peak() {
 async function child(mode, path, dist, first) {
   const load = (file) => import(pathToFileURL(join(dist, file)).href);
   const [{ openPack }, build] = [await load("src/index.js"), await load("src/build.js")];
-  const { openSafetensors } = build.openSafetensors ? build : await load("src/adapters/adapter-file.js");
+  const { openSafetensors } = build.openSafetensors ? build : await load("src/adapters/adapter.js");
   const { signal } = new AbortController();
   // What is loaded late is loaded: files take no part in that.
   await openPack(first).then((pack) => pack.close());

@@ -6,13 +6,7 @@ export { openSource } from "../../../dist/src/open-source.js";
 export { atOnce } from "../../../dist/src/pace.js";
 export { Queue } from "../../../dist/src/queue.js";
 export * as dtypes from "../../../dist/src/tensor/dtypes.js";
-export {
-  DTYPES,
-  decodeTensor,
-  f16ToF32,
-  f32ToBf16,
-  f32ToF16,
-} from "../../../dist/src/tensor/dtypes.js";
+export * from "../../../dist/src/tensor/dtypes.js";
 export { decodeIntegers, decodeScales, encodeTensor } from "../../../dist/src/tensor/encode.js";
 export { openGguf } from "../../../dist/src/tensor/gguf.js";
 export { normal, shuffle, uniform } from "../../../dist/src/tensor/random.js";

@@ -3,15 +3,7 @@
 export { downloading, Run } from "../../../dist/src/cli/command.js";
 export { openScratch, takeLock, writeTogether, writeWhole } from "../../../dist/src/cli/files.js";
 export { openModel, readExamples, readQuestions } from "../../../dist/src/cli/model.js";
-export {
-  createOutput,
-  leftOf,
-  lossTable,
-  paragraph,
-  printable,
-  smaller,
-  timeLeft,
-} from "../../../dist/src/cli/output.js";
+export * from "../../../dist/src/cli/output.js";
 export { runProgram } from "../../../dist/src/cli/program.js";
 
 /** Where commands lie as modules, for processes that run one of them alone, and files that a test replaces the disk of. */

@@ -6,31 +6,9 @@ export { inject, type TaskInput } from "../../../dist/src/onnx/inject.js";
 export { type AdaptedHead, type AdaptedLayer, endOf, linearsOf } from "../../../dist/src/onnx/linear.js";
 export { indexGraph, type OnnxModel, parseModel } from "../../../dist/src/onnx/model.js";
 export { findParameters, matrixShape, type OnnxParameter } from "../../../dist/src/onnx/modules.js";
-export {
-  type Attributes,
-  checkInjectable,
-  makeFloats,
-  makeInts,
-  makeNode,
-  makeValue,
-} from "../../../dist/src/onnx/nodes.js";
+export * from "../../../dist/src/onnx/nodes.js";
 export { takeApart } from "../../../dist/src/onnx/packed.js";
-export {
-  AttributeProtoSchema,
-  create,
-  DimensionSchema,
-  fromBinary,
-  type GraphProto,
-  GraphProtoSchema,
-  type ModelProto,
-  ModelProtoSchema,
-  type NodeProto,
-  NodeProtoSchema,
-  type TensorProto,
-  TensorProtoSchema,
-  toBinary,
-  ValueInfoProtoSchema,
-} from "../../../dist/src/onnx/protobuf.js";
+export * from "../../../dist/src/onnx/protobuf.js";
 export { type ModelFile, readModel } from "../../../dist/src/onnx/read.js";
 export { replaceByFile, type WeightInput } from "../../../dist/src/onnx/replaceable.js";
 export { skeletonOf } from "../../../dist/src/onnx/skeleton.js";

@@ -3,59 +3,17 @@
 export { unflatten } from "../../../dist/src/adapters/kohya.js";
 export { openOnnxAdapter } from "../../../dist/src/adapters/onnx-adapter.js";
 export { NamePatterns } from "../../../dist/src/adapters/peft-config.js";
-export {
-  type Components,
-  columnMeans,
-  coordinates,
-  type ExtractOptions,
-  extractModule,
-  type Gauge,
-  type ModuleExtraction,
-  type ModuleMember,
-  type ModuleStack,
-  principalComponents,
-  type SideBasis,
-} from "../../../dist/src/extract/components.js";
+export * from "../../../dist/src/extract/components.js";
 export { balance, deltaError, type Pair, relative } from "../../../dist/src/extract/factors.js";
-export {
-  backwardSolve,
-  centred,
-  cholesky,
-  forwardSolve,
-  gram,
-  lq,
-  multiplyTransposed,
-  PLAIN,
-  type Products,
-  ROUNDING,
-  rowSquares,
-  svd,
-  symmetricEigen,
-  transpose as transposeMatrix,
-} from "../../../dist/src/extract/linalg.js";
+export * from "../../../dist/src/extract/linalg.js";
+export { transpose as transposeMatrix } from "../../../dist/src/extract/linalg.js";
 export { openThread } from "../../../dist/src/extract/threads-node.js";
 export { createWasmProducts } from "../../../dist/src/extract/wasm-products.js";
 export { expandTerm } from "../../../dist/src/pack/expand.js";
 export { completeDtypes } from "../../../dist/src/pack/recipe.js";
 export { lossesOf } from "../../../dist/src/pack/report.js";
 export { type Steps, search, Unreachable, withinError } from "../../../dist/src/pack/seek.js";
-export {
-  assemblePack,
-  type BasisOptions,
-  buildBasis,
-  openTasks,
-  projectTasks,
-} from "../../../dist/src/pack/shard/basis.js";
-export {
-  adapterStatistics,
-  mergeStatistics,
-  openStatistics,
-  type Statistics,
-  type StatisticsPart,
-  summaryKind,
-  toBytes,
-  writePart,
-  writeStatistics,
-} from "../../../dist/src/pack/shard/statistics.js";
+export * from "../../../dist/src/pack/shard/basis.js";
+export * from "../../../dist/src/pack/shard/statistics.js";
 export { DEFAULT_ERROR } from "../../../dist/src/pack/tasks.js";
 export { allOf, freshPack, isCodedPack } from "../../../dist/src/pack/write.js";
