@@ -4,6 +4,7 @@
  * in f64, from the smaller Gram matrix, as many as asked but never a direction that is only rounding error. Works on one module at a time,
  * on arrays only: no files, no pack.
  */
+import { refuseLarge } from "../format/encode.ts";
 import { type Dtype, decodeTensor, isQuantized } from "../tensor/dtypes.ts";
 import { encodeSteps, encodeTensor, type FindScale, storing, toInteger } from "../tensor/encode.ts";
 import { FACTORS, type Term } from "../tensor/term.ts";
@@ -43,7 +44,7 @@ import {
   transpose,
 } from "./linalg.ts";
 
-/** One value for each factor of a module: A, which reads the layer's input, and B, which writes its output. */
+/** A value for each factor of a module: A, which reads the layer's input, and B, which writes its output. */
 export type BySide<T> = Readonly<Record<"A" | "B", T>>;
 
 /** A factor of a task as it is stored: coefficients over a basis, residual rows for what that lacks, or both. */
@@ -59,7 +60,6 @@ export interface Factor {
 
 /** ΔW of one task in one module as it is stored, and what that loses. */
 export interface TaskUpdate extends BySide<Factor> {
-  /** Task id. */
   readonly id: string;
   /** Rows of both factors: the adapter's rank, or less where it was trimmed. */
   readonly rank: number;
@@ -75,7 +75,6 @@ export interface TaskUpdate extends BySide<Factor> {
 
 /** The update of one module by one adapter, without its magnitude. */
 export interface ModuleMember extends Pick<Term, "rank" | "A" | "Bt"> {
-  /** Task id. */
   readonly id: string;
 }
 
@@ -114,7 +113,8 @@ export interface ExtractOptions extends Omit<ProjectOptions, "step"> {
    * others would have them to itself. Default: false.
    */
   readonly normalize?: boolean | undefined;
-  readonly select: ComponentSelection;
+  /** Default: no components of all tasks. */
+  readonly select?: ComponentSelection | undefined;
   readonly basisDtype: Dtype;
   /**
    * Quantisation steps of the members of a stack: the change of ΔW from one integer to the next. Coefficients are then int8, and components
@@ -126,9 +126,7 @@ export interface ExtractOptions extends Omit<ProjectOptions, "step"> {
 }
 
 /** Number of components that a selection asks for, or a function of the singular values that returns it. */
-export function wanted({
-  select,
-}: Pick<ExtractOptions, "select">): number | ((singular: Float64Array, total: number) => number) {
+export function wanted(select: ComponentSelection): number | ((singular: Float64Array, total: number) => number) {
   if (select.kind === "k") return select.k;
   if (select.share === 1) return (singular) => singular.length;
   return (singular, total) => {
@@ -203,7 +201,7 @@ export function columnMeans(x: Float64Array, rows: number, width: number, weight
  * and not by the largest singular value, so that an adapter a thousand times smaller than its neighbours still counts.
  *
  * @param floors per row, the length below which what is left of it is rounding error: `ROUNDING` times its own size
- * @param choose how many components are wanted, or what says so, given all singular values and their sum of squares; clipped
+ * @param choose the number of components, or a function of all singular values and their sum of squares that returns it; clipped
  *   to the numerical rank
  */
 export function principalComponents(
@@ -262,7 +260,7 @@ export function principalComponents(
   return { count, vectors: vectors.slice(0, count * width), singular: singular.sort().reverse(), total };
 }
 
-/** A stack on its components: how far each row lies along each of them says how many are worth it, before any is made. */
+/** A stack on its components: coordinates of the rows say how many components are worth it, before any is made. */
 export interface Coordinates extends Pick<Components, "singular" | "total"> {
   /** Number of components; those below 2⁻¹⁶ of the strongest are not among them. */
   readonly count: number;
@@ -272,7 +270,6 @@ export interface Coordinates extends Pick<Components, "singular" | "total"> {
   strongest(count: number): Components;
 }
 
-/** X [rows, width] on its components. */
 export function coordinates(x: Float64Array, rows: number, width: number, products: Products = PLAIN): Coordinates {
   const n = Math.min(rows, width);
   const eigen = symmetricEigen(smallerGram(x, rows, width, products), n, products.tridiagonalize);
@@ -300,7 +297,7 @@ export function coordinates(x: Float64Array, rows: number, width: number, produc
   return { count, singular, total, along, strongest };
 }
 
-/** Eigenvalues of the smaller Gram matrix of X, with vectors in the row space either way. */
+/** Eigenvalues of the smaller Gram matrix of X, with vectors in the row space. */
 function gramEigen(x: Float64Array, rows: number, width: number, products: Products): Eigen {
   const eigen = symmetricEigen(smallerGram(x, rows, width, products), Math.min(rows, width), products.tridiagonalize);
   if (rows > width) return eigen;
@@ -318,9 +315,7 @@ function smallerGram(x: Float64Array, rows: number, width: number, products: Pro
   return rows > width ? products.gram(transpose(x, rows, width), width, rows) : products.gram(x, rows, width);
 }
 
-/**
- * Makes vectors `from` to `from + count` unit vectors, the weak ones orthogonal to all before them (twice is enough).
- */
+/** Makes vectors `from` to `from + count` unit vectors, the weak ones orthogonal to all before them (twice is enough). */
 export function orthonormalize(
   v: Float64Array,
   from: number,
@@ -347,7 +342,7 @@ function needed(rest: Float64Array, along: Float64Array, count: number, floors: 
   return 0;
 }
 
-/** Signs of singular vectors are arbitrary. The largest entry (the first of equals) is made positive. */
+/** Makes the largest entry (the first of equals) of each vector positive, since signs of singular vectors are arbitrary. */
 export function fixSigns(vectors: Float64Array, count: number, width: number): void {
   for (let k = 0; k < count; k++) {
     if (dominant(vectors, k * width, width) < 0) scale(-1, vectors, k * width, width);
@@ -405,7 +400,7 @@ export function decompose(
     scale(weight, x, i * width, width);
     floors[i]! *= weight;
   });
-  const components = principalComponents(x, count, width, floors, wanted(options), options.products);
+  const components = principalComponents(x, count, width, floors, wanted(options.select!), options.products);
   return { width, rows: options.rank === undefined ? rows : stacked(all), mean, components };
 }
 
@@ -445,7 +440,6 @@ export function reciprocal(factor: Float64Array): number {
   return 1 / (norm(factor) || Infinity);
 }
 
-/** The rows of factors, one below the other. */
 export function stacked(factors: readonly Float64Array[]): Float64Array {
   const rows = new Float64Array(factors.reduce((sum, factor) => sum + factor.length, 0));
   let at = 0;
@@ -512,7 +506,7 @@ export interface Basis {
   /** K. */
   components: number;
   width: number;
-  /** True where a mean follows the components as the last row. */
+  /** A mean follows the components as the last row. */
   mean: boolean;
   /** Encoded tensor [K + (mean ? 1 : 0), width]. */
   encoded: Uint8Array;
@@ -550,7 +544,6 @@ export interface Target {
 // products. The Cholesky factor L of the components' Gram matrix turns coefficients α into coordinates α·L on an orthonormal basis of the
 // same span, in which the length of a projection is a sum of squares.
 
-/** Decodes and factors a basis. */
 export function openSubspace(stored: Basis, products: Products = PLAIN): Subspace {
   const { components, width } = stored;
   const rows = components + (stored.mean ? 1 : 0);
@@ -562,8 +555,7 @@ export function openSubspace(stored: Basis, products: Products = PLAIN): Subspac
 }
 
 /**
- * Takes the stacked rows [Σ ranks, width] of tasks as targets, one for each rank. All at once, because one large
- * product costs less than many small ones.
+ * Takes the stacked rows [Σ ranks, width] of tasks as targets: all at once, because one large product costs less than many small ones.
  * @param most rows of a task that have coefficients
  */
 export function targetsOf(
@@ -736,11 +728,10 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
     // Steps of rows that are not kept stay 0.
     const own = steps && stacked(steps.map((task, i) => lengthened(task[key], ranks[i]!)));
     const stored = own ? componentSteps(side, vectors, own, products) : type;
-    const basis = storing(
-      `basis ${which} of "${stack.name}"`,
-      () => largestOf(stack, ranks, side),
-      () => encodeSide(side, count, stored, products),
-    );
+    const what = `basis ${which} of "${stack.name}"`;
+    const owner = (): string => largestOf(stack, ranks, side);
+    const basis = storing(what, owner, () => encodeSide(side, count, stored, products));
+    refuseLarge(what, basis, basis.components + Number(basis.mean), owner);
     return { side, basis };
   };
   const A = extractSide("A");
@@ -798,8 +789,8 @@ function scalePair({ A, Bt }: Pair, factor: number): void {
 function largestOf({ members }: ModuleStack, ranks: readonly number[], { rows, width }: Side): string {
   let at = 0;
   const peaks = ranks.map((rank) => {
-    const own = rows.subarray(at * width, (at += rank) * width);
-    return own.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+    at += rank * width;
+    return Math.abs(dominant(rows, at - rank * width, rank * width));
   });
   return members[peaks.indexOf(Math.max(...peaks))]!.id;
 }

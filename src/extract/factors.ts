@@ -330,7 +330,6 @@ function subtracted(one: Pair, other: Pair): Pair {
 // bits lose the least: reverse water-filling (T. Cover, J. Thomas, "Elements of Information Theory", 10.3.3), which entropy coding
 // does by itself, since what is below the step becomes zeros.
 
-/** Singular values of ΔW of one task in one module. */
 export interface Spectrum {
   readonly task: string;
   readonly module: string;
@@ -351,7 +350,6 @@ export function spectrumOf(
   return { task, module, out, in: inputs, singular, square: singular.reduce((sum, value) => sum + value ** 2, 0) };
 }
 
-/** Spectra of each task, and its ‖ΔW‖². */
 export function byTask(spectra: readonly Spectrum[]): Map<string, { spectra: Spectrum[]; square: number }> {
   const tasks = new Map<string, { spectra: Spectrum[]; square: number }>();
   for (const spectrum of spectra) {
@@ -407,7 +405,7 @@ export function componentSteps(
 /**
  * The ‖ΔW − ΔW'‖² that is expected of a step: all of a rank-1 term that is not worth its bits, and of the others what rounding leaves.
  * Values of a row are taken for normally distributed.
- * @param isRounded whether numbers are rounded to the step
+ * @param isRounded true for numbers that are rounded to the step
  */
 export function roundingLoss(spectra: readonly Spectrum[], step: number, isRounded: boolean = true): number {
   let lost = 0;
@@ -445,13 +443,10 @@ export function roundedSquare(size: number): number {
   return size ** 2 / (1 + 11 * size ** 2);
 }
 
-/**
- * A rank-1 term is worth its bits when its numbers have at least this root mean square in steps: below, a finer step for all others
- * gains more with as many bits.
- */
+/** Root mean square, in steps, from which on a rank-1 term is worth its bits: below, a finer step for all others gains more. */
 const WORTH = 0.7;
 
-/** True where a rank-1 term of a singular value is worth its bits. @param width the mean of both sides' */
+/** @param width the mean of both factors' */
 function isWorth(singular: number, width: number, step: number): boolean {
   // Row i of A is √s long, and its step is that of ΔW over √s.
   return singular / Math.sqrt(width) >= WORTH * step;

@@ -6,13 +6,9 @@
  */
 import { uniform } from "../tensor/random.ts";
 
-/** Spacing of doubles at 1. */
 const EPSILON = Number.EPSILON;
 
-/**
- * One step of f32, which is what storing components and coefficients in f32 loses anyway. What is left of a vector below this share of its
- * length is the rounding error of trained weights, not a direction.
- */
+/** One step of f32: the rest of a vector below this share of its length is the rounding error of trained weights, not a direction. */
 export const ROUNDING: number = 2 ** -23;
 
 /** Products in which extraction spends its time: the plain loops of this file, or faster ones. */
@@ -93,7 +89,6 @@ export function dot(x: Float64Array, xAt: number, y: Float64Array, yAt: number, 
   return s0 + s1 + (s2 + s3);
 }
 
-/** y[yAt + k] += factor·x[xAt + k] over `count` values. */
 export function addScaled(
   factor: number,
   x: Float64Array,
@@ -118,7 +113,6 @@ export function norm(x: Float64Array, at: number = 0, count: number = x.length):
   return Math.sqrt(dot(x, at, x, at, count));
 }
 
-/** Multiplies `count` values from `at` by `factor`. */
 export function scale(factor: number, x: Float64Array, at: number, count: number): void {
   for (let k = 0; k < count; k++) x[at + k]! *= factor;
 }
@@ -140,7 +134,6 @@ export function centred(x: Float64Array, rows: number, width: number, mean: Floa
   return out;
 }
 
-/** ‖x‖² of each row of X [rows, width]. */
 export function rowSquares(x: Float64Array, rows: number, width: number): Float64Array {
   return Float64Array.from({ length: rows }, (_, i) => dot(x, i * width, x, i * width, width));
 }
@@ -159,10 +152,7 @@ function reflector(x: Float64Array, at: number, count: number): { tau: number; b
   return { tau: (beta - alpha) / beta, beta };
 }
 
-/**
- * Applies H = I − tau·v·vᵀ to `rows` vectors of `length` values, the first at `at`, `stride` apart. Four at a time
- * share the reads of v.
- */
+/** Applies H = I − tau·v·vᵀ to `rows` vectors of `length` values, `stride` apart. Four at a time share the reads of v. */
 function reflect(
   tau: number,
   v: Float64Array,
@@ -364,7 +354,7 @@ export interface Eigen {
 
 /**
  * Solves the symmetric eigenproblem of A [n, n]. A is overwritten.
- * @param reduce what brings A to tridiagonal form, in place of the plain loop
+ * @param reduce brings A to tridiagonal form, in place of the plain loop
  * @throws RangeError when A holds NaN or infinity
  */
 export function symmetricEigen(a: Float64Array, n: number, reduce: typeof tridiagonalize = tridiagonalize): Eigen {

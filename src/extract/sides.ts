@@ -80,7 +80,6 @@ export interface SideCost extends SideChoice {
 
 /** Costs of a task on the bases of a module: for each factor first without any, then the best with each. */
 export interface SideCosts extends BySide<readonly SideCost[]> {
-  /** Task id. */
   readonly id: string;
   /** Squared loss of terms that are not worth their bits, in units of the step. */
   readonly left: number;

@@ -9,7 +9,8 @@ export async function openThread(): Promise<Thread> {
   // Flags of this process stay with it: some, as --eval, would stop a thread. A small heap will do, since arrays lie outside it.
   const options = { execArgv: [], resourceLimits: { maxYoungGenerationSizeMb: 4 } };
   const worker = new Worker(new URL("./thread.js", import.meta.url), options);
-  let [answered, failed]: [(answer: unknown) => void, (cause: unknown) => void] = [() => {}, () => {}];
+  let answered: (answer: unknown) => void = () => {};
+  let failed: (cause: unknown) => void = () => {};
   let ended: Error | undefined;
   const end = (cause: unknown): void => {
     ended ??= new Error("a thread that extracts modules has ended; try again with fewer workers", { cause });
@@ -23,7 +24,8 @@ export async function openThread(): Promise<Thread> {
     ask: (question, owned) =>
       new Promise((resolve, reject) => {
         if (ended) throw ended;
-        [answered, failed] = [resolve, reject];
+        answered = resolve;
+        failed = reject;
         worker.postMessage(question, owned);
       }),
     close: async () => void (await worker.terminate()),

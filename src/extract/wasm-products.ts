@@ -80,7 +80,7 @@ function onBlocks<T>(
   const start = heap.allocate(byteLength, false);
   if (start === undefined)
     throw new BackendError(
-      `extraction: no memory for ${byteLength} bytes beside ${memory.buffer.byteLength} in WebAssembly: pack fewer adapters at once`,
+      `extraction: no memory for ${byteLength} bytes in addition to ${memory.buffer.byteLength} in WebAssembly: pack fewer adapters at once`,
       { backend: "wasm" },
     );
   let next = start;
@@ -101,7 +101,8 @@ function tridiagonalize(instance: Instance<ExtractionKernels>, a: Float64Array, 
     values!.set(a);
     for (const empty of [diagonal, off, taus]) empty!.fill(0);
     kernels.tridiagonalize(at!, n, diagonalAt!, offAt!, tausAt!);
-    const [reflectors, factors] = [values!.slice(), taus!.slice(0, n)];
+    const reflectors = values!.slice();
+    const factors = taus!.slice(0, n);
     const turn = (z: Float64Array, count: number): void =>
       onBlocks(instance, [n * n, n, count * n], ([at, tausAt, zAt], [values, taus, vectors]) => {
         values!.set(reflectors);

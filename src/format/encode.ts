@@ -118,9 +118,10 @@ export interface ParameterInput extends TensorInput {
 
 /**
  * A writer's half of the limit on values that are multiplied by others (SPEC.md, section 5).
+ * @param owner of the values, for the error
  * @throws UnstorableError
  */
-function refuseLarge(what: string, { dtype, encoded }: TensorInput, rows: number): void {
+export function refuseLarge(what: string, { dtype, encoded }: TensorInput, rows: number, owner?: () => string): void {
   if (dtype === "f16") return;
   const view = new DataView(encoded.buffer, encoded.byteOffset, encoded.byteLength);
   const most = isQuantized(dtype) ? MOST / (2 ** (BITS[dtype] - 1) - 1) : MOST;
@@ -132,6 +133,7 @@ function refuseLarge(what: string, { dtype, encoded }: TensorInput, rows: number
     throw new UnstorableError(
       `${what} has a value of ${MOST} or more, which no pack can hold: scale the adapter down`,
       undefined,
+      owner?.(),
     );
   }
 }

@@ -231,7 +231,7 @@ async function takingSides(
 
 /**
  * Goes through the modules of the pack, and in each through the adapters that have it.
- * @param isCoded whether numbers are integers of any size
+ * @param isCoded true for numbers that are integers of any size
  * @param open opens a module's bases, and returns what brings an adapter onto them
  */
 async function encoded(

@@ -19,11 +19,10 @@ import type { BaseInput } from "../core/base.ts";
 import { AliasMatcher, fingerprint, WeightResolver, weightAt } from "../core/mismatch.ts";
 import { openHost } from "../core/open-base.ts";
 import { AdapterError } from "../errors.ts";
-import type { ExtractOptions, Gauge, ModuleExtraction, ModuleStack, SideBasis } from "../extract/components.ts";
+import type { ModuleExtraction, ModuleStack, SideBasis } from "../extract/components.ts";
 import { createExtractor, type Extractor } from "../extract/extractor.ts";
-import { pairNorm, pairOf } from "../extract/factors.ts";
 import { type SharedSides, UNSHARED } from "../extract/sides.ts";
-import { encodeBasis, type ModuleInput, type SideInput, type TermInput } from "../format/encode.ts";
+import type { ModuleInput, SideInput, TermInput } from "../format/encode.ts";
 import { throwIfAborted } from "../pace.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import type { Term } from "../tensor/term.ts";
@@ -70,8 +69,7 @@ export async function buildStreamed(
   const recipe = recipeOf(options);
   return withExtractor("buildPack", options.workers, async (extractor) => {
     const opened = await openAdapters("buildPack", adapters, options, extractor);
-    const { select } = recipe.extraction;
-    if (select) return packComponents(opened, { ...recipe, extraction: { ...recipe.extraction, select } }, scratch);
+    if (recipe.extraction.select) return packComponents(opened, recipe, scratch);
     const steps = recipe.step === undefined ? new Map<string, number>() : await stepsOf(adapters, recipe.step);
     return packRows(opened, recipe, { choose: (_, encode) => encode(steps) }, scratch);
   });
@@ -97,13 +95,27 @@ export async function withExtractor<T>(
 }
 
 /** The pack whose tasks are coefficients over components of all of them. */
-async function packComponents(
-  opened: Adapters,
-  recipe: Recipe & { readonly extraction: Omit<ExtractOptions, "products"> },
-  scratch: Scratch | undefined,
-): Promise<Streamed> {
-  const { adapters, extractor, meter } = opened;
-  const { modules, ...encoded } = await encodeComponents(partOf(opened, EXTRACTING), recipe);
+async function packComponents(opened: Adapters, recipe: Recipe, scratch: Scratch | undefined): Promise<Streamed> {
+  const { adapters, shared, fingerprints, extractor, meter } = opened;
+  const { extraction } = recipe;
+  const steps = recipe.step === undefined ? undefined : await stepsOf(adapters, recipe.step);
+  const encoded: Encoded = { terms: new Map(), errors: [] };
+  const modules: ModuleInput[] = [];
+  const work = async (module: SharedModule<Adapter>): Promise<ModuleExtraction & { terms: readonly Term[] }> => {
+    const { stack, terms } = await readStack(module);
+    const stepped = steps && module.owners.map(({ id }) => steps.get(id)!);
+    return naming(module, async () => {
+      return { ...(await extractor.ask("extract", stack, { ...extraction, steps: stepped })), terms };
+    });
+  };
+  for await (const { A, B, tasks, terms } of eachModule(partOf(opened, EXTRACTING), shared, work)) {
+    const index = modules.length;
+    const { shape, owners } = shared[index]!;
+    const { name } = shape;
+    modules.push({ ...shape, A: [sideInput(A)], B: [sideInput(B)], fingerprint: fingerprints?.get(name) });
+    for (const [i, owner] of owners.entries())
+      add(encoded, index, owner, encodedTask(name, tasks[i]!, terms[i]!.magnitude, owner));
+  }
   // The rest of the work needs memory, which threads would hold.
   await extractor.rest();
   const rest = meter.part(1);
@@ -115,18 +127,18 @@ async function packComponents(
   return writeTasks(opened, recipe, { modules, errors: encoded.errors }, termsOf, { scratch });
 }
 
-/** Takes an adapter's terms, which are let go of. */
+/** Takes the terms of an adapter, so that their memory is free once they are written. */
 function taken({ terms }: Pick<Encoded, "terms">, adapter: Adapter): TermInput[] {
-  const own = terms.get(adapter) ?? [];
+  const taken = terms.get(adapter) ?? [];
   terms.delete(adapter);
-  return own;
+  return taken;
 }
 
 /** Tasks that share each side by itself, or nothing. */
 export interface Rows {
-  /** Bases that are made already, and who takes which, by module. Default: none, and the pack's report says nothing of them. */
+  /** Bases that are made already, and the tasks' choices, by module. Default: none, and the pack's report does not mention them. */
   readonly sides?: ReadonlyMap<string, SharedSides> | undefined;
-  /** Encodes some adapters with steps of ΔW, by id, as often as it takes to find the right ones. */
+  /** Encodes a group of adapters with steps of ΔW, by id, until they fit. */
   choose(adapters: readonly Adapter[], encode: (steps: Steps) => Promise<Encoded>): Promise<Encoded>;
 }
 
@@ -296,42 +308,11 @@ export async function* eachModule<T>(
   }
 }
 
-/** Extracts components of all modules, and encodes tasks over them. */
-async function encodeComponents(
-  opened: Adapters,
-  { extraction, step }: Recipe & { readonly extraction: Omit<ExtractOptions, "products"> },
-): Promise<Encoded & { readonly modules: ModuleInput[] }> {
-  const { adapters, shared, fingerprints, extractor } = opened;
-  const steps = step === undefined ? undefined : await stepsOf(adapters, step);
-  const encoded: Encoded = { terms: new Map(), errors: [] };
-  const modules: ModuleInput[] = [];
-  const { gauge } = extraction;
-  const work = async (module: SharedModule<Adapter>): Promise<ModuleExtraction & { terms: readonly Term[] }> => {
-    const { stack, terms } = await readStack(module);
-    const stepped = steps && module.owners.map(({ id }) => steps.get(id)!);
-    return naming(module, async () => {
-      const found = await extractor.ask("extract", stack, { ...extraction, steps: stepped });
-      checkBasis({ ...module.shape, A: [sideInput(found.A)], B: [sideInput(found.B)] }, stack, gauge);
-      return { ...found, terms };
-    });
-  };
-  for await (const { A, B, tasks, terms } of eachModule(opened, shared, work)) {
-    const index = modules.length;
-    const { shape, owners } = shared[index]!;
-    const { name } = shape;
-    modules.push({ ...shape, A: [sideInput(A)], B: [sideInput(B)], fingerprint: fingerprints?.get(name) });
-    for (const [i, owner] of owners.entries())
-      add(encoded, index, owner, encodedTask(name, tasks[i]!, terms[i]!.magnitude, owner));
-  }
-  return { ...encoded, modules };
-}
-
 /** Tasks by module that are encoded already, with the step that they were encoded with. */
 type Known = Map<string, Map<string, EncodedTask & { readonly step: number }>>;
 
 /**
  * Encodes tasks with residual rows, over what they share of each side.
- * @param sides bases that are made already, and who takes which, by module
  * @param steps of ΔW by id; 0 where there is none
  * @param known is brought up to date: only tasks with other steps are encoded again
  * @param places numbers of modules, by name
@@ -421,41 +402,6 @@ export async function naming<T>({ shape, owners }: SharedModule<Adapter>, work: 
     const { file } = owners.find(({ id }) => id === cause.owner) ?? owners[0]!;
     throw new AdapterError(cause.message, { file, field: shape.name, cause });
   }
-}
-
-/**
- * Checks a basis against the limit that values in a pack have whatever their format is.
- * @param stack that it was made of
- * @throws UnstorableError of the adapter with the largest values: components are too large because of one of them
- */
-function checkBasis({ A, B, ...shape }: ModuleInput, { members }: ModuleStack, gauge: Gauge): void {
-  for (const [side, bases, dtype] of [
-    ["A", { A }, A?.[0]?.dtype],
-    ["Bt", { B }, B?.[0]?.dtype],
-  ] as const) {
-    // f16 holds no such values.
-    if (dtype === undefined || dtype === "f16") continue;
-    try {
-      refuseLarge({ ...shape, ...bases });
-    } catch (cause) {
-      if (!(cause instanceof UnstorableError)) throw cause;
-      // Both balanced factors are as large as ΔW makes them.
-      const sizes = members.map((one) => (gauge === "balanced" ? pairNorm(pairOf(one)) : peakOf(one[side])));
-      throw new UnstorableError(cause.message, cause, members[sizes.indexOf(Math.max(...sizes))]!.id);
-    }
-  }
-}
-
-/** @throws UnstorableError for a basis with values that no pack can hold */
-export function refuseLarge(module: ModuleInput): void {
-  encodeBasis({ producer: "", mode: "column", gauge: "as-trained", centering: "none", modules: [module] });
-}
-
-/** The largest magnitude. */
-export function peakOf(values: Float32Array | Float64Array): number {
-  let peak = 0;
-  for (const value of values) peak = Math.max(peak, Math.abs(value));
-  return peak;
 }
 
 /**

@@ -64,7 +64,7 @@ const OPTIONS = [
 /** Contents of a pack: of each module, and of each task. */
 export interface Recipe {
   /** Extraction of components, and the number formats of both; without `select` there are no components of all tasks. */
-  readonly extraction: Omit<ExtractOptions, "steps" | "products" | "select"> & Partial<Pick<ExtractOptions, "select">>;
+  readonly extraction: Omit<ExtractOptions, "steps" | "products">;
   /** Number format of residual rows. Default: integers with a step. */
   readonly rows?: Dtype | undefined;
   readonly head: HeadFormat;

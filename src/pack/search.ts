@@ -461,7 +461,7 @@ const LEAST_SAVED = 0.01;
 /**
  * Finds components that groups of tasks share of a side, where these save more bits than they take, as the coder counts them.
  * @param steps of each task's ΔW, by id
- * @param grows whether steps may grow until tasks lose what they would lose alone
+ * @param grows true: steps grow until tasks lose as much as they would lose alone
  */
 async function findSharing(
   opened: Adapters,

@@ -94,7 +94,7 @@ export async function search<T>(start: Steps, make: (steps: Steps) => Promise<T>
   return best.made;
 }
 
-/** Looks for the step of one key: by its slope, within what passed and what failed. */
+/** Searches the step of one key by its slope, between the largest that passed and the smallest that failed. */
 class Seeker {
   passes = false;
   /** The step, or its reciprocal where figures fall as steps grow: figures grow with it. */
@@ -146,7 +146,7 @@ class Seeker {
 
 /**
  * Steps with which each task is expected to lose nearly `max` of its ΔW.
- * @param isRounded whether numbers are rounded to steps. Default: terms that are not worth their bits are left out, and no more is lost
+ * @param isRounded true for numbers that are rounded to steps. Else terms that are not worth their bits are left out, and no more is lost
  */
 export function startSteps(spectra: readonly Spectrum[], max: number, isRounded: boolean): Steps {
   const steps = [...byTask(spectra)].map(([task, { spectra, square }]): [string, number] => {
@@ -195,7 +195,7 @@ export function withinBytes<T>(
   };
 }
 
-/** Asks that no task loses more than `max` of its ΔW. @param lossesOf what was made loses */
+/** Asks that no task loses more than `max` of its ΔW. @param lossesOf the result */
 export function withinError<T>(
   max: number,
   lossesOf: (made: T) => readonly { readonly id: string; readonly total: number }[],

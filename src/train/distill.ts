@@ -22,7 +22,6 @@ import type { AbortOptions } from "../source.ts";
 import { isQuantized } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import { uniform } from "../tensor/random.ts";
-import type { Featured } from "./objective.ts";
 import {
   adapterWeights,
   BATCH,
@@ -33,14 +32,13 @@ import {
   type TeachOptions,
   teacherOutputs,
 } from "./questions.ts";
-import type { Stepped } from "./stored-task.ts";
 import { drawnFrom, type Row, type Supervision, toBatches } from "./supervision.ts";
 import { checkNumbers, checkSession } from "./trainable-model.ts";
 import {
   type CreateTrainerOptions,
   type FitOptions,
+  type FitRowsOptions,
   makeTrainer,
-  type Tested,
   type Trainer,
   type TrainingStep,
 } from "./trainer.ts";
@@ -203,7 +201,7 @@ export async function distilTask(
   // Tokens have no head, whose outputs could be divided.
   const sure = head.length > 0 && !supervision.tokens ? sureTemperature([...train, ...holdout]) : 1;
   const { temperature = sure } = options;
-  const fit: FitOptions & Stepped & Tested & Featured = {
+  const fit: FitRowsOptions = {
     ...{ steps, batch, temperature, signal },
     learningRates: ratesOf({ tokens: supervision.tokens, divergence: start, steps, synthetic }, options.learningRates),
     dtype: isQuantized(coefficients) ? dtype : undefined,
@@ -245,7 +243,7 @@ export async function distilTask(
 async function fitWhileItGains(
   trainer: Trainer,
   rows: readonly Row[],
-  fit: FitOptions & Stepped & Tested & Featured,
+  fit: FitRowsOptions,
   {
     holdout,
     asStored,
@@ -378,7 +376,7 @@ function trainableHead(pack: Pack, id: string, { terms, parameters }: TaskBlob):
   const head = weights.map(({ name }) => name.slice(0, -".weight".length));
   const isBias = (name: string): boolean => head.some((module) => name === `${module}.bias`);
   const other = parameters.find((one) => !weights.includes(one) && !(one.role === "saved" && isBias(one.name)));
-  if (other) throw refuse(`it brings "${other.name}" (${other.role}), beside coefficients only heads can be trained`);
+  if (other) throw refuse(`it brings "${other.name}" (${other.role}), and only coefficients and heads can be trained`);
   const lone = weights.find(({ shape }) => shape[0]! < 2);
   if (lone) throw refuse(`"${lone.name}" gives one number for a text, and answers are compared by two labels at least`);
   const bare = head.find((module) => !saved.some(({ name }) => name === `${module}.bias`));

@@ -49,11 +49,6 @@ interface Evaluated {
   readonly gradients: State;
 }
 
-/** The parts of a state. */
-interface Numbers extends LayerNumbers {
-  readonly parameters: Float32Array<ArrayBuffer>;
-}
-
 /** Computes the loss and its gradient over a batch, in micro-batches where it is large. */
 export async function evaluate(
   setup: TrainingSetup,
@@ -144,7 +139,7 @@ function dividedBy(head: readonly HeadLayer[], temperature: number): (numbers: L
 }
 
 /** Weights that the model is fed with; the head's last layer is divided by the temperature. */
-export function weightsOf({ terms, model }: TrainingSetup, numbers: Numbers, temperature = 1): TaskWeights {
+export function weightsOf({ terms, model }: TrainingSetup, numbers: Omit<State, "all">, temperature = 1): TaskWeights {
   return { terms: terms.expand(numbers.parameters), ...dividedBy(model.head, temperature)(numbers) };
 }
 
@@ -154,7 +149,7 @@ export function rounded(
   state: State,
   { coefficients, head }: Partial<TaskDtypes>,
   stored: TaskSteps | undefined,
-): Numbers {
+): Omit<State, "all"> {
   const { parameters } = state;
   const numbers = mapLayers(model.head, state, ({ in: inputs, out }, { weight }, i) => {
     const steps = stored?.head[i];

@@ -295,17 +295,12 @@ class Answering {
     this.#options.onProgress?.({ stage: "distilling", done: this.#done, total, unit: "steps", detail });
   }
 
-  get #questions(): TeachOptions {
-    const { encode, texts, examples, end, decoderStart, seed, signal } = this.#options;
-    return { encode, texts, examples, end, decoderStart, seed, signal };
-  }
-
   async #teach(level: Open, adapter: Adapter): Promise<TeacherOutputs> {
     const known = this.#teacher.get(adapter.id);
     if (known) return known;
     const task = await distillable(level.session, adapter.id);
-    const options = { ...this.#questions, steps: this.stepsOf(level) };
-    const outputs = await teacherOutputs(level.session, adapter, task, options);
+    const steps = this.stepsOf(level);
+    const outputs = await teacherOutputs(level.session, adapter, task, { ...this.#options, steps });
     this.#teacher.set(adapter.id, outputs);
     return outputs;
   }
@@ -362,7 +357,7 @@ class Answering {
       adapter,
       await distillable(session, adapter.id),
       outputs,
-      { ...this.#questions, steps, onStep: ({ step }) => onStep(step) },
+      { ...this.#options, steps, onStep: ({ step }) => onStep(step) },
     );
     let best: Outcome = { id, file, kept, agreement, bytes: parseTaskFile(file, id).blob.length };
     for (const error of CLOSER) {

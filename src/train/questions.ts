@@ -362,7 +362,7 @@ function labelsOf({ labels }: { readonly labels?: unknown }): string[] {
   return Array.isArray(labels) ? labels.filter((label) => typeof label === "string") : [];
 }
 
-/** Lines of words. @param length how many words a line has */
+/** Lines of words. @param length gives the number of words of a line */
 function syntheticTexts(
   words: Words,
   count: number,

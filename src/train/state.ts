@@ -49,11 +49,7 @@ export interface OptimizerOptions {
   readonly decay?: "linear" | "none" | undefined;
 }
 
-/**
- * Makes an optimizer of a state.
- * @param trained meaning of the parameters
- * @param layers of the head in the state
- */
+/** Makes an optimizer of a state. @param layers of the head in the state */
 export function optimizerOf(
   state: State,
   trained: TrainedTerms,
@@ -67,10 +63,8 @@ export function optimizerOf(
   // a tenth of the head's rate was best on one and overfitted on two.
   const ofHead = layers.flatMap(({ last, in: inputs }, i) => {
     const rate = last ? head : (inner ?? head / inputs);
-    return [
-      { of: (state: State) => layersOf(layers, state)[i]!.weight, rate },
-      { of: (state: State) => layersOf(layers, state)[i]!.bias, rate },
-    ];
+    const parts = ["weight", "bias"] as const;
+    return parts.map((part) => ({ of: (state: State) => layersOf(layers, state)[i]![part], rate }));
   });
   const ofTerms = trained.parameters.map(({ kind, offset, dims: [rows, columns] }) => ({
     of: ({ parameters }: State) => parameters.subarray(offset, offset + rows * columns),
@@ -95,7 +89,6 @@ const BETA1 = 0.9;
 const BETA2 = 0.999;
 const EPSILON = 1e-8;
 
-/** Numbers with one learning rate. Parts of one vector become groups by `subarray`. */
 interface ParameterGroup {
   /** Changed by each step. */
   readonly values: Float32Array;
@@ -103,7 +96,6 @@ interface ParameterGroup {
   readonly rate: number;
 }
 
-/** Result of a step. */
 interface StepReport {
   /** Norm of the gradient before clipping. */
   readonly norm: number;
@@ -111,7 +103,6 @@ interface StepReport {
   readonly applied: boolean;
 }
 
-/** Options of a schedule: as in `OptimizerOptions`, for so many steps. */
 interface Schedule extends Pick<OptimizerOptions, "decay"> {
   readonly steps: number;
   readonly clip: number;

@@ -753,7 +753,7 @@ export function followsFromTokens(name: string): boolean {
   return OF_TOKENS.has(name) || ZERO.test(name) || /past/.test(name);
 }
 
-/** Pads rows with 0 to the longest. @param short whether the model takes int32 instead of int64 */
+/** Pads rows with 0 to the longest. @param short true for a model that takes int32 instead of int64 */
 function rowsOf(rows: readonly (readonly number[])[], short: boolean): BatchFeeds[string] {
   const width = Math.max(...rows.map(({ length }) => length));
   const filled = rows.flatMap((row) => [...row, ...Array<number>(width - row.length).fill(0)]);

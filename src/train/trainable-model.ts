@@ -22,7 +22,6 @@ export interface TaskWeights {
   readonly bias: Float32Array<ArrayBuffer>;
 }
 
-/** Result of one training run. */
 interface LossAndGradients {
   readonly loss: number;
   /** Gradients, in the shapes of the weights. */
@@ -35,7 +34,7 @@ export interface TrainableModel {
   readonly head: readonly HeadLayer[];
   /**
    * Computes logits [rows, classes] only: a row for each text, or for each position that the batch asks for.
-   * @param features whether `featuresOf` the head follow the logits of each row
+   * @param features true: `featuresOf` the head follow the logits of each row
    */
   answer(batch: BatchFeeds, weights: TaskWeights, features?: boolean): Promise<Float32Array>;
   step(batch: BatchFeeds, weights: TaskWeights, targets: Targets): Promise<LossAndGradients>;
@@ -254,7 +253,7 @@ function rowsOf(batch: BatchFeeds): number {
   return Object.values(batch).find(({ dims }) => dims.length > 0)?.dims[0] ?? 1;
 }
 
-/** Copies the values: the runtime may reuse the tensor's memory. */
+// Copied, since the runtime may reuse the tensor's memory.
 async function floatsOf(tensor: EngineTensor): Promise<Floats> {
   return Float32Array.from((await dataOf(tensor)) as Float32Array);
 }
@@ -263,7 +262,6 @@ async function floatsOf(tensor: EngineTensor): Promise<Floats> {
 
 type Kind = "whole" | "count" | "share" | "between" | "positive" | "unlimited" | "rate";
 
-/** Limits of numbers: words for the message, and a test. */
 const LIMITS: Readonly<Record<Kind, readonly [expected: string, valid: (value: number) => boolean]>> = {
   whole: ["a whole number ≥ 1", (value) => Number.isInteger(value) && value >= 1],
   count: ["a whole number ≥ 0", (value) => Number.isInteger(value) && value >= 0],

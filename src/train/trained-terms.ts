@@ -22,7 +22,7 @@ import {
 } from "../format/format.ts";
 import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
 import { encodeTensor, storing } from "../tensor/encode.ts";
-import type { Term } from "../tensor/term.ts";
+import { FACTORS, type Term } from "../tensor/term.ts";
 
 /** Components of one side, as stored. */
 export interface SharedBasis {
@@ -85,15 +85,14 @@ export class TrainedTerms {
       offset += rows * columns;
     };
     for (const { name, in: inputs, out, shared, privateRank } of modules) {
+      const widths = { A: inputs, B: out };
       for (const side of SIDES) {
         const basis = shared?.[side];
         // Flat components have one row of coefficients for all rows.
         if (basis) add(name, `alpha${side}`, basis.kind === "flat" ? 1 : shared!.rank, basis.K);
       }
-      for (const side of SIDES)
-        if (shared?.own[side]) add(name, `own${side}`, shared.rank, side === "A" ? inputs : out);
-      for (const side of privateRank > 0 ? SIDES : [])
-        add(name, `private${side}`, privateRank, side === "A" ? inputs : out);
+      for (const side of SIDES) if (shared?.own[side]) add(name, `own${side}`, shared.rank, widths[side]);
+      for (const side of privateRank > 0 ? SIDES : []) add(name, `private${side}`, privateRank, widths[side]);
     }
     this.parameters = [...this.#at.values()];
     this.size = offset;
@@ -109,7 +108,6 @@ export class TrainedTerms {
     return found && values.subarray(found.offset, found.offset + found.dims[0] * found.dims[1]);
   }
 
-  /** Rounds the numbers as a file of this type would. */
   rounded(values: Values, dtype: Dtype): Values {
     const stored = values.slice();
     for (const { module, kind, dims } of this.parameters) {
@@ -121,74 +119,74 @@ export class TrainedTerms {
 
   /** Makes the terms of every module, in new memory. */
   expand(values: Values): Map<string, Term> {
-    return new Map(
-      this.modules.map((module) => {
-        const rank = (module.shared?.rank ?? 0) + module.privateRank;
-        const A = new Float32Array(rank * module.in);
-        const Bt = new Float32Array(rank * module.out);
-        this.#expand(values, module, "A", A);
-        this.#expand(values, module, "B", Bt);
-        return [module.name, { rank, A, Bt }];
-      }),
-    );
-  }
-
-  /** @param rows [rank, d], receives the result */
-  #expand(values: Values, module: TrainedModule, side: SideName, rows: Float32Array): void {
-    const basis = module.shared?.[side];
-    if (basis) {
-      const { K, mean, width, values: E } = basis;
-      const alpha = this.part(values, module.name, `alpha${side}`)!;
-      const sums = new Float64Array(width);
-      for (let row = 0; row < this.#rows(module.name, side); row++) {
-        if (mean) sums.set(E.subarray(K * width, (K + 1) * width));
-        else sums.fill(0);
-        for (let k = 0; k < K; k++) {
-          const a = alpha[row * K + k]!;
-          for (let i = 0, at = k * width; i < width; i++) sums[i]! += a * E[at + i]!;
-        }
-        rows.set(sums, row * width);
-      }
-    }
-    const own = this.part(values, module.name, `own${side}`);
-    for (let i = 0; i < (own?.length ?? 0); i++) rows[i]! += own![i]!;
-    const apart = this.part(values, module.name, `private${side}`);
-    if (apart) rows.set(apart, rows.length - apart.length);
-  }
-
-  /** Rows of coefficients. Even without components there are rows, made of the mean alone. */
-  #rows(module: string, side: SideName): number {
-    return this.parameter(module, `alpha${side}`)!.dims[0];
+    const terms = this.modules.map((module): [string, Term] => {
+      const { name, shared, privateRank } = module;
+      const rank = (shared?.rank ?? 0) + privateRank;
+      const side = (which: SideName, d: number): Float32Array => {
+        const rows = new Float32Array(rank * d);
+        const basis = shared?.[which];
+        // Even without components there are rows, made of the mean alone.
+        if (basis)
+          expandRows(
+            basis,
+            this.parameter(name, `alpha${which}`)!.dims[0],
+            this.part(values, name, `alpha${which}`)!,
+            rows,
+          );
+        const own = this.part(values, name, `own${which}`) ?? [];
+        for (let i = 0; i < own.length; i++) rows[i]! += own[i]!;
+        const residual = this.part(values, name, `private${which}`);
+        if (residual) rows.set(residual, rows.length - residual.length);
+        return rows;
+      };
+      return [name, { rank, A: side("A", module.in), Bt: side("B", module.out) }];
+    });
+    return new Map(terms);
   }
 
   /** Turns gradients of terms into gradients of all parameters. */
   pullBack(terms: ReadonlyMap<string, Term>): Values {
     const gradients = new Float32Array(this.size);
-    for (const module of this.modules) {
-      const { A, Bt } = terms.get(module.name)!;
-      this.#pullBack(gradients, module, "A", A);
-      this.#pullBack(gradients, module, "B", Bt);
+    for (const { name, shared } of this.modules) {
+      for (const which of SIDES) {
+        const rows = terms.get(name)![FACTORS[which]];
+        const own = this.part(gradients, name, `own${which}`);
+        own?.set(rows.subarray(0, own.length));
+        const residual = this.part(gradients, name, `private${which}`);
+        residual?.set(rows.subarray(rows.length - residual.length));
+        const basis = shared?.[which];
+        if (!basis) continue;
+        const { K, width, values: E } = basis;
+        const alpha = this.part(gradients, name, `alpha${which}`)!;
+        for (const [at] of alpha.entries()) {
+          const row = Math.floor(at / K) * width;
+          const k = (at % K) * width;
+          let sum = 0;
+          for (let i = 0; i < width; i++) sum += rows[row + i]! * E[k + i]!;
+          alpha[at] = sum;
+        }
+      }
     }
     return gradients;
   }
+}
 
-  /** @param rows the gradient of one side [rank, d] */
-  #pullBack(gradients: Values, module: TrainedModule, side: SideName, rows: Float32Array): void {
-    const own = this.part(gradients, module.name, `own${side}`);
-    own?.set(rows.subarray(0, own.length));
-    const apart = this.part(gradients, module.name, `private${side}`);
-    apart?.set(rows.subarray(rows.length - apart.length));
-    const basis = module.shared?.[side];
-    if (!basis) return;
-    const { K, width, values: E } = basis;
-    const ofAlpha = this.part(gradients, module.name, `alpha${side}`)!;
-    for (let row = 0; row < this.#rows(module.name, side); row++) {
-      for (let k = 0; k < K; k++) {
-        let sum = 0;
-        for (let i = 0; i < width; i++) sum += rows[row * width + i]! * E[k * width + i]!;
-        ofAlpha[row * K + k] = sum;
-      }
+/** mean + Σ_k alpha[i, k] · E[k] for the first `count` rows. */
+function expandRows(
+  { K, mean, width, values: E }: SharedBasis,
+  count: number,
+  alpha: Values,
+  rows: Float32Array,
+): void {
+  const sums = new Float64Array(width);
+  for (let row = 0; row < count; row++) {
+    if (mean) sums.set(E.subarray(K * width, (K + 1) * width));
+    else sums.fill(0);
+    for (let k = 0; k < K; k++) {
+      const a = alpha[row * K + k]!;
+      for (let i = 0, at = k * width; i < width; i++) sums[i]! += a * E[at + i]!;
     }
+    rows.set(sums, row * width);
   }
 }
 
@@ -221,8 +219,8 @@ export function sharedRows(
   };
   if (own) {
     if (own.rank === 0) return undefined;
-    const [A, B] = [read(module.A, own.A?.basis), read(module.B, own.B?.basis)];
-    return { rank: own.rank, A, B, own: { A: own.ownA !== undefined, B: own.ownBt !== undefined } };
+    const rows = { A: own.ownA !== undefined, B: own.ownBt !== undefined };
+    return { rank: own.rank, A: read(module.A, own.A?.basis), B: read(module.B, own.B?.basis), own: rows };
   }
   const { A, B } = sharedBases(module) ?? {};
   if (!A || !B || A.K === 0 || B.K === 0) return undefined;
@@ -230,13 +228,12 @@ export function sharedRows(
   return { rank: A.rank ?? rank, A: read(module.A, 0), B: read(module.B, 0), own: none };
 }
 
-/** Finds the tensor of a parameter in a task. */
 export function tensorOf(
   pack: Pack,
   { terms }: TaskBlob,
   { module, kind, dims }: TrainedParameter,
 ): TensorRef | undefined {
-  const term = terms.find((one) => pack.modules[one.module]!.name === module);
+  const term = terms.find((term) => pack.modules[term.module]!.name === module);
   const tensors: Partial<Record<TrainedParameter["kind"], TensorRef | undefined>> = {
     alphaA: term?.A?.tensor,
     alphaB: term?.B?.tensor,

@@ -71,7 +71,7 @@ const OPTIONS = [
   ...(["learningRates", "clip", "warmup", "decay"] as const),
 ] as const;
 const TASK_OPTIONS = ["id", "dtype", "metadata"] as const;
-/** Share of its ΔW that a learned task loses when it is stored: besides what its examples need it has learned noise. */
+/** Share of its ΔW that a learned task loses when it is stored: it has learned noise, too. */
 const LEARNED_ERROR = 0.3;
 
 /** Options of every trainer. */
@@ -98,8 +98,8 @@ export interface FitOptions extends ObjectiveOptions, OptimizerOptions {
   readonly signal?: AbortSignal | undefined;
 }
 
-/** @internal Knowledge of a caller of `fitRows`. */
-export interface Tested {
+/** @internal Options of `fitRows`. */
+export interface FitRowsOptions extends FitOptions, Stepped, Featured {
   /** Gradients of the same graph were checked before. */
   readonly tested?: boolean;
 }
@@ -191,10 +191,7 @@ export class Trainer {
   }
 
   /** @internal Trains with examples that were checked. */
-  async *fitRows(
-    rows: readonly Row[],
-    options: FitOptions & Stepped & Tested & Featured,
-  ): AsyncGenerator<TrainingStep, void, void> {
+  async *fitRows(rows: readonly Row[], options: FitRowsOptions): AsyncGenerator<TrainingStep, void, void> {
     this.#occupy("fit");
     const { terms, supervision, model } = this.#setup;
     const { epochs = 8, batch = 16, signal } = options;

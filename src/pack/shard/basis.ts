@@ -15,15 +15,23 @@ import {
   type SideBasis,
   wanted,
 } from "../../extract/components.ts";
+import { dominant } from "../../extract/linalg.ts";
 import { fastProducts } from "../../extract/wasm-products.ts";
-import { encodeTaskFile, type ModuleInput, placeOf, type SideInput, type TaskPlace } from "../../format/encode.ts";
+import {
+  encodeTaskFile,
+  type ModuleInput,
+  placeOf,
+  refuseLarge,
+  type SideInput,
+  type TaskPlace,
+} from "../../format/encode.ts";
 import type { Value } from "../../format/fields.ts";
 import type { ByteSource, SourceInput } from "../../source.ts";
 import { DTYPES, type Dtype, type Dtypes, type TaskDtypes } from "../../tensor/dtypes.ts";
 import { storing, UnstorableError } from "../../tensor/encode.ts";
 import type { OnWork } from "../../work.ts";
 import { projectAdapters } from "../add.ts";
-import { peakOf, readFingerprints, refuseLarge, type Streamed, sideInput } from "../build.ts";
+import { readFingerprints, type Streamed, sideInput } from "../build.ts";
 import { type BuildOptions, completeDtypes } from "../recipe.ts";
 import {
   type BuildReport,
@@ -80,10 +88,9 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
     const side = async (which: "A" | "B"): Promise<SideInput> => {
       const summary = await statistics.side(name, which);
       try {
-        const input = storing(`basis ${which} of "${name}"`, undefined, () =>
-          sideInput(sideBasis(summary, ranks, extraction)),
-        );
-        refuseLarge({ ...shape, [which]: [input] });
+        const what = `basis ${which} of "${name}"`;
+        const input = storing(what, undefined, () => sideInput(sideBasis(summary, ranks, extraction)));
+        refuseLarge(what, input, input.K + Number(input.mean));
         return input;
       } catch (cause) {
         if (!(cause instanceof UnstorableError)) throw cause;
@@ -119,14 +126,15 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
 /** Id of the adapter with the largest rows; undefined where rows were not kept. */
 function ownerOf({ adapters }: Statistics, summary: Summary, ranks: Uint32Array): string | undefined {
   if (summary.kind === "gram") return undefined;
-  const peaks = factorsOf(summary.values, ranks, summary.width).map(({ factor }) => peakOf(factor));
+  const factors = factorsOf(summary.values, ranks, summary.width);
+  const peaks = factors.map(({ factor }) => Math.abs(dominant(factor, 0, factor.length)));
   return adapters[peaks.indexOf(Math.max(...peaks))]!.id;
 }
 
 function sideBasis(summary: Summary, ranks: Uint32Array, options: ExtractOptions): SideBasis {
   const { width } = summary;
   if (summary.kind === "gram") {
-    const found = gramComponents(summary, options.centering, wanted(options), options.products);
+    const found = gramComponents(summary, options.centering, wanted(options.select!), options.products);
     return encodeSide({ width, ...found }, found.components.count, options.basisDtype, options.products);
   }
   const stacked = factorsOf(summary.values, ranks, width).filter(({ rank }) => rank > 0);

@@ -45,7 +45,7 @@ import { parseJson } from "../../tensor/tensor-file.ts";
 import type { OnWork } from "../../work.ts";
 import type { BuildOptions } from "../recipe.ts";
 
-/** One adapted module, and how many rows each of its sides has over all adapters. */
+/** An adapted module, and the rows that each of its factors has over all adapters. */
 export interface StatisticsModule extends ModuleShape {
   readonly rows: number;
 }
@@ -53,7 +53,6 @@ export interface StatisticsModule extends ModuleShape {
 /** An adapter that was counted. */
 export interface CountedAdapter {
   readonly id: string;
-  /** The base model that it names. */
   readonly baseModel: string | undefined;
 }
 
@@ -129,7 +128,6 @@ export async function adapterStatistics(
   };
 }
 
-/** Modules with their rows. */
 function counted<O>(
   shared: ReadonlyMap<string, SharedModule<O>>,
   rowsOf: (owner: O, name: string) => number,
@@ -226,12 +224,12 @@ function refuseTwice(sorted: readonly { id: string; file: string }[]): void {
 
 /** @throws AdapterError for parts of other settings */
 function refuseOther(a: Statistics, b: Statistics): void {
-  const refuse = (field: string, message: string): AdapterError => new AdapterError(message, { file: b.file, field });
   for (const setting of ["gauge", "rank", "normalize"] as const) {
     const ours = a[setting] ?? "whole";
     const theirs = b[setting] ?? "whole";
-    if (ours !== theirs)
-      throw refuse(setting, `${setting} is ${theirs}, but ${ours} in ${a.file}: make one of them again with the same`);
+    if (ours === theirs) continue;
+    const message = `${setting} is ${theirs}, but ${ours} in ${a.file}: make one of them again with the same`;
+    throw new AdapterError(message, { file: b.file, field: setting });
   }
 }
 
@@ -252,12 +250,11 @@ export type Summary = { readonly width: number; readonly count: number } & (
     }
 );
 
-/** Values of a Gram matrix's triangle. */
 export function triangle(width: number): number {
   return (width * (width + 1)) / 2;
 }
 
-/** Which of the two is smaller for a stack [count, width]. */
+/** The smaller kind for a stack [count, width]. */
 export function summaryKind(count: number, width: number): Summary["kind"] {
   return count * width <= triangle(width) ? "rows" : "gram";
 }
@@ -271,17 +268,14 @@ const PANEL = 512;
 interface SummaryCollector {
   /**
    * Adds rows [rows, width]; `values` may end early, the rest is zero.
-   * @param weight what the rows count, where they are not kept; who takes components of kept rows weighs them then. Default: 1
-   * @throws RangeError for more rows than were announced
+   * @param weight of the rows in a Gram matrix; kept rows are weighed when components are taken of them. Default: 1
    */
   add(values: Float64Array, rows: number, weight?: number): void;
-  /** Adds a Gram matrix. @throws RangeError as `add` */
   merge(other: Summary & { kind: "gram" }): void;
-  /** @throws RangeError for fewer rows than were announced */
   finish(): Summary;
 }
 
-/** Collects the summary of a stack [count, width]. How many rows will come is said first, because it decides what is kept. */
+/** Collects the summary of a stack [count, width]. Their number is said first, because it decides what is kept. */
 export function collectSummary(count: number, width: number, products: Products = PLAIN): SummaryCollector {
   const kind = summaryKind(count, width);
   const held = kind === "rows" ? count : Math.min(count, Math.max(1, Math.floor(BLOCK_VALUES / width)));
@@ -290,20 +284,15 @@ export function collectSummary(count: number, width: number, products: Products 
   const gram = new Float64Array(kind === "gram" ? triangle(width) : 0);
   const sums = new Float64Array(kind === "gram" ? width + 1 : 0);
   let waiting = 0;
-  let placed = 0;
-  const place = (rows: number, allowed: boolean = placed + rows <= count): void => {
-    placed += rows;
-    if (!allowed) throw new RangeError(`${placed} rows came of ${count}`);
-  };
   const multiplyWaiting = (): void => {
     if (waiting > 0) addGram(gram, values.subarray(0, waiting * width), waiting, width, products);
     waiting = 0;
   };
   return {
     add(given, rows, weight = 1) {
-      place(rows);
       if (kind === "rows") {
-        values.set(given, (placed - rows) * width);
+        values.set(given, waiting * width);
+        waiting += rows;
         return;
       }
       for (let at = 0; at < rows * width; at += width) {
@@ -317,14 +306,13 @@ export function collectSummary(count: number, width: number, products: Products 
       }
     },
     merge(other) {
-      place(other.count);
       addScaled(1, other.gram, 0, gram, 0, other.gram.length);
       addScaled(1, other.sums, 0, sums, 0, other.sums.length);
     },
     finish() {
-      place(0, placed === count);
+      if (kind === "rows") return { width, count, kind, values };
       multiplyWaiting();
-      return kind === "rows" ? { width, count, kind, values } : { width, count, kind, gram, sums };
+      return { width, count, kind, gram, sums };
     },
   };
 }
@@ -409,17 +397,11 @@ const USES = {
   tasks: "projecting or distilling writes it, assembling takes it",
 } as const;
 
-/** Values a description may hold: what JSON can say. */
-export type About = Readonly<Record<string, unknown>>;
-
-/**
- * The bytes of a part, one tensor at a time.
- * @param made a digest of everything the part depends on: the same digest is the same part
- */
+/** The bytes of a part, one tensor at a time. @param made a digest of all that the part depends on */
 export async function* writePart(
   kind: PartKind,
   made: string,
-  about: About,
+  about: Readonly<Record<string, unknown>>,
   entries: readonly SafetensorsEntry[],
 ): AsyncGenerator<Uint8Array, void> {
   const checksums: number[] = [];
@@ -544,12 +526,6 @@ export function oneOf<T extends string>(value: Value, words: readonly T[]): T {
   return value.fail(`"${found}" is unknown here; update eigenlora`);
 }
 
-/** A tensor's values. @param bytes of a little-endian F64 tensor, at any alignment */
-export function toF64(bytes: Uint8Array): Float64Array {
-  const aligned = bytes.byteOffset % 8 === 0 ? bytes : new Uint8Array(bytes);
-  return new Float64Array(aligned.buffer, aligned.byteOffset, bytes.length / 8);
-}
-
 export function toBytes(values: Float64Array | Uint32Array): Uint8Array {
   return new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
 }
@@ -566,10 +542,7 @@ export interface StatisticsPart extends Statistics {
 const SIDES = ["A", "B"] as const;
 const LIMIT = 2 ** 31 - 1;
 
-/**
- * The bytes of a part, module by module.
- * @param made a digest of what the statistics were made of
- */
+/** The bytes of a part, module by module. @param made a digest of all that the statistics depend on */
 export function writeStatistics(
   statistics: Statistics,
   made: string,
@@ -619,10 +592,7 @@ function tensorsOf({ name, rows, ...module }: StatisticsModule, side: "A" | "B")
   return [tensor("gram", triangle(width)), tensor("sums", width + 1)];
 }
 
-/**
- * Opens a part with statistics.
- * @throws FormatError as `openPart`, and for a description that its tensors do not fit
- */
+/** Opens a part with statistics. @throws FormatError as `openPart`, and for a description that its tensors do not fit */
 export function openStatistics(input: SourceInput): Promise<StatisticsPart> {
   return readPart(input, "statistics", readStatistics);
 }
@@ -642,10 +612,11 @@ function readStatistics(part: Part): StatisticsPart {
     modules.set(module.name, module);
   }
   const values = async (name: string): Promise<Float64Array> => {
-    const found = toF64(await part.read(name));
-    const bad = found.findIndex((value) => !Number.isFinite(value));
-    if (bad >= 0) throw new FormatError(`value ${bad} is ${found[bad]}`, { file, part: `tensor ${name}` });
-    return found;
+    // A copy, since F64 must be aligned.
+    const values = new Float64Array(new Uint8Array(await part.read(name)).buffer);
+    const bad = values.findIndex((value) => !Number.isFinite(value));
+    if (bad >= 0) throw new FormatError(`value ${bad} is ${values[bad]}`, { file, part: `tensor ${name}` });
+    return values;
   };
   return {
     file,
@@ -694,13 +665,13 @@ function parseModule(value: Value, { tensors }: Part, adapters: number): Statist
     kernel: kernel.absent ? undefined : kernel.array(8).map((size) => size.integer(1, 65_535)),
     rows: value.get("rows").integer(1, LIMIT),
   };
-  const place = ({ name, shape }: { name: string; shape: readonly number[] }, dtype: string): void => {
-    const found = tensors.get(name);
-    const is = found && `${found.dtype} [${found.shape}]`;
+  const check = ({ name, shape }: { name: string; shape: readonly number[] }, dtype: string): void => {
+    const tensor = tensors.get(name);
+    const found = tensor && `${tensor.dtype} [${tensor.shape}]`;
     const expected = `${dtype} [${shape}]`;
-    if (is !== expected) value.fail(`${name} is ${is ?? "missing"}, expected ${expected}`);
+    if (found !== expected) value.fail(`${name} is ${found ?? "missing"}, expected ${expected}`);
   };
-  for (const side of SIDES) for (const tensor of tensorsOf(module, side)) place(tensor, "F64");
-  place({ name: `${module.name}.ranks`, shape: [adapters] }, "U32");
+  for (const side of SIDES) for (const tensor of tensorsOf(module, side)) check(tensor, "F64");
+  check({ name: `${module.name}.ranks`, shape: [adapters] }, "U32");
   return module;
 }
