@@ -455,6 +455,7 @@ t.test("examples/llm, in the terminal and as a page", { skip: noTransformers || 
   const server = await serveFolder(join(app, "dist"));
   t.teardown(() => server.close());
   const page = await (await launch(t)).newPage();
+  page.setDefaultTimeout(120_000);
   page.on("pageerror", (error) => t.fail(`uncaught in the page: ${error.stack}`));
   await beTheCdn(t, page, packages());
   await page.goto(server.url);
