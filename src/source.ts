@@ -113,7 +113,8 @@ export function checkRange(name: string, offset: number, length: number, size: n
 }
 
 /** The address without what may be secret, and without the content of a data: URL. */
-export function nameOfUrl({ protocol, origin, pathname, search, href }: URL): string {
+export function nameOfUrl(url: URL): string {
+  const { protocol, origin, pathname, search, href } = url;
   if (protocol === "data:") return "data: URL";
   return /^(blob|hf):/.test(protocol) ? href : `${origin}${pathname}${search && "?…"}`;
 }

@@ -8,9 +8,9 @@
 
 import { createHash, randomUUID } from "node:crypto";
 import { constants, createReadStream } from "node:fs";
-import { mkdir, open, readFile, rename, rm, stat, symlink, writeFile } from "node:fs/promises";
+import { mkdir, open, readdir, readFile, rename, rm, stat, symlink, writeFile } from "node:fs/promises";
 import { homedir } from "node:os";
-import { dirname, join, relative } from "node:path";
+import { dirname, join, relative, sep } from "node:path";
 import { nearest } from "../arguments.ts";
 import { openDisk, reasonOf } from "../disk.ts";
 import { SourceError } from "../errors.ts";
@@ -63,7 +63,8 @@ export async function openSnapshot(name: HubName, options: SnapshotOptions = {})
   const hub: Hub = { name, isOffline, endpoint: hubEndpoint(), ...options, headers: await headersOf(options) };
   const known = await commitOf(cache, revision);
   if (known !== undefined && (isOffline || known === revision)) {
-    const files = await listed(cache, known);
+    const files =
+      (await listed(cache, known)) ?? (isOffline ? await filesIn(join(cache, "snapshots", known)) : undefined);
     if (files) return new Snapshot(hub, cache, known, files);
   }
   const { commit, tree } = await listingOf(hub);
@@ -370,6 +371,18 @@ async function writeWhole(path: string, text: string): Promise<void> {
   await mkdir(dirname(path), { recursive: true });
   await writeFile(temporary, text);
   await rename(temporary, path);
+}
+
+/** Files that another program has downloaded and not listed, for use without the Hub, which alone knows their hashes. */
+async function filesIn(folder: string): Promise<ReadonlyMap<string, HubFile>> {
+  const files = new Map<string, HubFile>();
+  for (const entry of await readdir(folder, { recursive: true, withFileTypes: true }).catch(() => [])) {
+    const path = join(entry.parentPath, entry.name);
+    const { size } = (await stat(path).catch(() => undefined)) ?? {};
+    if (!entry.isDirectory() && size !== undefined)
+      files.set(relative(folder, path).split(sep).join("/"), { size, hash: "" });
+  }
+  return files;
 }
 
 /** Files by path, as huggingface_hub writes them into `trees/COMMIT.json`. */
