@@ -416,9 +416,11 @@ function isId(model: SourceInput): model is string {
 function foundOnly(own: OwnSessions, model: SourceInput): Map<string, Found> {
   return new Map(
     [...own].map(([name, { config: { device = "auto" } = {} }]) => {
-      // "auto" and "gpu" are onnxruntime's choice.
+      // "auto" and "gpu" are onnxruntime's choice. "webnn-gpu" is transformers.js' word.
+      const [provider = device, deviceType = "cpu"] = device.split("-");
+      const executionProviders = [provider === "webnn" ? { name: provider, deviceType } : device];
       const isNamed = device !== "auto" && device !== "gpu";
-      return [name, { model, session: { logSeverityLevel: 3, ...(isNamed && { executionProviders: [device] }) } }];
+      return [name, { model, session: { logSeverityLevel: 3, ...(isNamed && { executionProviders }) } }];
     }),
   );
 }

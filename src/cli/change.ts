@@ -37,7 +37,7 @@ import { bytes, count, lossTable, type Output, percent, sum, warnOf } from "./ou
 export const add: Attach = command({
   usage: "add <PACK> <ADAPTER_OR_TASKFILE...>",
   details:
-    "Adapters, or folders of them, are expressed in the pack's components; where its tasks have private terms, so do the new ones. " +
+    "Adapters, or folders of them, are expressed in the pack's components; where its tasks have residual rows, so do the new ones. " +
     "Task files (.eigentask) are copied. Other tasks are not changed.",
   example: "add tasks.eigen new-adapter/",
   options: {

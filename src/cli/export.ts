@@ -82,12 +82,15 @@ const exportTask: Attach = command({
   async run([path]: [string], { output: to, components, task, format, base }, run) {
     if (!components && task === undefined) throw new UsageError("missing --task; or --components");
     const isFolder = !components && format === "peft";
-    if (isFolder) await checkFolder(to);
-    else checkTarget(to, { inputs: [path, base], makesFolders: true });
+    const check = async (): Promise<void> =>
+      isFolder ? checkFolder(to) : checkTarget(to, { inputs: [path, base], makesFolders: true });
+    await check();
     const pack = await run.pack(path);
     const write = async (...files: (readonly [path: string, chunks: Chunks])[]): Promise<number> => {
       run.folder(isFolder ? to : dirname(to));
       await run.lock(files[0]![0]);
+      // Another command may have written there while the adapter was made.
+      await check();
       const [size] = await writeTogether(files, false);
       return size!;
     };

@@ -56,7 +56,7 @@ export const inspect: Attach = command({
           ]),
         ]),
         "",
-        [`${count(tasks.length, "task")}.`, ...(shares ? [sharing(breakEvenTasks)] : [])].join(" "),
+        [`${count(tasks.length, "task")}.`, ...(shares && tasks.length > 0 ? [sharing(breakEvenTasks)] : [])].join(" "),
       ],
     };
   },

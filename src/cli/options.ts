@@ -209,11 +209,7 @@ export const gauge: Maybe<Gauge> = choice(
   ["as-trained", "balanced"],
   "Balanced: rewrite each pair as U√S, √SVᵀ first. Default: as-trained, or balanced where another option needs it.",
 );
-export const rank: Maybe<number> = number(
-  "N",
-  "Keep the N strongest directions of each adapter and module; needs the balanced gauge.",
-  from(1),
-);
+export const rank: Maybe<number> = number("N", "Keep the N strongest directions of each adapter and module.", from(1));
 
 const PARTS = ["basis", "coefficients", "head"];
 export const NUMBERS: string = `Number format: ${DTYPES.join(", ")}; or for each part, as basis=int4,coefficients=f16,head=f16.`;

@@ -192,9 +192,13 @@ async function build(adapters: readonly Adapter[], options: PackOptions, run: Ru
   const scratch = run.closing(openScratch(options.output));
   const { progress: onProgress } = out;
   const numbers = dtype?.basis ?? dtype?.coefficients;
-  if ([k, energy, rank, step, numbers].some((value) => value !== undefined)) {
-    if (most !== undefined || options.error !== undefined)
-      throw new option.UsageError("a size or an error decides what is stored: of --dtype only head= may be given");
+  if (k === undefined && energy === undefined) {
+    for (const [flag, value] of Object.entries({ rank, step, dtype: numbers }))
+      if (value !== undefined)
+        throw new option.UsageError(
+          `--${flag} needs --k or --energy: otherwise a size or an error decides what is stored, and of --dtype only head= may be given`,
+        );
+  } else {
     const select = option.selection({ k, energy });
     return buildStreamed(adapters, { ...common, onProgress, rank, step, dtype, select }, scratch);
   }

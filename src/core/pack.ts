@@ -97,6 +97,8 @@ class Info implements TaskInfo {
   readonly adapterBytes: number;
   readonly brings: readonly string[] | undefined;
   readonly integrity: string | undefined;
+  declare readonly metadata: TaskMetadata;
+  declare readonly resident: boolean;
   readonly #entry: Entry;
   readonly #slots: ReadonlyMap<Entry, TaskSlot>;
 
@@ -108,15 +110,24 @@ class Info implements TaskInfo {
     this.integrity = entry.section.integrity;
     this.#entry = entry;
     this.#slots = slots;
+    Object.defineProperties(this, Info.#computed);
   }
 
-  get metadata(): TaskMetadata {
-    return this.#entry.metadata;
-  }
-
-  get resident(): boolean {
-    return this.#slots.get(this.#entry)?.blob !== undefined;
-  }
+  /** Properties of each object, so that copies of it have them; made once, since accessors of each object take a kilobyte. */
+  static readonly #computed: PropertyDescriptorMap & ThisType<Info> = {
+    metadata: {
+      enumerable: true,
+      get() {
+        return this.#entry.metadata;
+      },
+    },
+    resident: {
+      enumerable: true,
+      get() {
+        return this.#slots.get(this.#entry)?.blob !== undefined;
+      },
+    },
+  };
 }
 
 /** Bytes of tasks that are kept where no limit was asked for, or so many tasks. */
@@ -158,6 +169,8 @@ interface OpenedFile {
   readonly reads: Reads;
   readonly window: Window;
   readonly directory: Directory;
+  /** Entries of its tasks by id; the pack takes them over. */
+  readonly entries: Map<string, Entry>;
   readonly maxResidentBytes: number | undefined;
   readonly maxExpansion: number | undefined;
   readonly trust: Trust | undefined;
@@ -183,7 +196,7 @@ export class Pack extends Observable<PackEvents> {
   readonly reads: Reads;
 
   readonly #file: OpenedFile;
-  readonly #entries = new Map<string, Entry>();
+  readonly #entries: Map<string, Entry>;
   readonly #slots = new Map<Entry, TaskSlot>();
   /** Most bytes of the blobs in `#recent` where no limit was asked for: tasks of this size call for it. */
   #most = MOST_RESIDENT;
@@ -197,7 +210,7 @@ export class Pack extends Observable<PackEvents> {
   /** @internal Use `openPack`. */
   constructor(file: OpenedFile) {
     super();
-    const { source, reads, window, directory, bases } = file;
+    const { source, reads, window, directory, entries, bases } = file;
     this.#file = file;
     this.name = source.name;
     this.reads = reads;
@@ -205,16 +218,9 @@ export class Pack extends Observable<PackEvents> {
     this.version = window.version;
     this.basisId = window.basisId;
     this.directory = directory;
+    this.#entries = entries;
     this.modules = directory.basis.modules;
     if (bases) this.#bases = { users: 0, bytes: bases };
-  }
-
-  /** @internal Adds the tasks of the file, in pieces. */
-  *addTasks(): Generator<void> {
-    for (const entry of this.directory.tasks) {
-      this.#entries.set(entry.id, entry);
-      if (this.#entries.size % 256 === 0) yield;
-    }
   }
 
   /** The tasks by id, in the order of the file. A snapshot: tasks added or removed later do not change it. */
@@ -514,16 +520,14 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     // A copy: as a view the directory would keep the bases in memory.
     directoryBytes = together ? bytes.slice(0, directoryLength) : bytes;
     await trust?.checkRoot(window, directoryBytes);
-    const directory = await parseDirectory(directoryBytes, window.superblock, name, signal);
+    const { directory, entries } = await parseDirectory(directoryBytes, window.superblock, name, signal);
     trust?.checkHashes(directory);
     const bases = together ? bytes.subarray(basesAt) : undefined;
     const { reads = counted, byteLength } = inner;
     const source = { name, byteLength, read, clear: async () => inner.clear?.(), close: async () => inner.close?.() };
     if (bases) await checkSection(bases, directory.bases, "bases", name, trust, signal);
     const { maxResidentBytes, maxExpansion } = options;
-    const pack = new Pack({ source, reads, window, directory, maxResidentBytes, maxExpansion, trust, bases });
-    await paced(pack.addTasks(), pacer(signal));
-    return pack;
+    return new Pack({ source, reads, window, directory, entries, maxResidentBytes, maxExpansion, trust, bases });
   } catch (error) {
     const refused = await withDiagnosis(error, inner, directoryBytes);
     await inner.close?.();

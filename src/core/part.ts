@@ -53,7 +53,6 @@ class PackPart implements PackView {
     });
     return {
       ...info,
-      metadata: info.metadata,
       brings,
       get resident() {
         return info.resident;

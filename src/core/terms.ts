@@ -162,7 +162,7 @@ export class ActiveTerms implements TaskWriter {
     if (ids) checkArgument("apply: tasks", ids, "a list of one task per row", "map");
     const tasks = new Map<string | null | undefined, readonly ActiveTask[]>();
     for (const id of ids ?? [undefined])
-      if (!tasks.has(id)) tasks.set(id, id === undefined ? active : await loadParts(view, id, {}, ignored));
+      if (!tasks.has(id)) tasks.set(id, ids ? await loadParts(view, id as string | null, {}, ignored) : active);
     const all = [...tasks.values()].flat();
     refuseMagnitudes(all, view, (module) => module === index, 'it is no addition to x·Wᵀ; use mode "folded"');
     if (!host) this.checkUnbased(all, false);

@@ -120,6 +120,14 @@ export function signatureOf(bytes: Uint8Array): Signature {
   return { key: bytes.slice(0, 32), bytes: bytes.slice(32, 96) };
 }
 
+type StoredEntry = Directory["tasks"][number];
+
+/** A directory, and its entries by id, which an open pack adds to and removes from. */
+interface ReadDirectory {
+  readonly directory: Directory;
+  readonly entries: Map<string, StoredEntry>;
+}
+
 /**
  * Checks the directory against its superblock: the sections tile the file, every tensor of the bases has its place.
  * @throws FormatError saying which rule of SPEC.md, section 4, does not hold
@@ -129,7 +137,7 @@ export async function parseDirectory(
   superblock: Superblock,
   file: string,
   signal?: AbortSignal,
-): Promise<Directory> {
+): Promise<ReadDirectory> {
   let f: Fields = new Fields(stored, file, "directory");
   if (stored.length !== superblock.directoryLength) f.fail(`${stored.length} bytes of ${superblock.directoryLength}`);
   const pause = pacer(signal);
@@ -139,7 +147,7 @@ export async function parseDirectory(
   return paced(parseParts(f, superblock, stored), pause);
 }
 
-function* parseParts(f: Fields, superblock: Superblock, stored: Uint8Array): Generator<void, Directory> {
+function* parseParts(f: Fields, superblock: Superblock, stored: Uint8Array): Generator<void, ReadDirectory> {
   const { bytes, file } = f;
   if (bytes.length < DIRECTORY_HEAD_BYTES) f.fail(`${bytes.length} bytes are too few`);
   const count = f.u32(0);
@@ -155,42 +163,36 @@ function* parseParts(f: Fields, superblock: Superblock, stored: Uint8Array): Gen
   if (hashes > 0 && hashes !== HASH_BYTES * count) f.fail(`${hashes} bytes of hashes for ${count} sections`);
   const parts = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES + basisLength + tasksLength + hashes;
   if (parts !== bytes.length) f.fail(`${bytes.length} bytes, but its parts add up to ${parts}`);
-  const table = { f, count, hashes: hashes && bytes.length - hashes };
-  const { bases, blobs } = yield* parseSections(table, superblock);
+  const section = (index: number): Section => parseSection(f, index, hashes && bytes.length - hashes);
+  const { bases, blobs } = yield* parseSections(f, count, section, superblock);
   const start = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES;
   const basisBytes = bytes.subarray(start, start + basisLength);
   const { basis, size } = yield* parseBasis(basisBytes, bases, file);
   const tasksStart = start + basisLength;
   const root = yield* decode(bytes.subarray(tasksStart, tasksStart + tasksLength), file, "task list", "tasks");
-  const seen = new Set<string>();
+  const entries: ReadDirectory["entries"] = new Map();
   let names = 0;
-  const tasks: (TaskEntry & { section: Section })[] = [];
+  const tasks: StoredEntry[] = [];
   if (root.kind === "array" && root.count !== blobs.length)
     f.fail(`${root.count} tasks are listed, but there are ${blobs.length} task blobs`);
   for (const value of root.each(1_048_576)) {
     const entry = yield* parseEntry(value, tasks);
-    if (seen.has(entry.id)) f.fail(`two tasks are named "${entry.id}"`);
+    if (entries.has(entry.id)) f.fail(`two tasks are named "${entry.id}"`);
     if (entry.brings && value.get("brings").kind === "array") names += entry.brings.length;
     if (names > MOST_BROUGHT) f.fail(`tasks bring ${names} names, at most ${MOST_BROUGHT} are allowed together`);
-    seen.add(entry.id);
     entry.section = blobs[tasks.length]!;
-    tasks.push(entry as Entry & { section: Section });
+    tasks.push(entry as StoredEntry);
+    entries.set(entry.id, entry as StoredEntry);
     if (tasks.length % 256 === 0) yield;
   }
-  return {
+  const directory: Directory = {
     ...{ bytes: stored, basis, basisBytes, bases: { ...bases, size }, tasks },
     // Free ones may be many, and only what changes or checks a file wants them.
     get sections() {
-      return Array.from({ length: count }, (_, index) => sectionAt(table, index));
+      return Array.from({ length: count }, (_, index) => section(index));
     },
   };
-}
-
-/** The section table of a directory: how many entries, and where their hashes begin, 0 where there are none. */
-interface SectionTable {
-  readonly f: Fields;
-  readonly count: number;
-  readonly hashes: number;
+  return { directory, entries };
 }
 
 /**
@@ -199,10 +201,11 @@ interface SectionTable {
  * @returns the sections that every reader needs
  */
 function* parseSections(
-  table: SectionTable,
+  f: Fields,
+  count: number,
+  section: (index: number) => Section,
   { directoryOffset, directoryLength, basesOffset, basesLength, committed }: Superblock,
 ): Generator<void, { bases: Section; blobs: Section[] }> {
-  const { f, count } = table;
   const bases: Section[] = [];
   const blobs: Section[] = [];
   let end = WINDOW_BYTES;
@@ -212,16 +215,17 @@ function* parseSections(
   };
   let before = true;
   for (let i = 0; i < count; i++) {
-    const kind = checkSection(table, i);
-    const at = DIRECTORY_HEAD_BYTES + i * SECTION_ENTRY_BYTES;
-    const offset = f.u64(at + 8);
+    const found = section(i);
+    const { kind, required, offset, length } = found;
     if (before && directoryOffset < offset) {
       follow(directoryOffset, directoryLength, "the directory");
       before = false;
     }
-    follow(offset, f.u64(at + 16), `section ${i}`);
-    if (kind === SECTION_BASES) bases.push(sectionAt(table, i));
-    if (kind === SECTION_TASK) blobs.push(sectionAt(table, i));
+    follow(offset, length, `section ${i}`);
+    if (required && (kind === 0 || kind > SECTION_FREE))
+      f.fail(`it needs a section of kind ${kind}, unknown here; update eigenlora`);
+    if (kind === SECTION_BASES) bases.push(found);
+    if (kind === SECTION_TASK) blobs.push(found);
     if (i % 256 === 255) yield;
   }
   if (before) follow(directoryOffset, directoryLength, "the directory");
@@ -232,46 +236,31 @@ function* parseSections(
   return { bases: bases[0]!, blobs };
 }
 
-/** @returns the kind of what is in a section, once decoded, and whether it is coded */
-function kindOf(stored: number): { kind: number; coded: boolean } {
-  const coded = stored > SECTION_CODED && stored <= SECTION_CODED + SECTION_TASK;
-  return { kind: coded ? stored - SECTION_CODED : stored, coded };
-}
+/** Hash of a free section: 32 zeros. */
+const FREE_HASH: string = `sha256-${"A".repeat(43)}=`;
 
-/** Checks an entry of the section table by itself. @returns its kind */
-function checkSection({ f, hashes }: SectionTable, index: number): number {
+/** @param hashes where the hashes begin, 0 where there are none */
+function parseSection(f: Fields, index: number, hashes: number): Section {
   const at = DIRECTORY_HEAD_BYTES + index * SECTION_ENTRY_BYTES;
   const hash = hashes + index * HASH_BYTES;
   const stored = f.u32(at);
   const flags = f.u32(at + 4);
-  const { kind } = kindOf(stored);
+  const length = f.u64(at + 16);
+  const coded = stored > SECTION_CODED && stored <= SECTION_CODED + SECTION_TASK;
+  const kind = coded ? stored - SECTION_CODED : stored;
   const needed = kind === SECTION_BASES || kind === SECTION_TASK;
   if (flags > 1 || flags < Number(needed))
     f.fail(`section ${index} has flags ${flags}, expected ${needed ? "1" : "0 or 1"}`);
   const free = kind === SECTION_FREE;
   if (free && flags > 0) f.fail(`section ${index} is free and required`);
-  if (f.u64(at + 16) === 0 && stored !== SECTION_BASES) f.fail(`section ${index} is empty`);
+  if (length === 0 && stored !== SECTION_BASES) f.fail(`section ${index} is empty`);
   f.zero(at + (free ? 24 : 28), at + 32);
   if (free && hashes > 0) f.zero(hash, hash + HASH_BYTES);
-  if (flags > 0 && (kind === 0 || kind > SECTION_FREE))
-    f.fail(`it needs a section of kind ${kind}, unknown here; update eigenlora`);
-  return kind;
-}
-
-/** An entry that was checked. */
-function sectionAt({ f, hashes }: SectionTable, index: number): Section {
-  const at = DIRECTORY_HEAD_BYTES + index * SECTION_ENTRY_BYTES;
-  const hash = hashes + index * HASH_BYTES;
-  const { kind, coded } = kindOf(f.u32(at));
-  return {
-    kind,
-    coded,
-    required: f.u32(at + 4) > 0,
-    offset: f.u64(at + 8),
-    length: f.u64(at + 16),
-    crc: f.u32(at + 24),
-    integrity: hashes > 0 ? toIntegrity(f.bytes.subarray(hash, hash + HASH_BYTES)) : undefined,
-  };
+  const offset = f.u64(at + 8);
+  const crc = f.u32(at + 24);
+  const hashOf = free ? () => FREE_HASH : toIntegrity;
+  const integrity = hashes > 0 ? hashOf(f.bytes.subarray(hash, hash + HASH_BYTES)) : undefined;
+  return { kind, coded, length, required: flags > 0, offset, crc, integrity };
 }
 
 /** @returns what it says, and how many bytes the bases have, once decoded where they are coded */

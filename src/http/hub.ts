@@ -240,6 +240,10 @@ async function listingOf(hub: Hub): Promise<{ commit: string; tree: ListedFiles 
     "",
   );
   const bytes = await source.readAll({ signal, most: () => MOST_LISTING });
+  if (bytes.length > MOST_LISTING) {
+    const message = `lists more files than fit into ${MOST_LISTING} bytes; download what you need, and give its folder`;
+    throw new SourceError(message, { file: source.name });
+  }
   try {
     const { sha, siblings } = JSON.parse(fromUtf8(bytes)) as Listing;
     if (typeof sha !== "string" || !COMMIT.test(sha)) throw new TypeError(`"sha" is ${sha}`);

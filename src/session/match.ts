@@ -46,7 +46,9 @@ export class ModelMatcher {
     for (const parameter of parameters) {
       const { name, initializer } = parameter;
       this.#parameters.set(name, parameter);
-      this.#byInitializer.set(initializer, [...(this.#byInitializer.get(initializer) ?? []), parameter]);
+      const held = this.#byInitializer.get(initializer);
+      if (held) held.push(parameter);
+      else this.#byInitializer.set(initializer, [parameter]);
     }
     this.#names = new NameMatcher(this.#parameters.keys());
     this.#copies = new Copies(file, parameters, options);

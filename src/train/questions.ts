@@ -207,14 +207,15 @@ export async function adapterWeights(
   const terms = new Map<string, Term>();
   const refuse = (what: string): TaskError =>
     new TaskError(`${adapter.file} ${what}: it cannot be asked here`, { task: adapter.id });
-  for (const { name, in: width, out, rank, read } of adapter.modules.values()) {
+  for (const adapted of adapter.modules.values()) {
+    const { name, in: width, out, rank } = adapted;
     const module = pack.modules.find((known) => known.name === name);
     if (module?.in !== width || module.out !== out)
       throw new TaskError(`${adapter.file} adapts "${name}" [${out}, ${width}], which the pack does not`, {
         task: adapter.id,
       });
     modules.push({ name, in: width, out, privateRank: rank });
-    const { A, Bt, magnitude } = await read();
+    const { A, Bt, magnitude } = await adapted.read();
     if (magnitude) throw refuse(`has a DoRA magnitude of "${name}"`);
     terms.set(name, { rank, A, Bt });
   }

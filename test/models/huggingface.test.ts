@@ -224,6 +224,7 @@ t.test("gated, missing, another revision, another file, no Hub, no network", asy
   for (const [listing, message] of [
     [() => "<html>", /does not answer as the Hub does .*check HF_ENDPOINT/],
     [() => ({}), /does not answer as the Hub does \("sha" is undefined\)/],
+    [() => ({ sha: "a".repeat(2 ** 24) }), /lists more files than fit into 16777216 bytes/],
     [
       (json: object) => ({ ...json, siblings: [{ rfilename: "../../../x", size: 1, blobId: "a".repeat(40) }] }),
       /"..\/..\/..\/x" has/,

@@ -125,6 +125,11 @@ t.test("shapes and types that do not fit are refused", async (t) => {
   });
   await t.rejects(runtime.apply(name, { ...x, shape: [1, 2, inputs] }, y), { message: /x has rows \[1, 2\], y \[2\]/ });
   await t.rejects(runtime.apply(name, x, y, { tasks: TASKS }), { message: /3 tasks for 2 rows/ });
+  // A user without a task must not get the active one.
+  await t.rejects(runtime.apply(name, x, y, { tasks: [null, undefined as unknown as null] }), {
+    name: "TypeError",
+    message: /task: expected an id, null for the base/,
+  });
   await t.rejects(runtime.apply(name, x, y, { tasks: ["debtags-rule", null] }), {
     tag: "task",
     message: /debtags-role/,

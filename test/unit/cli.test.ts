@@ -63,8 +63,10 @@ t.test("pack to a size, to an error, with less rank; auto says what it tried", a
   t.match(await refused("--bytes", "70kB", "--rank", "4"), /--rank and --bytes exclude each other: a size decides/);
   t.match(
     await refused("--error", "0.1", "--dtype", "int4"),
-    /a size or an error decides what is stored: of --dtype only head=/,
+    /a size or an error decides what is stored, and of --dtype only head=/,
   );
+  t.match(await refused("--rank", "2"), /--rank needs --k or --energy/);
+  t.match(await refused("--step", "0.05"), /--step needs --k or --energy/);
   t.match(await refused("--bytes", "70kB", "--text", "lines.txt"), /--text needs --model/);
   t.match(await refused("--k", "4", "--model", "model.onnx"), /--k and --model exclude each other: .*answers decide/);
   t.match(await refused("--bytes", "many"), /expected a size such as 300000, 300kB/);

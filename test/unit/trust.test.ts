@@ -135,8 +135,7 @@ t.test("an append or a fresh pack is signed anew, or not at all", async (t) => {
   const { secret, open } = pair();
   const sign = await createSigner(secret);
   const pack = await openPack(SIGNED);
-  const { adapterBytes, metadata, brings } = pack.tasks.get("head")!;
-  const entry = { id: "more", adapterBytes, metadata, brings };
+  const entry = { ...pack.tasks.get("head")!, id: "more" };
   const tasks = [{ entry, blob: (await pack.load("head")).bytes }];
   const plain = applied(SIGNED, await layoutAppend(pack, tasks));
   t.equal((await openPack(plain)).window.superblock.signature, undefined, "the old one is not of these bytes");
