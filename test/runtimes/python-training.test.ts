@@ -114,11 +114,14 @@ t.test("sides that are not shared are left out, and a pack that shares nothing i
     await refused("column.eigen", "--components", "--format", "kohya", "-o", "x"),
     /--components and --format exclude each other/,
   );
-  t.match(await refused("sides.eigen", "--components", "-o", "sides.safetensors"), /already exists.*--force/);
+  t.match(
+    await refused("sides.eigen", "--components", "-o", "sides.safetensors"),
+    /already exists; choose another name/,
+  );
   await cp(data("adapters/own-seed/sections-0/adapter_model.safetensors"), "mine.safetensors");
   t.match(
-    await refused("sides.eigen", "--components", "-o", "mine.safetensors", "--force"),
-    /was not written by export/,
+    await refused("sides.eigen", "--components", "-o", "mine.safetensors"),
+    /already exists; choose another name/,
   );
 });
 
@@ -216,12 +219,12 @@ t.test("adapters that PEFT trains within the components are added without loss",
   }
   await mkdir("book");
   await symlink(join(folder, model), "book/my-model");
-  for (const file of ["rows.jsonl", "column.safetensors"])
-    await cp(file, `book/${file.replace("column", "components")}`);
+  await cp("rows.jsonl", "book/rows.jsonl");
+  await cp("components/column.safetensors", "book/components.safetensors");
   const notebook = { folder: join(folder, "book"), steps: 2, asked };
   const other = await otherModel();
-  const wrong = [[other, "column.safetensors"]];
-  const bases = [model, "column.safetensors", "rows.jsonl", "mine/bases"];
+  const wrong = [[other, "components/column.safetensors"]];
+  const bases = [model, "components/column.safetensors", "rows.jsonl", "mine/bases"];
   await writeFile("jobs.json", JSON.stringify({ runs, notebook, wrong, bases }));
   const found = await inPython(t, "../support/training-oracle.py", EXAMPLES, "jobs.json");
   if (!found) return;
