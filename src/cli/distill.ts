@@ -207,6 +207,10 @@ async function distilEach(
 function parseFinished(json: string, path: string): Distilled {
   try {
     const { file, ...figures } = JSON.parse(json) as Omit<Distilled, "file"> & { file: string };
+    const { id, divergenceBefore, divergenceAfter, kept } = figures;
+    const areNumbers = Number.isFinite(divergenceBefore) && Number.isFinite(divergenceAfter);
+    if (typeof id !== "string" || !areNumbers || (kept !== "projected" && kept !== "distilled"))
+      throw new TypeError("it is not what distill writes");
     const bytes = new Uint8Array(Buffer.from(file, "base64"));
     parseTaskFile(bytes, path);
     return { ...figures, file: bytes };

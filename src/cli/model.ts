@@ -317,7 +317,7 @@ async function linesOf(path: string): Promise<Line[]> {
 /** Lines of examples for a language model. */
 const COMPLETION = '{"prompt": "…", "completion": "…"} or {"messages": […]}';
 
-/** Told by the first line, which may be cut off. */
+/** Recognises JSON lines by the first one, which may be cut off. */
 function hasCompletions([first]: readonly Line[]): boolean {
   const keys = Object.keys(first?.object ?? {}).map((key) => `{"${key}"`);
   return [first?.text ?? "", ...keys].some((text) => /^\s*\{\s*"(prompt|completion|messages)"/.test(text));

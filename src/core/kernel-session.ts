@@ -28,7 +28,7 @@ import {
   type TaskTerm,
   type TensorRef,
 } from "../format/format.ts";
-import type { Located, WeightHost } from "./base.ts";
+import type { Located } from "./base.ts";
 
 /** A task of a switch and its strength. */
 export interface ActiveTask {
@@ -371,14 +371,6 @@ export class KernelSession {
 
 function align16(bytes: number): number {
   return Math.ceil(bytes / 16) * 16;
-}
-
-/** Objects with the lifetime of a backend. */
-export interface Started {
-  readonly kernels: KernelSession;
-  readonly passedOver: readonly string[];
-  /** Reads and writes parameters other than the adapted weights. */
-  readonly host: WeightHost | undefined;
 }
 
 // Cores: products of coefficients, which a model that has the components built in takes in place of factors.

@@ -444,6 +444,8 @@ function placeOf(kernels: KernelSession, name: "x" | "y", { data, byteOffset }: 
       `apply: ${name} lies on a device, and the backend is ${kernels.backend.name}: pass webgpu: { device }`,
     );
   }
+  if (!(data instanceof Uint8Array) || byteOffset + 4 * length > data.byteLength)
+    throw new TypeError(`apply: ${name}.data: expected a Uint8Array of ${4 * length} bytes from ${byteOffset} on`);
   const place = kernels.reserve(name, 4 * length);
   kernels.backend.upload(place, data.subarray(byteOffset, byteOffset + 4 * length));
   return place;

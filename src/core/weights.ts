@@ -24,7 +24,7 @@ export interface WeightBinding {
   active: Slice | undefined;
 }
 
-/** What a runtime, its weights, terms and parameters work with. */
+/** Parts of a runtime that its weights, terms and parameters share. */
 export interface RuntimeContext {
   /** The modules of the pack that are used. */
   readonly view: PackView;

@@ -529,7 +529,7 @@ export interface Subspace {
 /** Rows that are to be approximated on a subspace, x = rows − M. */
 export interface Target {
   rank: number;
-  /** So many rows, the first ones, have coefficients; the rest is left out of what is stored and counts as lost. */
+  /** Number of leading rows that have coefficients. The others are not stored, and count as lost. */
   kept: number;
   /** [rank, width]. */
   values: Float64Array;

@@ -91,7 +91,7 @@ export async function openSafetensors(source: ByteSource, options: HeaderOptions
     throw fail("header", `ends at byte ${end}, but the file has ${byteLength}; truncated, download it again`);
   }
   if (headerLength > maxHeaderBytes) {
-    const most = `at most ${maxHeaderBytes} are read; if you trust the file, open it with a larger \`maxHeaderBytes\``;
+    const most = `at most ${maxHeaderBytes} are read; save its tensors in several files`;
     throw fail("header", `has ${headerLength} bytes, ${most}`);
   }
   const header = await source.read(8, headerLength, options);

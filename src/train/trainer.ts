@@ -645,7 +645,7 @@ function fillNormal(values: Float32Array, random: () => number): void {
  * Writes starting values into all parameters.
  * @throws TaskError when the task to start from has another rank
  */
-export async function fillStart(
+async function fillStart(
   pack: Pack,
   terms: TrainedTerms,
   start: "mean" | "random" | "fresh" | Donor,

@@ -159,7 +159,7 @@ t.test("a header of any depth is read in one pass, up to its limits", async (t) 
   await t.rejects(openSafetensors(counted, { maxHeaderBytes: 1e6 }), {
     tag: "format",
     part: "header",
-    message: /has \d+ bytes, at most 1000000 are read; .*larger `maxHeaderBytes`/,
+    message: /has \d+ bytes, at most 1000000 are read; save its tensors in several files/,
   });
   t.same(reads, [8], "a header that is too large is not read");
   const shape = `{"a":{"dtype":"F32","shape":[${"0,".repeat(40_000)}0],"data_offsets":[0,0]}}`;
