@@ -160,7 +160,8 @@ export const remove: Attach = command({
   example: "remove tasks.eigen reviews",
   options: { key },
   reads: ["own", undefined],
-  async run([file, ...ids]: [string, ...string[]], { key }, run, out) {
+  async run([file, ...named]: [string, ...string[]], { key }, run, out) {
+    const ids = [...new Set(named)];
     const sizes = await rewrite(file, key, run, out, (pack) => {
       for (const id of ids) pack.removeTask(id);
       if (pack.tasks.size === 0)

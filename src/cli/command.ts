@@ -9,7 +9,7 @@ import { dirname, join, posix } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
 import { renamedHost } from "../core/open-base.ts";
 import { type OpenOptions, openPack, type Pack } from "../core/pack.ts";
-import { SourceError } from "../errors.ts";
+import { FormatError, SourceError } from "../errors.ts";
 import { type FileKind, kindOfSource } from "../format/kind.ts";
 import type { HubOptions } from "../http/hub.ts";
 import { hubName, hubText } from "../http/hub-name.ts";
@@ -207,7 +207,9 @@ export class Run {
     const name = hubName(short ? `hf:${given}` : given);
     if (!name) {
       const ending = ENDINGS[reads];
-      return ending !== undefined && stat(given)?.isDirectory() ? fileIn(given, ending) : given;
+      const path = ending !== undefined && stat(given)?.isDirectory() ? await fileIn(given, ending) : given;
+      if (reads === "model") await this.#refuse(path, (kind) => kind !== "an ONNX model", "an ONNX model");
+      return path;
     }
     if (reads === "own")
       throw new UsageError(`${given} lies on the Hugging Face Hub, and the file is to be changed: download it first`);
@@ -296,6 +298,13 @@ export class Run {
     return this.#interrupted;
   }
 
+  /** @throws FormatError for a file of another kind than `expected`: swapped arguments, found before the work */
+  async #refuse(path: string, isWrong: (kind: FileKind) => boolean, expected: string): Promise<void> {
+    const kind = stat(path)?.isFile() ? await this.kindOf(path) : undefined;
+    if (kind !== undefined && isWrong(kind))
+      throw new FormatError(`this is ${kind}, expected ${expected}`, { file: path, part: "first bytes" });
+  }
+
   /** The kind of a file, by its first bytes; undefined for what is no file, or of no known kind. */
   async kindOf(path: string): Promise<FileKind | undefined> {
     const source = await openSource(path).catch(() => undefined);
@@ -323,6 +332,7 @@ export class Run {
     rename: ReadonlyMap<string, string>,
     base: string | undefined,
   ): Promise<Adapter[]> {
+    for (const path of paths) await this.#refuse(path, (kind) => kind.startsWith("an EigenLoRA "), "an adapter");
     const { readAdapters } = await import("../adapters/folder.ts");
     const adapters = await readAdapters(paths, { rename, base, onProgress: downloading(this.#out) });
     return adapters.map((adapter) => this.closing(adapter));

@@ -3,6 +3,7 @@
  * are synchronous steps, so a signal is heard between two of them. Locks are own code: proper-lockfile finds a dead holder by the age of its
  * lock alone, and brings three packages.
  */
+import { isUtf8 } from "node:buffer";
 import { createHash, randomBytes, randomUUID } from "node:crypto";
 import {
   closeSync,
@@ -33,6 +34,7 @@ import { MODELS } from "../adapters/diffusers.ts";
 import { kindInWords, reasonOf, refuseOtherKinds } from "../disk.ts";
 import { SourceError } from "../errors.ts";
 import type { Append } from "../format/encode.ts";
+import { kindOf } from "../format/kind.ts";
 import type { Scratch } from "../pack/write.ts";
 import { UsageError } from "./options.ts";
 
@@ -79,10 +81,13 @@ function quietly(step: () => void): void {
   } catch {}
 }
 
-/** @throws SourceError when it is no file, or cannot be read */
+/** @throws SourceError when it is no file, cannot be read, or is not UTF-8 */
 export async function readText(path: string): Promise<string> {
   await refuseOtherKinds(path, "a file");
-  return readFile(path, "utf8").catch((cause) => failed(path, "read", cause));
+  const bytes = await readFile(path).catch((cause) => failed(path, "read", cause));
+  if (isUtf8(bytes)) return bytes.toString();
+  const kind = kindOf(bytes);
+  throw new SourceError(`is not text in UTF-8${kind === undefined ? "" : `: this is ${kind}`}`, { file: path });
 }
 
 /** @throws SourceError when it cannot be read or is not valid JSON */

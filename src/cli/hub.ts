@@ -150,7 +150,7 @@ const assemble: Attach = command({
       json: { file, ...dtype, ...rest, ...resources() },
       text: [
         `${file}: ${count(tasks, "task")}, ${count(modules, "module")}, ${bytes(rest.bytes)}; the adapters have ${bytes(adapterBytes)} (${smaller(ratio)})`,
-        `ΔW error: mean ${percent(error.mean)}, largest ${percent(error.max)} (${error.worstTask})`,
+        `ΔW error of a module: mean ${percent(error.mean)}, largest ${percent(error.max)} (${error.worstTask})`,
         sharing(breakEvenTasks),
       ],
     };

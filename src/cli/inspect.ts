@@ -33,7 +33,7 @@ export const inspect: Attach = command({
     const dtypes = pack.modules.flatMap(({ A, B }) => [...A, ...B].map(({ tensor }) => tensor.dtype));
     const dtype = [...new Set(dtypes)].join(",");
     const shares = modules.some(({ componentsA, componentsB }) => componentsA > 0 || componentsB > 0);
-    const kind = shares ? `${mode}, ${gauge}, centring ${centering}, ${dtype}` : `${gauge}, no shared components`;
+    const kind = shares ? `shared components in ${dtype}` : "no shared components";
     const coding = step === null ? "" : ", entropy-coded";
     const limit = error === null ? "" : `, every task made within ${percent(error)} of its ΔW`;
     const integrity = await pack.integrity();
@@ -44,7 +44,7 @@ export const inspect: Attach = command({
     return {
       json: { version, bytes: committed, ...basis, integrity, signedBy, tasks, modules, sections, breakEvenTasks },
       text: [
-        `${pack.name}: version ${version}, ${bytes(committed)}, ${kind}${coding}${limit}`,
+        `${pack.name}: version ${version}, ${count(tasks.length, "task")}, ${bytes(committed)}, ${kind}${coding}${limit}`,
         `root ${integrity}, ${signedBy ? `signed by ${signedBy} (verify checks it)` : "not signed"}`,
         ...table([["section", "offset", "bytes"], ...sections.map(({ name, offset, bytes }) => [name, offset, bytes])]),
         "",

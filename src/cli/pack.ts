@@ -2,6 +2,7 @@
  * The command pack: makes a pack from adapters, with a number of components or by a criterion: a size, an error, or, with a model, the
  * answers of adapters and pack. Without a model no session, ONNX or trainer is loaded.
  */
+import { existsSync } from "node:fs";
 import { availableParallelism } from "node:os";
 import type { Adapter } from "../adapters/adapter.ts";
 import { type Built, buildStreamed, type Streamed } from "../pack/build.ts";
@@ -261,15 +262,15 @@ function triedText({ decisions, tried }: SearchReport): string[] {
   return [...decisions, ...(tried.length > 1 ? table([["tried", "size", "ΔW error"], ...rows]) : [])];
 }
 
-const AGAIN = "Run the same command again with --force, and it goes on from there";
-
 function byAnswersText(file: string, report: ByAnswersReport): string[] {
   const { tasks, adapterBytes, answers, ratio, components, shared, steps, left } = report;
+  const goesOn = existsSync(`${file}.partial`) ? ", and it goes on from there" : "";
+  const again = `Run the same command again with --force${goesOn}`;
   if (answers.length === 0)
     return [
       ...reportText(file, report),
       left.length > 0
-        ? `Stopped before enough tasks were distilled: the pack is as without a model. ${AGAIN}.`
+        ? `Stopped before enough tasks were distilled: the pack is as without a model. ${again}.`
         : "By answers, it would take no fewer bytes: the pack is as without a model.",
     ];
   const asked = answers.flatMap(({ agreement }) => agreement ?? []);
@@ -295,7 +296,7 @@ function byAnswersText(file: string, report: ByAnswersReport): string[] {
       `${stored("closer") > 0 ? `; ${stored("closer")} with numbers of their own, since their answers differed too much` : ""}.`,
     ...answers.flatMap(({ reason }) => (reason === undefined ? [] : [`${reason}. It is stored by its ΔW alone.`])),
     ...(left.length > 0
-      ? [`${count(left.length, "task")} not distilled, since the command was stopped: ${left.join(", ")}. ${AGAIN}.`]
+      ? [`${count(left.length, "task")} not distilled, since the command was stopped: ${left.join(", ")}. ${again}.`]
       : []),
     "Answers are those to questions held back. What they cost you in right answers, your own test data tells.",
   ];

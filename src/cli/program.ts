@@ -132,8 +132,9 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
 }
 
 /** The parser's messages in our words. */
-function wordsOf({ message }: CommanderError): string {
-  return message
+function wordsOf({ code, message }: CommanderError, command: Command | undefined): string {
+  const isTask = code === "commander.excessArguments" && command?.options.some(({ long }) => long === "--task");
+  return `${message}${isTask ? " A task is named with --task ID." : ""}`
     .replace(/^error: /, "")
     .replace(/required argument '(.*)'/, "$1")
     .replace(/\n\(Did you mean (.*)\?\)/, "; did you mean $1?");
@@ -146,7 +147,7 @@ function failure(error: unknown, command: Command | undefined): { object: object
   const { path } = error as NodeJS.ErrnoException;
   const known = usage || ours || path !== undefined || error instanceof RangeError || error instanceof TypeError;
   const system = path === undefined ? (error as Error).message : `${path}: ${reasonOf(error)}`;
-  const said = error instanceof CommanderError ? wordsOf(error) : system;
+  const said = error instanceof CommanderError ? wordsOf(error, command) : system;
   const name = command?.parent?.parent ? `${command.parent.name()} ${command.name()}` : command?.name();
   const message = usage && name ? `${name}: ${said}` : said;
   const advice = usage ? `See eigenlora ${name ? `${name} ` : ""}--help.\n` : "";

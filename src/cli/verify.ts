@@ -25,7 +25,7 @@ import { toHex } from "../text.ts";
 import { type Attach, command, type Result, type Run } from "./command.ts";
 import { readText } from "./files.ts";
 import { as, list, maxExpansion, readFor, revoked, text, UsageError } from "./options.ts";
-import { lossTable, type Output, table } from "./output.ts";
+import { lossTable, type Output, percent, table } from "./output.ts";
 
 interface Check {
   readonly name: string;
@@ -115,18 +115,27 @@ export const verify: Attach = command({
     const { ok } = checks;
     const errors: ModuleError[] = [];
     const adapters = against.length > 0 && bases && ok ? await run.adapters(against, as, base) : [];
+    const [first] = adapters;
+    if (first && !adapters.some(({ id }) => blobs.has(id))) {
+      const { id, file } = first;
+      throw new TaskError(`${file}: no task "${id}" in ${path}; say which with --as ${id}=TASK`, { task: id });
+    }
     for (const [i, adapter] of adapters.entries()) {
-      const { id, file } = adapter;
+      const { id } = adapter;
       const blob = blobs.get(id);
-      if (!blob)
-        throw new TaskError(`${file}: no task "${id}" in ${path}; say which with --as ${id}=TASK`, { task: id });
-      errors.push(...(await errorsOf(pack, bases!, blob, adapter)));
+      if (blob) errors.push(...(await errorsOf(pack, bases!, blob, adapter)));
+      else checks.note(`adapter ${id}`, null, `no such task in the pack; --as ${id}=TASK compares it with another`);
       out.progress({ stage: "comparing", done: i + 1, total: adapters.length, unit: "adapters" });
     }
     const losses = lossesOf(
       errors,
-      adapters.map(({ id }) => id),
+      adapters.flatMap(({ id }) => (blobs.has(id) ? id : [])),
     );
+    for (const { id, total } of losses)
+      if (total > 1)
+        out.warn(
+          `task "${id}" differs from its adapter by ${percent(total)} of the adapter's ΔW: it is that of another adapter, or was distilled`,
+        );
     const byId = new Map(losses.map(({ id, ...error }) => [id, error]));
     return {
       json: { ok, checks: checks.all, tasks: [...pack.tasks.keys()].map((id) => ({ id, error: byId.get(id) })) },

@@ -14,11 +14,16 @@ import { AdapterError } from "../errors.ts";
 import { openSource } from "../open-source.ts";
 import type { ByteSource } from "../source.ts";
 import { type Attach, command, downloading, type Run } from "./command.ts";
-import { byDefault, from, number, toggle, UsageError } from "./options.ts";
+import { byDefault, number, type Range, toggle, UsageError } from "./options.ts";
 import type { Output } from "./output.ts";
 
 /** The viewer, which the build makes of examples/viewer. */
 const PAGE = new URL("../../viewer.html", import.meta.url);
+
+const PORT: Range = {
+  expected: "a whole number from 0 to 65535",
+  holds: (n) => Number.isInteger(n) && n >= 0 && n < 2 ** 16,
+};
 
 export const view: Attach = command({
   usage: "view <FILE> [SECOND]",
@@ -27,7 +32,7 @@ export const view: Attach = command({
     "that serves nothing else. Ctrl-C ends it.",
   example: "view tasks.eigen",
   options: {
-    port: byDefault(0, number("N", "Port of the server; 0 takes a free one.", from(0))),
+    port: byDefault(0, number("N", "Port of the server; 0 takes a free one.", PORT)),
     noOpen: toggle("Print the address, and open no browser."),
   },
   reads: ["repository"],

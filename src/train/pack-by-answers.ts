@@ -265,7 +265,7 @@ class Answering {
       // Answers of all adapters together would be the most that is held.
       this.#teacher.delete(adapter.id);
     }
-    this.#tell(level, adapters.at(-1)!.id, Infinity);
+    if (!this.late) this.#tell(level, adapters.at(-1)!.id, Infinity);
     return outcomes;
   }
 

@@ -181,9 +181,15 @@ t.test("add appends, remove drops, and the others' bytes stay", async (t) => {
   t.ok(Math.abs(projected.error.mean - added["residual"][0].mean) < 1e-9);
   t.match(await json(1, "add", "grow.eigen", join(own, names[10]!)), { error: { tag: "task", message: /--as/ } });
   await json(0, "add", "grow.eigen", join(own, names[10]!), "--as", `${names[10]}=again`, ...LOSSY);
-  const removed = await json(0, "remove", "grow.eigen", names[0]!, "again");
+  const removed = await json(0, "remove", "grow.eigen", names[0]!, "again", "again");
   t.match(removed, { removed: [names[0], "again"] });
   t.ok(removed["bytesAfter"] < removed["bytesBefore"]);
+  // The adapters of a pack that lost a task: the others are compared, and the one without a task is named.
+  const against = await run("verify", "grow.eigen", "--against", own);
+  t.equal(against.status, 0, against.stderr);
+  t.match(against.stdout, new RegExp(`^adapter ${names[0]} +– +no such task in the pack`, "m"));
+  const swapped = ["--against", join(own, names[1]!), "--as", `${names[1]}=${names[2]}`];
+  t.match((await run("verify", "grow.eigen", ...swapped)).stderr, /differs from its adapter by \d+\.\d % /);
   t.equal(await blob(names[3]!), before);
   t.equal((await json(0, "verify", "grow.eigen"))["ok"], true);
   t.match(await json(1, "remove", "grow.eigen", "debtag-role"), { error: { tag: "task", nearest: ["debtags-role"] } });
@@ -391,6 +397,8 @@ t.test("bad input: what, where, and what to do; exit 1, or 2 for usage", async (
     [["pack", own, "-o", "x", "--rnk", "4"], /unknown option .--rnk.; did you mean --rank\?/],
     [["inspekt", "own.eigen"], /did you mean inspect/],
     [["remove", "own.eigen"], /remove: missing TASK/],
+    [["export", "own.eigen", "sst2", "-o", "x"], /too many arguments .* A task is named with --task ID/],
+    [["view", "own.eigen", "--port", "65536"], /--port 65536: expected a whole number from 0 to 65535/],
     [["pack", own, "-o", "no/such/folder/x"], /there is no folder no.such.folder; make it first/],
   ];
   for (const [args, message] of usage)

@@ -171,7 +171,15 @@ t.test("a file of another kind is called what it is", async (t) => {
   await writeFile(text, '{"a": 1}');
   await writeFile(at("empty"), "");
   const cases: [string[], number, RegExp][] = [
-    [["check", at("k.eigen"), onnx], 1, /gemm\.onnx.*this is an ONNX model, expected an EigenLoRA pack/],
+    [["check", onnx, onnx], 1, /gemm\.onnx.*this is an ONNX model, expected an EigenLoRA pack/],
+    [["check", at("k.eigen"), onnx], 1, /k\.eigen.*this is an EigenLoRA pack, expected an ONNX model/],
+    [["pack", one, "-o", at("x"), "--model", at("k.eigen")], 1, /this is an EigenLoRA pack, expected an ONNX model/],
+    [["pack", at("k.eigen"), "-o", at("x")], 1, /this is an EigenLoRA pack, expected an adapter/],
+    [
+      ["learn", text, at("k.eigen"), "--model", onnx, "-o", at("x")],
+      1,
+      /k\.eigen.*not text in UTF-8: this is an EigenLo/,
+    ],
     [["check", at("k.eigen"), at("k.eigen")], 1, /this is an EigenLoRA pack, expected an ONNX model/],
     [["check", tensors, at("k.eigen")], 1, /this is a safetensors file, expected an ONNX model/],
     [["inspect", onnx], 1, /this is an ONNX model, expected an EigenLoRA pack/],
