@@ -201,11 +201,13 @@ function* forEachRow(product: Product, use: (row: Float32Array, i: number, j: nu
   const values = new Float32Array(columns);
   const sums = new Float32Array(columns);
   for (const [first, m, j, n] of tilesOf(rows, columns, rank, PIECE)) {
-    const [row, update] = [values.subarray(0, n), sums.subarray(0, n)];
+    const row = values.subarray(0, n);
+    const update = sums.subarray(0, n);
+    const part = right.subarray(j);
     for (let i = first; i < first + m; i++) {
       base.read(i * stride + j, row);
       update.fill(0);
-      addProduct(update, left, i, rows, right.subarray(j), columns, rank);
+      addProduct(update, left, i, rows, part, columns, rank);
       for (let c = 0; c < n; c++) row[c]! += update[c]!;
       use(row, i, j);
     }

@@ -119,7 +119,9 @@ export function decodeTensor(
   if (type === "f32") {
     const aligned = bytes.byteOffset % 4 ? new Uint8Array(bytes) : bytes;
     out.set(new Float32Array(aligned.buffer, aligned.byteOffset, count));
-  } else decodePart(type, bytes, rows, width, [0, rows, 0, width], out);
+  } else if (isQuantized(type)) decodePart(type, bytes, rows, width, [0, rows, 0, width], out);
+  // Rows of floats have nothing between them: a small tensor is decoded in one loop.
+  else decodePart(type, bytes, 1, count, [0, 1, 0, count], out);
   return out;
 }
 
@@ -136,19 +138,19 @@ export function decodePart(
   out: Float32Array,
 ): void {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  const integers = new Int8Array(columns);
+  // A small array costs more than the numbers of a small tensor.
+  const integers = isQuantized(type) ? new Int8Array(columns) : undefined;
   for (let i = row; i < row + height; i++) {
     const start = scaleBytes(type, rows) + i * rowBytes(type, width) + rowBytes(type, column);
     const to = i * width + column;
-    if (isQuantized(type)) {
+    if (integers) {
       const scale = f16ToF32(view.getUint16(2 * i, true));
-      unpackRow(type, bytes, start, integers);
+      unpackRow(type as QuantizedDtype, bytes, start, integers);
       for (let c = 0; c < columns; c++) out[to + c] = scale * integers[c]!;
     } else if (type === "f32") for (let c = 0; c < columns; c++) out[to + c] = view.getFloat32(start + 4 * c, true);
-    else {
-      const float = type === "f16" ? f16ToF32 : bf16ToF32;
-      for (let c = 0; c < columns; c++) out[to + c] = float(view.getUint16(start + 2 * c, true));
-    }
+    else if (type === "f16")
+      for (let c = 0; c < columns; c++) out[to + c] = f16ToF32(view.getUint16(start + 2 * c, true));
+    else for (let c = 0; c < columns; c++) out[to + c] = bf16ToF32(view.getUint16(start + 2 * c, true));
   }
 }
 
