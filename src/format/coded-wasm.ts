@@ -10,17 +10,8 @@ import binary from "#wasm/coded";
 import { DTYPES, type QuantizedDtype } from "../tensor/dtypes.ts";
 import { GIVEN_LEVEL_OF, LEVEL_OF, Tables } from "./coded.ts";
 
-/** A decoder at work on one section. */
-export interface Work {
-  /**
-   * Does one piece of the work.
-   * @returns whether it was the last
-   * @throws FormatError when the section breaks a rule
-   */
-  next(): boolean;
-  /** The section, once all is done; taken over in pieces. */
-  section(): Generator<void, Uint8Array<ArrayBuffer>>;
-}
+/** A decoder at work on one section, in pieces. Throws a FormatError where the section breaks a rule. */
+export type Work = Generator<void, Uint8Array<ArrayBuffer>>;
 
 interface WasmDecoder {
   readonly memory: WebAssembly.Memory;
@@ -67,36 +58,38 @@ export async function wasmWork(
 ): Promise<Work | undefined> {
   const start = STORED + stored.length + before.length;
   const decoder = withMemory(start + size, take() ?? another() ?? (await compiled()));
-  if (!decoder) return undefined;
+  return decoder && decoded(decoder, stored, before, start, size, refuse);
+}
+
+function* decoded(
+  decoder: WasmDecoder,
+  stored: Uint8Array,
+  before: Uint8Array,
+  start: number,
+  size: number,
+  refuse: (fault: number, at: number) => never,
+): Work {
   const { memory, begin, decode, fault, place } = decoder;
   const bytes = new Uint8Array(memory.buffer);
   bytes.set(stored, STORED);
   bytes.set(before, start - before.length);
   // Memory beyond what is kept is new, and zero.
   bytes.fill(0, start, Math.min(start + size, MOST_KEPT));
-  let begun = false;
-  return {
-    next() {
-      try {
-        if (!begun) begin(stored.length, before.length, size);
-        begun = true;
-        return decode(PIECE) !== 0;
-      } catch (error) {
-        if (fault.value > 0) return refuse(fault.value, place.value);
-        throw new RangeError(`no memory is left to decode ${size} bytes`, { cause: error });
-      }
-    },
-    *section() {
-      const section = new Uint8Array(size);
-      for (let at = 0; at < size; at += COPIED) {
-        if (at > 0) yield;
-        // Decoding may have moved the memory.
-        section.set(new Uint8Array(memory.buffer, start + at, Math.min(COPIED, size - at)), at);
-      }
-      keep(decoder);
-      return section;
-    },
-  };
+  try {
+    begin(stored.length, before.length, size);
+    while (decode(PIECE) === 0) yield;
+  } catch (error) {
+    if (fault.value > 0) refuse(fault.value, place.value);
+    throw new RangeError(`no memory is left to decode ${size} bytes`, { cause: error });
+  }
+  const section = new Uint8Array(size);
+  for (let at = 0; at < size; at += COPIED) {
+    yield;
+    // Decoding may have moved the memory.
+    section.set(new Uint8Array(memory.buffer, start + at, Math.min(COPIED, size - at)), at);
+  }
+  keep(decoder);
+  return section;
 }
 
 /**

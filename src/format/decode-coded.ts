@@ -140,11 +140,7 @@ export async function decodeSection(
   return (size < SMALL ? small : large).change(async () => {
     throwIfAborted(signal);
     const work = (await by(bytes, before, size, refuse)) ?? scriptWork(bytes, before, size, refuse);
-    const pieces = function* (): Generator<void, Uint8Array<ArrayBuffer>> {
-      while (!work.next()) yield;
-      return yield* work.section();
-    };
-    return paced(pieces(), pause ?? pacer(signal));
+    return paced(work, pause ?? pacer(signal));
   });
 }
 
@@ -153,23 +149,12 @@ const [small, large] = [new Changes(), new Changes()];
 const SMALL = 1 << 20;
 
 /** The same as `wasmWork`, for engines without WebAssembly. */
-function scriptWork(bytes: Uint8Array, before: Uint8Array, size: number, refuse: Refuse): Work {
+function* scriptWork(bytes: Uint8Array, before: Uint8Array, size: number, refuse: Refuse): Work {
   const section = new Uint8Array(size);
-  let decoder: Decoder | undefined;
-  let pieces: Generator<void> | undefined;
-  return {
-    next() {
-      decoder ??= new Decoder(bytes, refuse);
-      pieces ??= code(decoder, section, refuse, before);
-      const { done = false } = pieces.next();
-      if (done) decoder.end();
-      return done;
-    },
-    *section() {
-      yield;
-      return section;
-    },
-  };
+  const decoder = new Decoder(bytes, refuse);
+  yield* code(decoder, section, refuse, before);
+  decoder.end();
+  return section;
 }
 
 class Decoder implements Coder {
