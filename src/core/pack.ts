@@ -5,10 +5,10 @@
  */
 /// <reference lib="esnext.disposable" preserve="true" />
 import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
-import { type FormatError, TaskError } from "../errors.ts";
+import { type EigenLoraError, type FormatError, TaskError, type TrustError } from "../errors.ts";
 import { Observable } from "../events.ts";
 import { basesTensors, checkTensors, parseDirectory, parseTask, parseWindow } from "../format/directory.ts";
-import { align64, Fields, integrityOf } from "../format/fields.ts";
+import { align64, Fields } from "../format/fields.ts";
 import {
   type Directory,
   type PackModule,
@@ -110,8 +110,7 @@ export class Derived<From, To> implements ReadonlyMap<string, To> {
   }
 
   get(id: string): To | undefined {
-    const value = this.#map.get(id);
-    return value === undefined ? undefined : this.#make(value);
+    return this.has(id) ? this.#make(this.#map.get(id)!) : undefined;
   }
 
   keys(): MapIterator<string> {
@@ -119,26 +118,30 @@ export class Derived<From, To> implements ReadonlyMap<string, To> {
   }
 
   *values(): Generator<To, undefined> {
-    for (const value of this.#map.values()) yield this.#make(value);
+    for (const [, value] of this) yield value;
   }
 
-  *entries(): Generator<[string, To], undefined> {
+  entries(): Generator<[string, To], undefined> {
+    return this[Symbol.iterator]();
+  }
+
+  *[Symbol.iterator](): Generator<[string, To], undefined> {
     for (const [id, value] of this.#map) yield [id, this.#make(value)];
   }
 
-  [Symbol.iterator](): Generator<[string, To], undefined> {
-    return this.entries();
-  }
-
-  forEach(call: (value: To, id: string, map: ReadonlyMap<string, To>) => void, that?: unknown): void {
-    for (const [id, value] of this) call.call(that, value, id, this);
+  forEach(...call: Parameters<ReadonlyMap<string, To>["forEach"]>): void {
+    new Map(this).forEach(...call);
   }
 }
 
 function infoOf(entry: Entry, slots: ReadonlyMap<Entry, TaskSlot>): TaskInfo {
   const { id, adapterBytes, brings, section } = entry;
   return {
-    ...{ id, bytes: section.length, adapterBytes, brings, integrity: section.integrity },
+    id,
+    bytes: section.length,
+    adapterBytes,
+    brings,
+    integrity: section.integrity,
     // Of the object itself, so that copies have it.
     get metadata() {
       return entry.metadata;
@@ -161,18 +164,12 @@ interface SharedBases {
   checked?: SharedWork<Uint8Array>;
 }
 
-/**
- * Adds the likely cause to an error that makes a pack useless. Clears a cache, which may hold the damage, so that the next try reads the
- * file itself.
- */
+/** Adds the likely cause to an error that makes a pack useless. */
 async function withDiagnosis(error: unknown, source: ByteSource): Promise<unknown> {
-  const { tag, part } = error as Partial<FormatError>;
-  if (!["format", "trust"].includes(tag!)) return error;
-  await source.clear?.().catch(() => undefined);
-  if (part !== "window") return error;
+  if (!["format", "trust"].includes((error as Partial<EigenLoraError>).tag!)) return error;
   // The explanation cannot be loaded without a network; the error then stays unchanged.
   const kind = await import("../format/kind.ts").catch(() => undefined);
-  return kind ? kind.wrongKind(error, source, "an EigenLoRA pack") : error;
+  return kind ? kind.refusal(error as FormatError | TrustError, source) : error;
 }
 
 /** @throws FormatError when the bytes are damaged, TrustError when they are not those that were asked for */
@@ -404,7 +401,7 @@ export class Pack extends Observable<PackEvents> {
     try {
       const read = bytes ?? (await this.#read(section, part, options));
       if (!section.coded) return await parse(read, false);
-      const { decodeSection } = await import("../format/decode-coded.ts");
+      const { decodeSection } = await import("../format/coded.ts");
       const how = {
         file: this.name,
         part,
@@ -424,7 +421,7 @@ export class Pack extends Observable<PackEvents> {
    * @throws TypeError where the platform has no WebCrypto
    */
   async integrity(): Promise<string> {
-    return integrityOf(this.window.head, this.directory.bytes);
+    return (await import("./trust.ts")).rootOf(this.window.head, this.directory.bytes);
   }
 
   /**

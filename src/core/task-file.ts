@@ -3,8 +3,7 @@
  */
 import { checkOptions, described } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
-import { isCoded } from "../format/coded.ts";
-import { plainTask } from "../format/decode-coded.ts";
+import { isCoded, plainTask } from "../format/coded.ts";
 import { isTaskId, parseEntry, parseTask, signatureOf } from "../format/directory.ts";
 import { align64, decode, Fields, integrityOf } from "../format/fields.ts";
 import {

@@ -143,7 +143,7 @@ export async function parseDirectory(
   const pause = pacer(signal);
   await paced(f.crc(superblock.directoryCrc), pause);
   const coded = stored.length > 4 && (f.u32(0) & CODED_MASK) === (CODED_MAGIC & CODED_MASK);
-  if (coded) f = await (await import("./decode-coded.ts")).plainDirectory(f, superblock, pause);
+  if (coded) f = await (await import("./coded.ts")).plainDirectory(f, superblock, pause);
   return paced(parseParts(f, superblock, stored), pause);
 }
 

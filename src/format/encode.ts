@@ -79,7 +79,7 @@ export interface TensorInput {
 }
 
 /** One side's coefficients. */
-export interface CoefficientsInput extends TensorInput, Pick<Side, "kind" | "mean"> {
+interface CoefficientsInput extends TensorInput, Pick<Side, "kind" | "mean"> {
   /** Which of the side's bases they are over. Default: the first. */
   readonly basis?: number | undefined;
 }
@@ -231,7 +231,7 @@ export function encodeTask(
  * The directory (SPEC.md, section 4). Its hashes are there when all sections have theirs.
  * @param sections sorted by offset, tasks in the order of their sections
  */
-export function encodeDirectory(sections: readonly Section[], description: Uint8Array, tasks: Uint8Array): Bytes {
+function encodeDirectory(sections: readonly Section[], description: Uint8Array, tasks: Uint8Array): Bytes {
   const hashed = sections.every(({ integrity }) => integrity !== undefined);
   const bytes = new Uint8Array(directoryBytes(sections.length, hashed, description, tasks));
   const view = new DataView(bytes.buffer);
@@ -262,7 +262,7 @@ export function directoryBytes(sections: number, hashed: boolean, description: U
 }
 
 /** The task list (SPEC.md, section 4.3). */
-export function encodeTaskList(tasks: readonly TaskEntry[]): Bytes {
+function encodeTaskList(tasks: readonly TaskEntry[]): Bytes {
   const first = new Map<string, number>();
   return pack(
     tasks.map((task, i) => {
@@ -280,7 +280,7 @@ function entryMap({ id, adapterBytes, metadata, brings }: TaskEntry): object {
 }
 
 /** First bytes of the window (SPEC.md, section 2). */
-export function encodeHead(basisId: string): Bytes {
+function encodeHead(basisId: string): Bytes {
   const bytes = new Uint8Array(HEAD_BYTES);
   const view = new DataView(bytes.buffer);
   bytes.set(MAGIC);
@@ -302,7 +302,7 @@ export function checkEntry(entry: TaskEntry, file: string): void {
 }
 
 /** The window of a file with a single superblock. */
-export function encodeWindow(head: Uint8Array, superblock: Superblock): Bytes {
+function encodeWindow(head: Uint8Array, superblock: Superblock): Bytes {
   const bytes = new Uint8Array(WINDOW_BYTES);
   bytes.set(head);
   new DataView(bytes.buffer).setUint32(HEAD_BYTES, crc32c(head), true);
@@ -316,7 +316,7 @@ export function superblockOffset(generation: number): number {
 }
 
 /** A superblock, its signature, and zeros: 512 bytes. */
-export function encodeSuperblock({ signature, ...s }: Superblock): Bytes {
+function encodeSuperblock({ signature, ...s }: Superblock): Bytes {
   const bytes = new Uint8Array(BLOCK_BYTES);
   const view = new DataView(bytes.buffer);
   [s.generation, s.committed, s.directoryOffset, s.directoryLength, s.basesOffset, s.basesLength].forEach((v, i) =>
@@ -378,7 +378,7 @@ export interface TaskToWrite {
 }
 
 /** Parts of a new pack before its tasks. */
-export interface FreshBasis {
+interface FreshBasis {
   /** Basis description, MessagePack. */
   readonly description: Uint8Array;
   readonly bases: Uint8Array;
