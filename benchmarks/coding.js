@@ -7,8 +7,8 @@ import { brotliCompressSync, brotliDecompressSync, deflateRawSync, inflateRawSyn
 import { openPack } from "eigenlora";
 import { buildPack } from "eigenlora/build";
 import { min, sum } from "simple-statistics";
-import { decodeSection } from "../dist/src/format/decode-coded.js";
-/** @import { Decoding } from "../dist/src/format/decode-coded.js" */
+import { decodeSection } from "../dist/src/format/coded.js";
+/** @import { Decoding } from "../dist/src/format/coded.js" */
 import { folderOf, SUITES, withAdapters } from "./lib/adapters.js";
 import { choice, number, readArguments } from "./lib/arguments.js";
 import { print } from "./lib/report.js";

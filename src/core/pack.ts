@@ -5,7 +5,7 @@
  */
 /// <reference lib="esnext.disposable" preserve="true" />
 import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
-import { type EigenLoraError, TaskError } from "../errors.ts";
+import { type EigenLoraError, type FormatError, TaskError, type TrustError } from "../errors.ts";
 import { Observable } from "../events.ts";
 import { basesTensors, checkTensors, parseDirectory, parseTask, parseWindow } from "../format/directory.ts";
 import { align64, Fields } from "../format/fields.ts";
@@ -91,41 +91,63 @@ interface TaskSlot {
   loading?: SharedWork<TaskBlob> | undefined;
 }
 
-class Info implements TaskInfo {
-  readonly id: string;
-  readonly bytes: number;
-  readonly adapterBytes: number;
-  readonly brings: readonly string[] | undefined;
-  readonly integrity: string | undefined;
-  declare readonly metadata: TaskMetadata;
-  declare readonly resident: boolean;
-  readonly #entry: Entry;
-  readonly #slots: ReadonlyMap<Entry, TaskSlot>;
+/** A view of a map whose values are made when they are asked for, each time anew: a pack may have many tasks, and few are looked at. */
+export class Derived<From, To> implements ReadonlyMap<string, To> {
+  readonly #map: ReadonlyMap<string, From>;
+  readonly #make: (value: From) => To;
 
-  constructor(entry: Entry, slots: ReadonlyMap<Entry, TaskSlot>) {
-    this.id = entry.id;
-    this.bytes = entry.section.length;
-    this.adapterBytes = entry.adapterBytes;
-    this.brings = entry.brings;
-    this.integrity = entry.section.integrity;
-    this.#entry = entry;
-    this.#slots = slots;
-    Object.defineProperties(this, Info.#computed);
+  constructor(map: ReadonlyMap<string, From>, make: (value: From) => To) {
+    this.#map = map;
+    this.#make = make;
   }
 
-  /** Properties of each object, so that copies of it have them; made once, since accessors of each object take a kilobyte. */
-  static readonly #computed: PropertyDescriptorMap & ThisType<Info> = {
-    metadata: {
-      enumerable: true,
-      get() {
-        return this.#entry.metadata;
-      },
+  get size(): number {
+    return this.#map.size;
+  }
+
+  has(id: string): boolean {
+    return this.#map.has(id);
+  }
+
+  get(id: string): To | undefined {
+    return this.has(id) ? this.#make(this.#map.get(id)!) : undefined;
+  }
+
+  keys(): MapIterator<string> {
+    return this.#map.keys();
+  }
+
+  *values(): Generator<To, undefined> {
+    for (const [, value] of this) yield value;
+  }
+
+  entries(): Generator<[string, To], undefined> {
+    return this[Symbol.iterator]();
+  }
+
+  *[Symbol.iterator](): Generator<[string, To], undefined> {
+    for (const [id, value] of this.#map) yield [id, this.#make(value)];
+  }
+
+  forEach(...call: Parameters<ReadonlyMap<string, To>["forEach"]>): void {
+    new Map(this).forEach(...call);
+  }
+}
+
+function infoOf(entry: Entry, slots: ReadonlyMap<Entry, TaskSlot>): TaskInfo {
+  const { id, adapterBytes, brings, section } = entry;
+  return {
+    id,
+    bytes: section.length,
+    adapterBytes,
+    brings,
+    integrity: section.integrity,
+    // Of the object itself, so that copies have it.
+    get metadata() {
+      return entry.metadata;
     },
-    resident: {
-      enumerable: true,
-      get() {
-        return this.#slots.get(this.#entry)?.blob !== undefined;
-      },
+    get resident() {
+      return slots.get(entry)?.blob !== undefined;
     },
   };
 }
@@ -143,11 +165,11 @@ interface SharedBases {
 }
 
 /** Adds the likely cause to an error that makes a pack useless. */
-async function withDiagnosis(error: unknown, source: ByteSource, directory: Uint8Array | undefined): Promise<unknown> {
+async function withDiagnosis(error: unknown, source: ByteSource): Promise<unknown> {
   if (!["format", "trust"].includes((error as Partial<EigenLoraError>).tag!)) return error;
   // The explanation cannot be loaded without a network; the error then stays unchanged.
-  const part = await import("../format/kind.ts").catch(() => undefined);
-  return part ? part.refusal(error as Error, source, directory) : error;
+  const kind = await import("../format/kind.ts").catch(() => undefined);
+  return kind ? kind.refusal(error as FormatError | TrustError, source) : error;
 }
 
 /** @throws FormatError when the bytes are damaged, TrustError when they are not those that were asked for */
@@ -196,7 +218,7 @@ export class Pack extends Observable<PackEvents> {
   readonly reads: Reads;
 
   readonly #file: OpenedFile;
-  readonly #entries: Map<string, Entry>;
+  #entries: Map<string, Entry>;
   readonly #slots = new Map<Entry, TaskSlot>();
   /** Most bytes of the blobs in `#recent` where no limit was asked for: tasks of this size call for it. */
   #most = MOST_RESIDENT;
@@ -225,10 +247,14 @@ export class Pack extends Observable<PackEvents> {
 
   /** The tasks by id, in the order of the file. A snapshot: tasks added or removed later do not change it. */
   get tasks(): ReadonlyMap<string, TaskInfo> {
-    if (this.#tasks) return this.#tasks;
-    const tasks = new Map<string, TaskInfo>();
-    for (const [id, entry] of this.#entries) tasks.set(id, new Info(entry, this.#slots));
-    return (this.#tasks = tasks);
+    return (this.#tasks ??= new Derived(this.#entries, (entry) => infoOf(entry, this.#slots)));
+  }
+
+  /** The entries, to be changed: a snapshot that was taken keeps those from before. */
+  #changing(): Map<string, Entry> {
+    if (this.#tasks) this.#entries = new Map(this.#entries);
+    this.#tasks = undefined;
+    return this.#entries;
   }
 
   /** The slot of a task, made when it is first asked for: a pack may have many tasks, and most of them are never used. */
@@ -375,7 +401,7 @@ export class Pack extends Observable<PackEvents> {
     try {
       const read = bytes ?? (await this.#read(section, part, options));
       if (!section.coded) return await parse(read, false);
-      const { decodeSection } = await import("../format/decode-coded.ts");
+      const { decodeSection } = await import("../format/coded.ts");
       const how = {
         file: this.name,
         part,
@@ -385,7 +411,7 @@ export class Pack extends Observable<PackEvents> {
       };
       return await parse(await decodeSection(read, how), true);
     } catch (error) {
-      throw await withDiagnosis(error, this.#file.source, this.directory.bytes);
+      throw await withDiagnosis(error, this.#file.source);
     }
   }
 
@@ -405,12 +431,10 @@ export class Pack extends Observable<PackEvents> {
    */
   async addTask(id: string, file: SourceInput, options: AddTaskOptions = {}): Promise<void> {
     const { addTaskFile } = await import("./task-file.ts");
-    const ids = this.#entries;
-    await addTaskFile(file, id, this, ids, this.#file.trust, options, (entry, integrity, stored, blob) => {
+    await addTaskFile(file, id, this, this.#entries, this.#file.trust, options, (entry, integrity, stored, blob) => {
       const { length } = stored;
       const added = { ...entry, section: { length, integrity } };
-      this.#tasks = undefined;
-      this.#entries.set(id, added);
+      this.#changing().set(id, added);
       this.#slots.set(added, { entry: added, stored, blob: this.#bounded(blob, length) });
     });
   }
@@ -423,9 +447,8 @@ export class Pack extends Observable<PackEvents> {
     const slot = this.#slot(id);
     if (!slot) throw this.#unknown(id);
     this.#recent.delete(slot);
-    this.#tasks = undefined;
     this.#slots.delete(slot.entry);
-    this.#entries.delete(id);
+    this.#changing().delete(id);
   }
 
   #unknown(id: string): Error {
@@ -487,7 +510,6 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
   ]);
   checkChoice("bases", options.bases ?? "now", ["now", "later"]);
   const inner = await openSource(input, options, "openPack");
-  let directoryBytes: Uint8Array | undefined;
   try {
     const counted = { requests: 0, bytes: 0, whole: false };
     let needed: number | undefined;
@@ -518,7 +540,7 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     watched = undefined;
     const basesAt = together ? basesOffset - directoryOffset : directoryLength;
     // A copy: as a view the directory would keep the bases in memory.
-    directoryBytes = together ? bytes.slice(0, directoryLength) : bytes;
+    const directoryBytes = together ? bytes.slice(0, directoryLength) : bytes;
     await trust?.checkRoot(window, directoryBytes);
     const { directory, entries } = await parseDirectory(directoryBytes, window.superblock, name, signal);
     trust?.checkHashes(directory);
@@ -529,7 +551,7 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     const { maxResidentBytes, maxExpansion } = options;
     return new Pack({ source, reads, window, directory, entries, maxResidentBytes, maxExpansion, trust, bases });
   } catch (error) {
-    const refused = await withDiagnosis(error, inner, directoryBytes);
+    const refused = await withDiagnosis(error, inner);
     await inner.close?.();
     throw refused;
   }

@@ -3,8 +3,7 @@
  */
 import { checkOptions, described } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
-import { isCoded } from "../format/coded.ts";
-import { plainTask } from "../format/decode-coded.ts";
+import { isCoded, plainTask } from "../format/coded.ts";
 import { isTaskId, parseEntry, parseTask, signatureOf } from "../format/directory.ts";
 import { align64, decode, Fields, integrityOf } from "../format/fields.ts";
 import {
@@ -35,8 +34,8 @@ export interface TaskBasis {
 /** Bytes of a task file in front of its entry. */
 const HEAD_BYTES = 64;
 
-/** Ids of the tasks whose files are being read, by the tasks of their pack. */
-const coming = new WeakMap<ReadonlyMap<string, unknown>, Set<string>>();
+/** Ids of the tasks whose files are being read, by their pack. */
+const coming = new WeakMap<TaskBasis, Set<string>>();
 
 /**
  * A task file, checked by itself.
@@ -111,11 +110,11 @@ export async function addTaskFile(
   if (typeof id !== "string" || !isTaskId(id)) {
     throw new TaskError(`${described(id)} cannot name a task`, { task: id });
   }
-  const ids = coming.get(tasks) ?? new Set();
+  const ids = coming.get(pack) ?? new Set();
   if (tasks.has(id) || ids.has(id))
     throw new TaskError(`a task "${id}" already exists; choose another id`, { task: id });
   // Taken from here on, though the file has yet to be read.
-  coming.set(tasks, ids.add(id));
+  coming.set(pack, ids.add(id));
   const { integrity, signal } = options;
   let source: ByteSource | undefined;
   try {

@@ -8,18 +8,19 @@
  */
 import binary from "#wasm/coded";
 import { DTYPES, type QuantizedDtype } from "../tensor/dtypes.ts";
-import { GIVEN_LEVEL_OF, LEVEL_OF, Tables } from "./coded.ts";
 
-/** A decoder at work on one section. */
-export interface Work {
-  /**
-   * Does one piece of the work.
-   * @returns whether it was the last
-   * @throws FormatError when the section breaks a rule
-   */
-  next(): boolean;
-  /** The section, once all is done; taken over in pieces. */
-  section(): Generator<void, Uint8Array<ArrayBuffer>>;
+/** A coded section that is to be decoded. */
+export interface CodedWork {
+  /** The section, with a head that was checked. */
+  readonly stored: Uint8Array;
+  /** Bytes that copies may repeat, in addition to the section itself. */
+  readonly before: Uint8Array;
+  /** Bytes that it becomes. */
+  readonly size: number;
+  /** First tables, levels of means, and levels of given frequencies. */
+  readonly tables: readonly [Int32Array, Uint8Array, Uint8Array];
+  /** Throws for a fault, by its number in `assembly/coded.ts`, at a byte of the section. */
+  refuse(fault: number, at: number): never;
 }
 
 interface WasmDecoder {
@@ -33,9 +34,7 @@ interface WasmDecoder {
 }
 
 /** Addresses, as `assembly/coded.ts` has them. */
-const FIRST = 0;
-const LEVELS = 5632;
-const GIVEN_LEVELS = 5904;
+const TABLES = [0, 5632, 5904];
 const STORED = 143_392;
 
 const PAGE = 65_536;
@@ -53,50 +52,41 @@ let module: WebAssembly.Module | undefined;
 const kept: WasmDecoder[] = [];
 let refused = typeof WebAssembly === "undefined";
 
-/**
- * A decoder by WebAssembly; undefined where there is none, or too little memory.
- * @param stored with a head that was checked
- * @param size bytes that it becomes
- * @param refuse throws for a fault, a `FAULT` of `coded.ts`, at a byte of the section
- */
-export async function wasmWork(
-  stored: Uint8Array,
-  before: Uint8Array,
-  size: number,
-  refuse: (fault: number, at: number) => never,
-): Promise<Work | undefined> {
-  const start = STORED + stored.length + before.length;
-  const decoder = withMemory(start + size, take() ?? another() ?? (await compiled()));
-  if (!decoder) return undefined;
+/** Decodes by WebAssembly, in pieces; undefined where there is none, or too little memory. */
+export async function wasmWork(work: CodedWork): Promise<Generator<void, Uint8Array<ArrayBuffer>> | undefined> {
+  const { stored, before, size } = work;
+  const decoder = withMemory(STORED + stored.length + before.length + size, take() ?? another() ?? (await compiled()));
+  return decoder && decoded(decoder, work);
+}
+
+function* decoded(
+  decoder: WasmDecoder,
+  { stored, before, size, tables, refuse }: CodedWork,
+): Generator<void, Uint8Array<ArrayBuffer>> {
   const { memory, begin, decode, fault, place } = decoder;
+  const start = STORED + stored.length + before.length;
   const bytes = new Uint8Array(memory.buffer);
+  for (const [i, { buffer, byteOffset, byteLength }] of tables.entries())
+    bytes.set(new Uint8Array(buffer, byteOffset, byteLength), TABLES[i]);
   bytes.set(stored, STORED);
   bytes.set(before, start - before.length);
   // Memory beyond what is kept is new, and zero.
   bytes.fill(0, start, Math.min(start + size, MOST_KEPT));
-  let begun = false;
-  return {
-    next() {
-      try {
-        if (!begun) begin(stored.length, before.length, size);
-        begun = true;
-        return decode(PIECE) !== 0;
-      } catch (error) {
-        if (fault.value > 0) return refuse(fault.value, place.value);
-        throw new RangeError(`no memory is left to decode ${size} bytes`, { cause: error });
-      }
-    },
-    *section() {
-      const section = new Uint8Array(size);
-      for (let at = 0; at < size; at += COPIED) {
-        if (at > 0) yield;
-        // Decoding may have moved the memory.
-        section.set(new Uint8Array(memory.buffer, start + at, Math.min(COPIED, size - at)), at);
-      }
-      keep(decoder);
-      return section;
-    },
-  };
+  try {
+    begin(stored.length, before.length, size);
+    while (decode(PIECE) === 0) yield;
+  } catch (error) {
+    if (fault.value > 0) refuse(fault.value, place.value);
+    throw new RangeError(`no memory is left to decode ${size} bytes`, { cause: error });
+  }
+  const section = new Uint8Array(size);
+  for (let at = 0; at < size; at += COPIED) {
+    yield;
+    // Decoding may have moved the memory.
+    section.set(new Uint8Array(memory.buffer, start + at, Math.min(COPIED, size - at)), at);
+  }
+  keep(decoder);
+  return section;
 }
 
 /**
@@ -154,7 +144,7 @@ function another(): WasmDecoder | undefined {
   try {
     module ??= new WebAssembly.Module(binary);
     const memory = new WebAssembly.Memory({ initial: 3 });
-    return prepared(memory, new WebAssembly.Instance(module, { env: { memory } }));
+    return withExports(memory, new WebAssembly.Instance(module, { env: { memory } }));
   } catch {
     return undefined;
   }
@@ -171,16 +161,13 @@ async function compiled(): Promise<WasmDecoder | undefined> {
   }
   try {
     const memory = new WebAssembly.Memory({ initial: 3 });
-    return prepared(memory, await WebAssembly.instantiate(module, { env: { memory } }));
+    return withExports(memory, await WebAssembly.instantiate(module, { env: { memory } }));
   } catch {
     // There may be memory for one later.
     return undefined;
   }
 }
 
-function prepared(memory: WebAssembly.Memory, { exports }: WebAssembly.Instance): WasmDecoder {
-  new Int32Array(memory.buffer, FIRST).set(new Tables().sums);
-  new Uint8Array(memory.buffer, LEVELS).set(LEVEL_OF);
-  new Uint8Array(memory.buffer, GIVEN_LEVELS).set(GIVEN_LEVEL_OF);
+function withExports(memory: WebAssembly.Memory, { exports }: WebAssembly.Instance): WasmDecoder {
   return { memory, ...exports } as unknown as WasmDecoder;
 }

@@ -143,7 +143,7 @@ export async function parseDirectory(
   const pause = pacer(signal);
   await paced(f.crc(superblock.directoryCrc), pause);
   const coded = stored.length > 4 && (f.u32(0) & CODED_MASK) === (CODED_MAGIC & CODED_MASK);
-  if (coded) f = await (await import("./decode-coded.ts")).plainDirectory(f, superblock, pause);
+  if (coded) f = await (await import("./coded.ts")).plainDirectory(f, superblock, pause);
   return paced(parseParts(f, superblock, stored), pause);
 }
 
@@ -492,9 +492,6 @@ export function* taskTensors(
   for (const { name, tensor } of parameters) yield [`"${name}"`, tensor];
 }
 
-/** Says where the next tensor lies. */
-type PlaceNext = (dtype: Dtype, rows: number, width: number) => TensorRef;
-
 /**
  * @param given coefficients, the number of their basis, the type of residual rows; coefficients alone are over the first basis
  */
@@ -502,7 +499,7 @@ function coefficientsOf(
   [item, which, own]: readonly Value[],
   bases: readonly Side[],
   rank: number,
-  tensor: PlaceNext,
+  tensor: PlaceTensor,
 ): Coefficients | undefined {
   const code: Value = item!;
   const index = which?.integer(0, code.absent ? 0 : 65_535) ?? 0;
@@ -522,7 +519,7 @@ function coefficientsOf(
   return { basis: index, mean, tensor: tensor(DTYPES[bits >> 3]!, basis.kind === "column" ? rank : 1, basis.K) };
 }
 
-function parseTerm(term: Value, modules: readonly PackModule[], tensor: PlaceNext): TaskTerm {
+function parseTerm(term: Value, modules: readonly PackModule[], tensor: PlaceTensor): TaskTerm {
   const [moduleItem, rankItem, itemA, itemB, privateRankItem, privateTypeItem, magnitudeItem] = term.items(7);
   const index = moduleItem!.integer(0, modules.length - 1);
   const { name, in: inputs, out, A: basesA, B: basesB } = modules[index]!;
@@ -547,7 +544,7 @@ function parseTerm(term: Value, modules: readonly PackModule[], tensor: PlaceNex
   return { module: index, rank, A, B, ownA, ownBt, privateRank: q, privateA, privateBt, magnitude };
 }
 
-function* parseParameter(parameter: Value, tensor: PlaceNext): Generator<void, TaskParameter> {
+function* parseParameter(parameter: Value, tensor: PlaceTensor): Generator<void, TaskParameter> {
   const [nameItem, roleItem, typeItem, shapeItem, indicesItem] = parameter.array(5);
   if (shapeItem === undefined) parameter.fail("it has fewer than 4 items");
   const name = nameItem!.string(1024);

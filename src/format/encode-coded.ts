@@ -312,7 +312,7 @@ const WIDE = 512;
 
 /** Coded tensors are read from the section and written to it unchanged. */
 function codeAll(coder: Coder, section: Uint8Array, before: Uint8Array, plan: Plan): void {
-  const refuse = (fault: number, at: number): never => {
+  const refuse = (fault: string, at: number): never => {
     throw new RangeError(`what cannot be coded: ${fault} at byte ${at}`);
   };
   const pieces = code(coder, section, refuse, before, plan);

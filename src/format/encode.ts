@@ -12,15 +12,15 @@ import { MOST, parseEntry } from "./directory.ts";
 import { encodeSection } from "./encode-coded.ts";
 import { align64, crc32c, decode, fromIntegrity, integrityOf, sha256, toIntegrity } from "./fields.ts";
 import {
+  type BasisDescription,
   BLOCK_BYTES,
   DIRECTORY_HEAD_BYTES,
   type Directory,
   HASH_BYTES,
   HEAD_BYTES,
   LAYOUTS,
-  type Layout,
   MAGIC,
-  type ParameterRole,
+  type PackModule,
   ROLES,
   SECTION_BASES,
   SECTION_CODED,
@@ -30,12 +30,15 @@ import {
   type Section,
   SIGNATURE_BYTES,
   SIGNATURE_OFFSET,
+  type Side,
   type Signature,
   type Superblock,
   TASK_BLOB_MAGIC,
   TASK_FILE_MAGIC,
   type TaskEntry,
   type TaskFile,
+  type TaskParameter,
+  type TaskTerm,
   WINDOW_BYTES,
   type Window,
 } from "./format.ts";
@@ -44,23 +47,16 @@ import { pack } from "./msgpackr.ts";
 type Bytes = Uint8Array<ArrayBuffer>;
 
 /** One side of one module, ready to be written. */
-export interface SideInput {
-  readonly kind: "column" | "flat";
-  readonly K: number;
+export interface SideInput extends Pick<Side, "kind" | "K" | "mean" | "explained"> {
   readonly rank?: number;
-  readonly mean: boolean;
   readonly dtype: Dtype;
-  readonly explained: number;
   /** Encoded tensor: K rows, then the mean when there is one. */
   readonly encoded: Uint8Array;
 }
 
-export interface ModuleInput {
-  readonly name: string;
-  readonly out: number;
-  readonly in: number;
-  readonly layout: Layout;
-  readonly kernel?: readonly number[] | undefined;
+export interface ModuleInput
+  extends Pick<PackModule, "name" | "out" | "in" | "layout">,
+    Partial<Pick<PackModule, "kernel">> {
   /** The bases of each side; several where tasks fall into groups. Default: none. */
   readonly A?: readonly SideInput[] | undefined;
   readonly B?: readonly SideInput[] | undefined;
@@ -68,15 +64,9 @@ export interface ModuleInput {
   readonly fingerprint?: Float32Array | undefined;
 }
 
-export interface BasisInput {
-  readonly producer: string;
-  readonly mode: string;
-  readonly gauge: string;
-  readonly centering: string;
-  readonly rank?: number | undefined;
-  readonly step?: number | undefined;
-  readonly error?: number | undefined;
-  readonly baseModel?: string | undefined;
+export interface BasisInput
+  extends Pick<BasisDescription, "producer" | "mode" | "gauge" | "centering">,
+    Partial<Pick<BasisDescription, "rank" | "step" | "error" | "baseModel">> {
   readonly modules: readonly ModuleInput[];
   /** MessagePack of a typical task blob: coded blobs copy from it. */
   readonly header?: unknown;
@@ -89,16 +79,12 @@ export interface TensorInput {
 }
 
 /** One side's coefficients. */
-export interface CoefficientsInput extends TensorInput {
-  readonly kind: "column" | "flat";
-  readonly mean: boolean;
+interface CoefficientsInput extends TensorInput, Pick<Side, "kind" | "mean"> {
   /** Which of the side's bases they are over. Default: the first. */
   readonly basis?: number | undefined;
 }
 
-export interface TermInput {
-  readonly module: number;
-  readonly rank: number;
+export interface TermInput extends Pick<TaskTerm, "module" | "rank"> {
   readonly A?: CoefficientsInput | undefined;
   readonly B?: CoefficientsInput | undefined;
   /** Rows of the task's own, [rank, in] and [rank, out]: added to what coefficients make, or in their place. */
@@ -109,12 +95,10 @@ export interface TermInput {
   readonly magnitude?: TensorInput | undefined;
 }
 
-export interface ParameterInput extends TensorInput {
-  readonly name: string;
-  readonly role: ParameterRole;
-  readonly shape: readonly number[];
-  readonly indices?: readonly number[] | undefined;
-}
+export interface ParameterInput
+  extends TensorInput,
+    Pick<TaskParameter, "name" | "role" | "shape">,
+    Partial<Pick<TaskParameter, "indices">> {}
 
 /**
  * A writer's half of the limit on values that are multiplied by others (SPEC.md, section 5).
@@ -247,7 +231,7 @@ export function encodeTask(
  * The directory (SPEC.md, section 4). Its hashes are there when all sections have theirs.
  * @param sections sorted by offset, tasks in the order of their sections
  */
-export function encodeDirectory(sections: readonly Section[], description: Uint8Array, tasks: Uint8Array): Bytes {
+function encodeDirectory(sections: readonly Section[], description: Uint8Array, tasks: Uint8Array): Bytes {
   const hashed = sections.every(({ integrity }) => integrity !== undefined);
   const bytes = new Uint8Array(directoryBytes(sections.length, hashed, description, tasks));
   const view = new DataView(bytes.buffer);
@@ -278,7 +262,7 @@ export function directoryBytes(sections: number, hashed: boolean, description: U
 }
 
 /** The task list (SPEC.md, section 4.3). */
-export function encodeTaskList(tasks: readonly TaskEntry[]): Bytes {
+function encodeTaskList(tasks: readonly TaskEntry[]): Bytes {
   const first = new Map<string, number>();
   return pack(
     tasks.map((task, i) => {
@@ -296,7 +280,7 @@ function entryMap({ id, adapterBytes, metadata, brings }: TaskEntry): object {
 }
 
 /** First bytes of the window (SPEC.md, section 2). */
-export function encodeHead(basisId: string): Bytes {
+function encodeHead(basisId: string): Bytes {
   const bytes = new Uint8Array(HEAD_BYTES);
   const view = new DataView(bytes.buffer);
   bytes.set(MAGIC);
@@ -318,7 +302,7 @@ export function checkEntry(entry: TaskEntry, file: string): void {
 }
 
 /** The window of a file with a single superblock. */
-export function encodeWindow(head: Uint8Array, superblock: Superblock): Bytes {
+function encodeWindow(head: Uint8Array, superblock: Superblock): Bytes {
   const bytes = new Uint8Array(WINDOW_BYTES);
   bytes.set(head);
   new DataView(bytes.buffer).setUint32(HEAD_BYTES, crc32c(head), true);
@@ -332,7 +316,7 @@ export function superblockOffset(generation: number): number {
 }
 
 /** A superblock, its signature, and zeros: 512 bytes. */
-export function encodeSuperblock({ signature, ...s }: Superblock): Bytes {
+function encodeSuperblock({ signature, ...s }: Superblock): Bytes {
   const bytes = new Uint8Array(BLOCK_BYTES);
   const view = new DataView(bytes.buffer);
   [s.generation, s.committed, s.directoryOffset, s.directoryLength, s.basesOffset, s.basesLength].forEach((v, i) =>
@@ -394,7 +378,7 @@ export interface TaskToWrite {
 }
 
 /** Parts of a new pack before its tasks. */
-export interface FreshBasis {
+interface FreshBasis {
   /** Basis description, MessagePack. */
   readonly description: Uint8Array;
   readonly bases: Uint8Array;
@@ -404,17 +388,12 @@ export interface FreshBasis {
   readonly basisId: string;
 }
 
+/** Size and checksums of a section. */
+type Measured = Pick<Section, "length" | "crc" | "coded"> & { readonly integrity: string };
+
 /** A task whose blob lies elsewhere until its turn comes. */
-export interface TaskPlace {
+export interface TaskPlace extends Measured {
   readonly entry: TaskEntry;
-  /** Bytes of the blob. */
-  readonly length: number;
-  /** CRC-32C of the blob. */
-  readonly crc: number;
-  /** SHA-256 of the blob, "sha256-…". */
-  readonly integrity: string;
-  /** True if the blob is coded. */
-  readonly coded: boolean;
   read(): Promise<Uint8Array>;
 }
 
@@ -444,9 +423,6 @@ export async function streamFresh(
 export async function placeOf({ entry, blob }: TaskToWrite): Promise<TaskPlace> {
   return { entry, ...(await measured(blob, isCoded(blob))), read: async () => blob };
 }
-
-/** Checksums of a section in the section table. */
-type Measured = Pick<Section, "length" | "crc" | "coded"> & { readonly integrity: string };
 
 async function measured(bytes: Uint8Array, coded: boolean): Promise<Measured> {
   return { length: bytes.length, crc: crc32c(bytes), integrity: await integrityOf(bytes), coded };

@@ -2,9 +2,8 @@
  * Kinds of files, recognised by their first bytes, and messages for those that are refused. Loaded when that happens: people swap arguments, and name
  * the file beside.
  */
-import { FormatError } from "../errors.ts";
+import { FormatError, type TrustError } from "../errors.ts";
 import type { ByteSource } from "../source.ts";
-import { fromLatin1 } from "../text.ts";
 import { MAGIC, TASK_FILE_MAGIC } from "./format.ts";
 
 /** Kinds that can be told, in the words of messages. */
@@ -61,25 +60,10 @@ export async function wrongKind(error: unknown, source: ByteSource, expected: st
 }
 
 /**
- * Explains why a pack was refused: wrong kind of file, or written before SPEC 1.0. Clears a cache, which may hold the damage, so that the next
- * try reads the file itself.
- * @param directory bytes of the directory as far as they are known, whether they can be read or not
+ * Error for a pack that was refused, perhaps since it is another kind of file. Clears a cache, which may hold the damage, so that the next try
+ * reads the file itself.
  */
-export async function refusal(
-  error: Error,
-  source: ByteSource,
-  directory: Uint8Array = new Uint8Array(0),
-): Promise<Error> {
+export async function refusal(error: FormatError | TrustError, source: ByteSource): Promise<unknown> {
   await source.clear?.().catch(() => undefined);
-  if (!(error instanceof FormatError)) return error;
-  if (error.part === "window") return (await wrongKind(error, source, "an EigenLoRA pack")) as Error;
-  const text = fromLatin1(directory.subarray(0, 65_536));
-  const producer = /producer.(eigenlora 0\.1\.\d+)/s.exec(text)?.[1];
-  if (producer === undefined) return error;
-  const { file, part } = error;
-  const message = error.message.slice(`${file}, ${part}: `.length);
-  return new FormatError(`${message}; written by a version before 1.0 (${producer}): make the pack again`, {
-    ...{ file, part },
-    cause: error,
-  });
+  return "part" in error && error.part === "window" ? wrongKind(error, source, "an EigenLoRA pack") : error;
 }

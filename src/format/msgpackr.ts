@@ -1,6 +1,6 @@
 /**
  * The writer of MessagePack (msgpackr, MIT), as one module: the build bundles the library into it, without its native part, so that
- * the package has no dependency and no install script. What reads packs is `messagepack.ts`.
+ * the package has no dependency and no install script. `fields.ts` reads it.
  */
 /*!
  * msgpackr: MIT License

@@ -7,7 +7,7 @@ import { checkChoice, checkList, checkOptions } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { TaskError } from "../errors.ts";
-import { plainTask } from "../format/decode-coded.ts";
+import { plainTask } from "../format/coded.ts";
 import { parseTask } from "../format/directory.ts";
 import { moduleOf, readTensor, type TaskBlob, type TaskMetadata } from "../format/format.ts";
 import { paced, pacer, throwIfAborted } from "../pace.ts";

@@ -19,7 +19,7 @@ const BUDGET = { js: 22_200, wasm: 12_200, url: 4_500 };
  * files, hashes and keys, the other backends, the unfolded modes, parameters in addition to terms, progress.
  */
 const LAZY =
-  /^#wasm\/|\/(open-base|mismatch|url-source|hub-name|task-file|decode-coded|part|trust|kind|js|webgpu|terms|merge|parameters|progress)\.js$/;
+  /^#wasm\/|\/(open-base|mismatch|url-source|hub-name|task-file|coded|part|trust|kind|js|webgpu|terms|merge|parameters|progress)\.js$/;
 
 /** The WebGPU half with its shaders, on top of what every app loads. */
 const WEBGPU_BUDGET = 9_500;
@@ -29,7 +29,7 @@ const WEBGPU_BUDGET = 9_500;
  * layers that are not linear, `apply`, trust, URLs, files of another kind, progress, tokenizers.
  */
 const SESSION_LAZY =
-  /^#wasm\/|\/(trust|kind|url-source|task-file|decode-coded|part|packed|skeleton|forms|js|dequantize|replaceable|rows|caches|webgpu|device|create|terms|training|apply|progress|tokens)\.js$/;
+  /^#wasm\/|\/(trust|kind|url-source|task-file|coded|part|packed|skeleton|forms|js|dequantize|replaceable|rows|caches|webgpu|device|create|terms|training|apply|progress|tokens)\.js$/;
 
 /** Budget of an app that runs an ONNX model: the runtime, the protobuf, the graph surgery, the session. */
 const SESSION_BUDGET = 55_850;

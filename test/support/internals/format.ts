@@ -2,7 +2,6 @@
 
 export * from "../../../dist/src/format/coded.js";
 export { wasmFloats, wasmWork } from "../../../dist/src/format/coded-wasm.js";
-export { decodeSection } from "../../../dist/src/format/decode-coded.js";
 export { parseTask } from "../../../dist/src/format/directory.js";
 export * from "../../../dist/src/format/encode.js";
 export { Encoder, encodeSection } from "../../../dist/src/format/encode-coded.js";
