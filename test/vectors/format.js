@@ -335,9 +335,9 @@ export function packFile({
   return joined([window, ...parts], 64);
 }
 
-/** A task file. */
+/** A task file. @param given `entry`: a value, or its bytes */
 export function taskFile({ entry, basisId, blob, signer, minor = 0 }) {
-  const map = msgpack(entry);
+  const map = entry instanceof Uint8Array ? entry : msgpack(entry);
   const start = align(64 + map.length, 64);
   const bytes = new Uint8Array(start + blob.length);
   const view = new DataView(bytes.buffer);
