@@ -165,7 +165,8 @@ def make(name, folder):
     rows = {key: {0: "batch", **({1: "sequence"} if value.dtype == torch.int64 else {})} for key, value in feeds().items() if value.ndim > 1}
     torch.onnx.export(Export(model).eval(), tuple(feeds().values()), folder / "model.onnx", dynamo=False, opset_version=17,
                       input_names=list(feeds()), output_names=["answer"], dynamic_axes=rows)
-    described = {key: [str(value.dtype).removeprefix("torch."), list(value.shape), value.flatten().tolist()] for key, value in feeds().items()}
+    described = {key: {"type": str(value.dtype).removeprefix("torch."), "dims": list(value.shape), "data": value.flatten().tolist()}
+                 for key, value in feeds().items()}
     (folder / "family.json").write_text(json.dumps({"feeds": described, "answers": {task: all.tolist() for task, all in answers.items()}}))
 
 

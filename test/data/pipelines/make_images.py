@@ -5,20 +5,16 @@ goldens.json is computed by PEFT in f64, without the exported graphs.
 
 usage: python make_images.py    (torch 2.13, transformers 5.24, peft 0.21, onnx 1.23, tokenizers 0.23)
 """
-import copy, json, pathlib, sys, warnings
+import copy, json, pathlib, sys
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "make"))
+from graphs import axes, characters, exported, save, save_adapters, save_targets, write
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
 from tokenizers import processors
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification
 
-HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "make"))
-from graphs import axes, characters, exported, save, save_adapters, write
-
-warnings.filterwarnings("ignore")
-torch.set_num_threads(1)
 SIZE, HIDDEN, LAYERS = 8, 16, 1
 START, END = "<|startoftext|>", "<|endoftext|>"
 LABELS = ["a cat", "a truck", "rain"]
@@ -73,8 +69,7 @@ def by_task(adapted, names, run):
 
 def keep(model, adapted, adapters, folder):
     folder.mkdir(exist_ok=True)
-    targets = {name.removesuffix(".lora_A").removeprefix("base_model.model.") for name, _ in adapted.named_modules() if name.endswith(".lora_A")}
-    save_file({f"{name}.weight": model.get_submodule(name).weight.detach().clone() for name in sorted(targets)}, folder / "base.safetensors")
+    save_targets(model, adapted, folder / "base.safetensors")
     save_adapters(adapted, adapters, folder / "adapters")
     write(folder / "config.json", {**model.config.to_diff_dict(), "architectures": [type(model).__name__]})
 
