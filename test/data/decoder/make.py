@@ -9,10 +9,9 @@ usage: python make.py    (torch 2.13, transformers 5.24, peft 0.21, onnx 1.23, t
 import copy, itertools, json, pathlib, sys
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "make"))
-from graphs import characters, exported, save, save_adapters, write
+from graphs import characters, exported, save, save_adapters, with_adapters, write
 import numpy as np, torch
 from onnx.reference import ReferenceEvaluator
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -54,17 +53,6 @@ def base(seed, vocabulary):
     return model
 
 
-def adapt(model):
-    """The model with both adapters, random on both sides (PEFT starts B at zero)."""
-    how = dict(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
-    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**how), adapter_name=ADAPTERS[0])
-    adapted.add_adapter(ADAPTERS[1], LoraConfig(**how))
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter, std=0.2)
-    return adapted.eval()
-
-
 @torch.no_grad()
 def generate(model, prompt):
     """Greedy continuation, the logits that chose its first token, and the smallest lead of a chosen token."""
@@ -98,7 +86,7 @@ def search(prompts):
     """The first seed whose runs are all usable, and whose tasks differ from the first tokens on."""
     for seed in itertools.count():
         model = base(seed, made.get_vocab_size())
-        adapted = adapt(model)
+        adapted = with_adapters(model, dict.fromkeys(ADAPTERS, {}), task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
         found = list(itertools.takewhile(usable, runs(copy.deepcopy(adapted).double(), prompts)))
         starts = {(run["prompt"], *run["ids"][:3]) for run in found}
         if len(starts) == 3 * len(PROMPTS):

@@ -9,11 +9,10 @@ usage: python make.py    (torch 2.13, transformers 5.24, peft 0.21, onnx 1.23, o
 import ast, json, pathlib, sys, tempfile
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "make"))
-from graphs import SCOPES, cleaned, dequantised, dynamo, initializers, labels_of, randomise, save_adapter, set_nodes, with_state
+from graphs import SCOPES, cleaned, dequantised, dynamo, in_four_bits, initializers, labels_of, randomise, save_adapter, set_nodes, with_state
 import numpy as np, onnx, torch
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForSequenceClassification
@@ -66,9 +65,7 @@ def as_matmul(model):
     return set_nodes(model, nodes)
 
 
-quantizer = MatMulNBitsQuantizer(as_matmul(onnx.load(HERE / "classifier.onnx")), bits=4, block_size=16, is_symmetric=True)
-quantizer.process()
-quantised = quantizer.model.model
+quantised = in_four_bits(as_matmul(onnx.load(HERE / "classifier.onnx")), bits=4, block_size=16, is_symmetric=True)
 # The quantiser forgets where in PyTorch's model a node comes from.
 places = {node.output[0]: node for node in as_matmul(onnx.load(HERE / "classifier.onnx")).graph.node}
 for node in quantised.graph.node:

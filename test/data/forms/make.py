@@ -8,12 +8,12 @@ usage: python make.py    (torch 2.13, peft 0.21, onnx 1.23, onnxruntime 1.32)
 import json, pathlib, shutil, sys, tempfile
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "make"))
-from graphs import (Calibration, answer_of, cleaned, constant, dynamo, initializers, labels_of, lines, producers, randomise, report, save_adapter,
+from graphs import (Calibration, answer_of, cleaned, constant, dynamo, in_four_bits, initializers, labels_of, lines, producers, randomise, report, save_adapter,
                     set_nodes, set_ordered, torchscript, with_state)
 import numpy as np, onnx, torch
 from onnx import TensorProto, helper
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
-from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
@@ -202,10 +202,9 @@ for name, form in (("qdq", QuantFormat.QDQ), ("qlinear", QuantFormat.QOperator))
                     nodes_to_exclude=["/apart/Conv"])
     save(f"vision-{name}", onnx.load(SCRATCH / "static.onnx"))
 config = DefaultWeightOnlyQuantConfig(block_size=16, is_symmetric=False, op_types_to_quantize=("MatMul", "Gather"))
-quantizer = MatMulNBitsQuantizer(load("text"), algo_config=config)
-quantizer.process()
-quantizer.model.model.opset_import[0].version = 17  # it writes 21, where ReduceMean differs
-save("text-q4", quantizer.model.model)
+model = in_four_bits(load("text"), algo_config=config)
+model.opset_import[0].version = 17  # it writes 21, where ReduceMean differs
+save("text-q4", model)
 
 
 # ---- adapters

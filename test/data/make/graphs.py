@@ -1,8 +1,9 @@
 """What the scripts of this folder share: exports, changes of graphs, adapters as PEFT saves them, runs of onnxruntime. Not run by itself."""
-import io, json, logging, os, pathlib, re, shutil, tempfile, warnings
+import copy, io, json, logging, os, pathlib, re, shutil, tempfile, warnings
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported: scripts import this file first
 import numpy as np, onnx, torch
 from onnx import numpy_helper
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -113,6 +114,14 @@ def dequantised(node, tensors):
     return torch.tensor((values * scales.reshape(N, -1, 1)).reshape(N, -1)[:, :K])
 
 
+def in_four_bits(model, **how):
+    """Matrices as MatMulNBits."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    quantizer = MatMulNBitsQuantizer(model, **how)
+    quantizer.process()
+    return quantizer.model.model
+
+
 class Calibration:
     """Feeds of a static quantisation, as onnxruntime's quantiser reads them."""
     def __init__(self, *batches):
@@ -172,6 +181,25 @@ def randomise(model, seed, other, A=None, B=None):
         else:
             parameter.data = size * noise if size else parameter.data + other * noise
     return model
+
+
+def with_adapters(model, adapters, std=0.2, **how):
+    """A copy of a model with adapters of these configurations by name, random on both sides (PEFT starts B at zero)."""
+    adapted = None
+    for name, config in adapters.items():
+        config = LoraConfig(**how, **config)
+        if adapted is None:
+            adapted = get_peft_model(copy.deepcopy(model), config, adapter_name=name)
+        else:
+            adapted.add_adapter(name, config)
+    for name, parameter in adapted.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1 + 0.2 * torch.rand_like(parameter)
+        elif "lora_" in name:
+            torch.nn.init.normal_(parameter, std=std)
+        elif "modules_to_save" in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return adapted.eval()
 
 
 def save_adapter(model, path, labels):

@@ -5,9 +5,8 @@ base.safetensors is what save_pretrained writes, without lm_head.weight; torchsc
 exports, untied.onnx that of the same weights with another head. goldens.json has logits by model and adapter, as PEFT loads the adapter.
 """
 import copy, json, pathlib, shutil, sys, tempfile
-from graphs import SCOPES, axes, cleaned, dequantised, dynamo, exported, initializers, save, write
+from graphs import SCOPES, axes, cleaned, dequantised, dynamo, exported, in_four_bits, initializers, save, write
 import onnx, torch
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -91,9 +90,7 @@ def quantised(graph):
     """The head alone in 4 bits."""
     graph = copy.deepcopy(graph)
     others = [node.name for node in graph.graph.node if node.op_type == "MatMul" and "lm_head" not in node.name]
-    quantizer = MatMulNBitsQuantizer(graph, block_size=16, is_symmetric=True, nodes_to_exclude=others)
-    quantizer.process()
-    return quantizer.model.model
+    return in_four_bits(graph, block_size=16, is_symmetric=True, nodes_to_exclude=others)
 
 
 def head_of(graph):

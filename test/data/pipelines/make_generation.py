@@ -6,13 +6,12 @@ without the exported graphs, and equals its `generate` in f32. The text means no
 
 usage: python make_generation.py [whisper] [marian]    (torch 2.13, transformers 5.24, peft 0.21, onnx 1.23, tokenizers 0.23)
 """
-import copy, json, pathlib, sys
+import json, pathlib, sys
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "make"))
 from generation import GENERATED, by_task, cached, exports, present, replay, search
-from graphs import characters, save_adapters, save_targets, write
+from graphs import characters, save_adapters, save_targets, with_adapters, write
 import numpy as np, torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GenerationMixin, MarianConfig, MarianMTModel, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
@@ -37,15 +36,8 @@ class Kind:
         return model
 
     def adapt(self, model):
-        (first, targets), *others = self.adapters.items()
         how = dict(task_type="SEQ_2_SEQ_LM" if self.name == "marian" else None, r=2, lora_alpha=4)
-        adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**how, target_modules=targets), adapter_name=first)
-        for name, targets in others:
-            adapted.add_adapter(name, LoraConfig(**how, target_modules=targets))
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                nn.init.normal_(parameter, std=0.3)
-        return adapted.eval()
+        return with_adapters(model, {name: {"target_modules": targets} for name, targets in self.adapters.items()}, std=0.3, **how)
 
     def sizes(self):
         side = lambda name: {f"{name}_layers": LAYERS, f"{name}_attention_heads": self.heads, f"{name}_ffn_dim": 32}

@@ -8,9 +8,8 @@ usage: python make_images.py    (torch 2.13, transformers 5.24, peft 0.21, onnx 
 import copy, json, pathlib, sys
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "make"))
-from graphs import axes, characters, exported, save, save_adapters, save_targets, write
+from graphs import axes, characters, exported, save, save_adapters, save_targets, with_adapters, write
 import torch
-from peft import LoraConfig, get_peft_model
 from tokenizers import processors
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification
@@ -39,19 +38,6 @@ def randomised(model):
         elif "bias" in name:
             nn.init.normal_(parameter, std=0.1)
     return model.eval()
-
-
-def adapted_model(model, adapters):
-    (first, config), *others = adapters.items()
-    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, lora_alpha=4, **config), adapter_name=first)
-    for name, config in others:
-        adapted.add_adapter(name, LoraConfig(r=2, lora_alpha=4, **config))
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter, std=0.3)
-        elif "modules_to_save" in name:
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    return adapted.eval()
 
 
 @torch.no_grad()
@@ -135,7 +121,7 @@ def clip():
     model.logit_scale.data.fill_(1.5)
     adapters = {"animals": dict(target_modules=["q_proj", "v_proj"]),
                 "weather": dict(target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "text_projection", "visual_projection"])}
-    adapted = adapted_model(model, adapters)
+    adapted = with_adapters(model, adapters, std=0.3, r=2, lora_alpha=4)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=[(START, 0), (END, 1)])
     rows = [tokenizer.encode(f"This is a photo of {label}").ids for label in LABELS]
     longest = max(map(len, rows))
@@ -173,7 +159,7 @@ def vit():
     model = randomised(ViTForImageClassification(config))
     attention = ["q_proj", "v_proj"] if any(name.endswith("q_proj") for name, _ in model.named_modules()) else ["query", "value"]
     adapters = {"birds": dict(target_modules=attention, modules_to_save=["classifier"]), "fish": dict(target_modules=attention)}
-    adapted = adapted_model(model, adapters)
+    adapted = with_adapters(model, adapters, std=0.3, r=2, lora_alpha=4)
     goldens = by_task(adapted, adapters, lambda model: {"logits": model(pixels(torch.float64)).logits})
     keep(model, adapted, adapters, folder)
     images = axes("batch")

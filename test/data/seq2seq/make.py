@@ -11,9 +11,8 @@ import copy, json, pathlib, sys
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "make"))
 from generation import GENERATED, by_task, cached, exports, generations, greedy, present, replay, search
-from graphs import axes, characters, exported, gradients_of, save, save_adapters, write, write_rounded
+from graphs import axes, characters, exported, gradients_of, save, save_adapters, with_adapters, write, write_rounded
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
@@ -59,15 +58,8 @@ class Flan:
 
     def adapt(self, model):
         """Both adapters; "titles" brings a head of its own."""
-        how = dict(task_type="SEQ_2_SEQ_LM", r=4, lora_alpha=8, target_modules=["q", "v"])
-        adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**how), adapter_name="answers")
-        adapted.add_adapter("titles", LoraConfig(**how, modules_to_save=["lm_head"]))
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                nn.init.normal_(parameter, std=0.2)
-            if "lm_head.modules_to_save" in name:
-                parameter.data += 0.3 * torch.randn_like(parameter)
-        return adapted.eval()
+        heads = {"answers": {}, "titles": {"modules_to_save": ["lm_head"]}}
+        return with_adapters(model, heads, task_type="SEQ_2_SEQ_LM", r=4, lora_alpha=8, target_modules=["q", "v"])
 
 
 class Decoder(nn.Module):

@@ -11,13 +11,12 @@ usage: python make.py    (torch 2.13, transformers 5.24, peft 0.21, onnx 1.23, o
 import json, math, pathlib, re, shutil, sys, tempfile
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "make"))
-from graphs import (Calibration, answer_of, cleaned, constant, dequantised, dynamo, initializers, labels_of, lines, producers, randomise, report,
+from graphs import (Calibration, answer_of, cleaned, constant, dequantised, dynamo, in_four_bits, initializers, labels_of, lines, producers, randomise, report,
                     save_adapter, set_nodes, set_ordered, torchscript, with_state, without_traces)
 import numpy as np, onnx, torch
 from onnx import TensorProto, helper, numpy_helper
 from onnxconverter_common.float16 import convert_float_to_float16
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -90,12 +89,12 @@ for name, state in (("base", base), ("base-tied", tied), ("base-mlp", mlp)):
 def save(name, model, **how):
     if how:
         (HERE / how["location"]).unlink(missing_ok=True)
-    onnx.save(model, HERE / f"{name}.onnx", **how)
+    onnx.save(cleaned(model), HERE / f"{name}.onnx", **how)
 
 
 def export(name, module, feeds, inputs=NAMES, output="logits", opset=17):
     axes = {key: {0: "batch", 1: "sequence"} if key in NAMES or key == "last_hidden_state" else {0: "batch"} for key in [*inputs, output]}
-    save(name, cleaned(torchscript(module, feeds, {key: axes[key] for key in inputs}, {output: axes[output]}, opset)))
+    save(name, torchscript(module, feeds, {key: axes[key] for key in inputs}, {output: axes[output]}, opset))
 
 
 def load(name):
@@ -180,8 +179,8 @@ trace = (IDS[1:, :5], MASK[1:, :5], TYPES[1:, :5])
 export("torchscript", model, trace)
 batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
 free = dict(input_names=NAMES, output_names=["logits"], dynamic_shapes={key: {0: batch, 1: sequence} for key in NAMES})
-save("dynamo", cleaned(dynamo(model, trace, optimize=False, **free)))
-save("dynamo-optimized", without_traces(dynamo(model, trace, **free)))
+save("dynamo", dynamo(model, trace, optimize=False, **free))
+onnx.save(without_traces(dynamo(model, trace, **free)), HERE / "dynamo-optimized.onnx")
 save("external", load("torchscript"), save_as_external_data=True, location="external.onnx.data")
 save("f16", halves(load("torchscript")))
 save("half", convert_float_to_float16(load("torchscript"), keep_io_types=True))
@@ -191,9 +190,7 @@ quantize_static(HERE / "torchscript.onnx", HERE / "qdq.onnx", calibration(), qua
                 op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, reduce_range=True)
 for name in ("int8", "qdq"):
     save(name, load(name))
-quantizer = MatMulNBitsQuantizer(load("torchscript"), bits=4, block_size=16, is_symmetric=True)
-quantizer.process()
-save("q4", quantizer.model.model)
+save("q4", in_four_bits(load("torchscript"), bits=4, block_size=16, is_symmetric=True))
 export("tied", with_state(bert(), tied), trace)
 encoder = Encoder(model.config, add_pooling_layer=False).eval()
 encoder.load_state_dict({key.removeprefix("bert."): value for key, value in base.items() if "encoder" in key
