@@ -105,16 +105,15 @@ def sides(kind):
 
 
 def cached(ids, past):
-    """Flat tensors of a past, in the order of `sides`, as a cache; the decoder's mask, and the places of its tokens."""
+    """Flat tensors of a past, in the order of `sides`, as a cache; what each token reaches; and the first and the last place of new tokens."""
     own, across = DynamicCache(), DynamicCache()
     for layer in range(len(past) // 4):
         own.update(past[4 * layer], past[4 * layer + 1], layer)
         across.update(past[4 * layer + 2], past[4 * layer + 3], layer)
     new = ids.shape[1]
     total = past[0].shape[2] + new if past else new
-    places = torch.arange(total - new, total)
-    reached = places[:, None] >= torch.arange(total)[None, :]
-    return EncoderDecoderCache(own, across), torch.where(reached, 0.0, -1e9)[None, None], places
+    places = total - new, total
+    return EncoderDecoderCache(own, across), torch.arange(*places)[:, None] >= torch.arange(total)[None, :], places
 
 
 def present(cache):

@@ -145,8 +145,10 @@ class Decoder(nn.Module):
     def forward(self, input_ids, hidden, *rest):
         mask, past = (rest[0], rest[1:]) if self.masked else (None, rest)
         cache, reached, places = cached(input_ids, past)
-        given = {"encoder_attention_mask": torch.where(mask.bool(), 0.0, -1e9)[:, None, None, :]} if self.masked else {"position_ids": places[None]}
-        hidden = self.model(input_ids=input_ids, attention_mask=reached, cache=cache, use_cache=True, encoder_hidden_states=hidden, **given)
+        given = {"encoder_attention_mask": torch.where(mask.bool(), 0.0, -1e9)[:, None, None, :]} if self.masked else {
+            "position_ids": torch.arange(*places)[None]}
+        hidden = self.model(input_ids=input_ids, attention_mask=torch.where(reached, 0.0, -1e9)[None, None], cache=cache, use_cache=True,
+                            encoder_hidden_states=hidden, **given)
         return (self.lm_head if self.masked else self.proj_out)(hidden), *present(cache)
 
 

@@ -76,7 +76,8 @@ class Decoder(nn.Module):
 class CachedDecoder(Decoder):
     def forward(self, input_ids, encoder_hidden_states, encoder_attention_mask, *past):
         cache, reached, _ = cached(input_ids, past)
-        hidden = self.decoder(input_ids=input_ids, attention_mask=reached, cache=cache, use_cache=True, encoder_hidden_states=encoder_hidden_states,
+        hidden = self.decoder(input_ids=input_ids, attention_mask=torch.where(reached, 0.0, -1e9)[None, None], cache=cache, use_cache=True,
+                              encoder_hidden_states=encoder_hidden_states,
                               encoder_attention_mask=torch.where(encoder_attention_mask.bool(), 0.0, -1e9)[:, None, None, :]).last_hidden_state
         return self.lm_head(hidden), *present(cache)
 
