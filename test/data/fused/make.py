@@ -8,7 +8,7 @@ usage: python make.py    (torch 2.13, transformers 5, peft 0.21, onnxruntime, on
 import copy, pathlib, sys, tempfile
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "make"))
-from graphs import axes, torchscript, write_rounded
+from graphs import Exported, axes, torchscript, write_rounded
 import numpy as np, onnx, torch
 from onnxruntime.transformers import optimizer
 from onnxruntime.transformers.fusion_options import FusionOptions
@@ -42,16 +42,11 @@ def base(kind):
 
 
 def export(model, kind, raw, path):
-    class Plain(type(model)):
-        def forward(self, input_ids, attention_mask):
-            return super().forward(input_ids=input_ids, attention_mask=attention_mask).logits
-
-    made = copy.deepcopy(model)
-    made.__class__ = Plain
+    plain = Exported(model, lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits)
     inputs = {name: axes("batch", "sequence") for name in ("input_ids", "attention_mask")}
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "model.onnx"
-        onnx.save(torchscript(made, (torch.tensor(ROWS), torch.tensor(MASK)), inputs, {"logits": None}, opset=14), file)
+        onnx.save(torchscript(plain, (torch.tensor(ROWS), torch.tensor(MASK)), inputs, {"logits": None}, opset=14), file)
         options = FusionOptions("bert")
         options.use_raw_attention_mask(raw)
         fused = optimizer.optimize_model(str(file), model_type="bert", num_heads=2, hidden_size=16, opt_level=0, optimization_options=options)

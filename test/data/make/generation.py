@@ -9,10 +9,9 @@ import copy, itertools
 import numpy as np, torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
-from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
 
-from graphs import axes, exported, save
+from graphs import Exported, axes, exported, save
 
 GENERATED = 12
 
@@ -86,19 +85,6 @@ def search(kind, steady=lambda model, exact, share: True):
 
 # ---- exports
 
-class Encoder(nn.Module):
-    """The children themselves, so that names of nodes begin with theirs."""
-
-    def __init__(self, encoder):
-        super().__init__()
-        for name, child in encoder.named_children():
-            self.add_module(name, child)
-        self.__dict__["whole"] = encoder
-
-    def forward(self, *given):
-        return self.__dict__["whole"](*given).last_hidden_state
-
-
 def sides(kind):
     """Of the cache, "0.decoder.key", …"""
     return [f"{layer}.{half}.{side}" for layer in range(kind.layers) for half in ("decoder", "encoder") for side in ("key", "value")]
@@ -126,7 +112,7 @@ def exports(kind, encoder, decoder, folder):
     example = kind.example()
     hidden = encoder(**example).last_hidden_state
     rows, written = axes("batch", "length"), axes("batch", "written")
-    save(exported(Encoder(encoder), tuple(example.values()), {name: axes("batch") if "features" in name else rows for name in example},
+    save(exported(Exported(encoder, lambda *given: encoder(*given).last_hidden_state), tuple(example.values()), {name: axes("batch") if "features" in name else rows for name in example},
                   {"last_hidden_state": rows}), folder / "onnx/encoder_model.onnx")
     masks = [example["attention_mask"]] if "attention_mask" in example else []
     given = {"encoder_hidden_states": rows, **({"encoder_attention_mask": rows} if masks else {})}

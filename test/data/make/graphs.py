@@ -37,6 +37,21 @@ def cleaned(model, keep=("namespace", SCOPES), values=True):
     return model
 
 
+class Exported(torch.nn.Module):
+    """A call of a model, whose children it has, so that nodes and weights get the paths of the checkpoint."""
+
+    def __init__(self, model, call):
+        super().__init__()
+        for name, child in model.named_children():
+            self.add_module(name, child)
+        for name, parameter in model.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        self.__dict__["call"] = call
+
+    def forward(self, *given):
+        return self.__dict__["call"](*given)
+
+
 def torchscript(module, feeds, inputs, outputs, opset=17):
     """By torch's older exporter. inputs, outputs: names → free axes."""
     buffer = io.BytesIO()

@@ -8,7 +8,7 @@ usage: python make_images.py    (torch 2.13, transformers 5.24, peft 0.21, onnx 
 import copy, json, pathlib, sys
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "make"))
-from graphs import axes, characters, exported, save, save_adapters, save_targets, with_adapters, write
+from graphs import Exported, axes, characters, exported, save, save_adapters, save_targets, with_adapters, write
 import torch
 from tokenizers import processors
 from torch import nn
@@ -60,48 +60,6 @@ def keep(model, adapted, adapters, folder):
     write(folder / "config.json", {**model.config.to_diff_dict(), "architectures": [type(model).__name__]})
 
 
-class Whole(nn.Module):
-    """CLIP as transformers.js calls it."""
-
-    def __init__(self, model):
-        super().__init__()
-        for name, child in model.named_children():
-            self.add_module(name, child)
-        self.logit_scale = model.logit_scale
-        self.__dict__["whole"] = model
-
-    def forward(self, input_ids, attention_mask, pixel_values):
-        found = self.__dict__["whole"](input_ids=input_ids, attention_mask=mask4(attention_mask), pixel_values=pixel_values)
-        return found.logits_per_image, found.logits_per_text, found.text_embeds, found.image_embeds
-
-
-class Text(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.text_model, self.text_projection = model.text_model, model.text_projection
-
-    def forward(self, input_ids, attention_mask):
-        return self.text_projection(self.text_model(input_ids=input_ids, attention_mask=mask4(attention_mask)).pooler_output)
-
-
-class Vision(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.vision_model, self.visual_projection = model.vision_model, model.visual_projection
-
-    def forward(self, pixel_values):
-        return self.visual_projection(self.vision_model(pixel_values=pixel_values).pooler_output)
-
-
-class Logits(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.vit, self.classifier = model.vit, model.classifier
-
-    def forward(self, pixel_values):
-        return self.classifier(self.vit(pixel_values).last_hidden_state[:, 0])
-
-
 def mask4(mask):
     """Causal, and of a shape that no mask is made of again, since that cannot be traced."""
     length = mask.shape[1]
@@ -137,11 +95,19 @@ def clip():
     keep(model, adapted, adapters, folder)
     tokens, images = axes("text_batch", "length"), axes("image_batch")
     given = {"input_ids": tokens, "attention_mask": tokens}
-    save(exported(Whole(model), (ids, mask, pixels(torch.float32)), given | {"pixel_values": images},
+    text_of = lambda ids, mask: model.text_projection(model.text_model(input_ids=ids, attention_mask=mask4(mask)).pooler_output)
+    image_of = lambda pixels: model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+
+    def whole(ids, mask, pixels):
+        """CLIP as transformers.js calls it."""
+        found = model(input_ids=ids, attention_mask=mask4(mask), pixel_values=pixels)
+        return found.logits_per_image, found.logits_per_text, found.text_embeds, found.image_embeds
+
+    save(exported(Exported(model, whole), (ids, mask, pixels(torch.float32)), given | {"pixel_values": images},
                   {"logits_per_image": axes("image_batch", "text_batch"), "logits_per_text": axes("text_batch", "image_batch"),
                    "text_embeds": axes("text_batch"), "image_embeds": images}), folder / "onnx/model.onnx")
-    save(exported(Text(model), (ids, mask), given, {"text_embeds": axes("text_batch")}), folder / "onnx/text_model.onnx")
-    save(exported(Vision(model), (pixels(torch.float32),), {"pixel_values": images}, {"image_embeds": images}), folder / "onnx/vision_model.onnx")
+    save(exported(Exported(model, text_of), (ids, mask), given, {"text_embeds": axes("text_batch")}), folder / "onnx/text_model.onnx")
+    save(exported(Exported(model, image_of), (pixels(torch.float32),), {"pixel_values": images}, {"image_embeds": images}), folder / "onnx/vision_model.onnx")
     tokenizer.save(str(folder / "tokenizer.json"))
     write(folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "bos_token": START, "eos_token": END, "pad_token": END,
                                              "unk_token": END, "model_max_length": 40, "clean_up_tokenization_spaces": False})
@@ -163,7 +129,8 @@ def vit():
     goldens = by_task(adapted, adapters, lambda model: {"logits": model(pixels(torch.float64)).logits})
     keep(model, adapted, adapters, folder)
     images = axes("batch")
-    save(exported(Logits(model), (pixels(torch.float32),), {"pixel_values": images}, {"logits": images}), folder / "onnx/model.onnx")
+    logits = lambda pixels: model.classifier(model.vit(pixels).last_hidden_state[:, 0])
+    save(exported(Exported(model, logits), (pixels(torch.float32),), {"pixel_values": images}, {"logits": images}), folder / "onnx/model.onnx")
     write(folder / "preprocessor_config.json", PROCESSOR | {"image_processor_type": "ViTImageProcessor"})
     (folder / "goldens.json").write_text(json.dumps({"answers": goldens}) + "\n")
 
