@@ -3,7 +3,7 @@
  * The invalid vectors: for each the section of SPEC.md that it breaks, and the reason. Checksums and hashes are right unless said
  * otherwise.
  */
-import { coded, everySymbol, integer, told } from "./coded.js";
+import { byte, coded, everySymbol, integer, told } from "./coded.js";
 import {
   align,
   blobOf,
@@ -127,10 +127,7 @@ function oneInteger(tell, more = 0) {
 
 /** The run of that row, with another first integer. */
 function integerRun(to, first) {
-  to.bits(2, 1);
-  for (const n of [1, 8, 1]) to.number("shape", n);
-  to.bits(1, 0);
-  to.bits(1, 0);
+  tensors(to, 1, 1, 8, 1);
   to.number("scale", 7);
   to.symbol("fine", 7, 0);
   let mean = 64;
@@ -171,12 +168,7 @@ function zeros(tell) {
 function bytesAsTheyAre(to, bytes, { length = bytes.length } = {}) {
   to.number("length", length);
   to.number("literals", bytes.length);
-  bytes.forEach((b, i) => {
-    const [last, high, middle] = [bytes[i - 1] ?? 0, b >> 5, (b >> 2) & 7];
-    to.symbol(`high ${last >> 5}`, 7, high);
-    to.symbol(`middle ${high}`, 7, middle);
-    to.symbol(`low ${8 * high + middle}`, 7, b & 3);
-  });
+  bytes.forEach((b, i) => byte(to, bytes[i - 1] ?? 0, b));
 }
 
 function codedDirectory(codeDirectory) {
@@ -199,12 +191,15 @@ const codedLeast = (sevens) => () => {
 /** The blob of the task "head", coded by `tell`. @param size that it claims */
 const tells = (tell, { size = 40, last } = {}) => recoded("head", () => told(size, tell, last));
 /** A run, from its type to its step. */
-const run = (to, type, rows, width, count) => {
-  to.number("length", 0);
+function tensors(to, type, rows, width, count) {
   to.bits(2, type);
   for (const n of [rows, width, count]) to.number("shape", n);
   to.bits(1, 0);
   if (rows * width <= 4096) to.bits(1, 0);
+}
+const run = (to, ...how) => {
+  to.number("length", 0);
+  tensors(to, ...how);
 };
 
 /** Vectors that fail when a task is read, though their rule does not stand in section 6. */
@@ -776,10 +771,7 @@ export const PACKS = {
         to.number("literals", 0);
         to.number("length", 0);
         to.number("distance", 4);
-        to.bits(2, 0);
-        for (const n of [1, 0, 1]) to.number("shape", n);
-        to.bits(1, 0);
-        to.bits(1, 0);
+        tensors(to, 0, 1, 0, 1);
         to.number("scale", 0);
         to.symbol("fine", 7, 0);
         to.number("length", 4);
