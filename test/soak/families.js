@@ -15,6 +15,7 @@ import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-node";
+import { tensorsOf } from "../support/tensors.js";
 
 /** Largest difference from PEFT's answers, relative to the largest number of an answer. */
 const MOST = 1e-5;
@@ -47,7 +48,7 @@ if (status !== 0) {
 
 /** @param {string} name @param {string} folder */
 async function check(name, folder) {
-  /** @type {{ feeds: Record<string, [string, number[], number[]]>, answers: Record<string, number[]> }} */
+  /** @type {{ feeds: Record<string, import("../support/tensors.js").Value>, answers: Record<string, number[]> }} */
   const { feeds, answers } = JSON.parse(readFileSync(join(folder, "family.json"), "utf8"));
   const adapters = await readAdapters(TASKS.map((task) => join(folder, "adapters", task)));
   const { chunks } = await buildPack(adapters, { ...LOSSLESS, base: join(folder, "base.safetensors") });
@@ -55,13 +56,7 @@ async function check(name, folder) {
   const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
   for (const mode of /** @type {const} */ (["core", "factors", "folded"])) {
     const session = await createEigenSession(ort, join(folder, "model.onnx"), pack, { mode });
-    const inputs = Object.fromEntries(
-      session.inputNames.map((key) => {
-        const [type, dims, data] = feeds[key];
-        const values = type === "int64" ? BigInt64Array.from(data, BigInt) : Float32Array.from(data);
-        return [key, new ort.Tensor(/** @type {any} */ (type), /** @type {any} */ (values), dims)];
-      }),
-    );
+    const inputs = tensorsOf(ort, session.inputNames, feeds);
     let off = 0;
     for (const task of [null, ...TASKS, null]) {
       await session.switchTask(task);

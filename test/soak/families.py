@@ -6,15 +6,14 @@ A folder for each family: base.safetensors, adapters/a, adapters/b, model.onnx, 
 usage: python families.py FOLDER [FAMILY...]
 (torch 2.13, transformers 5.24, peft 0.21, diffusers 0.42, onnx 1.23)
 """
-import json, logging, pathlib, sys, warnings
-import numpy as np, torch, transformers as hf
+import json, pathlib, sys
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "data/make"))
+from graphs import Exported, torchscript
+import numpy as np, onnx, torch, transformers as hf
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
-warnings.filterwarnings("ignore")
-logging.disable(logging.WARNING)
-torch.set_num_threads(1)
 BATCH, LENGTH, VOCABULARY = 3, 7, 96
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": VOCABULARY}
 DECODER = SMALL | {"num_key_value_heads": 2, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -134,17 +133,6 @@ def make(name, folder):
         torch.manual_seed(1)
         return filled(build(), 1, 0.8)
 
-    class Export(torch.nn.Module):
-        """Its children have the checkpoint's paths, which exports name nodes by."""
-        def __init__(self, model):
-            super().__init__()
-            for key, child in model.named_children():
-                self.add_module(key, child)
-            self.__dict__["model"] = model
-
-        def forward(self, *values):
-            return self.__dict__["model"](**dict(zip(feeds(), values)), return_dict=True)[0]
-
     folder.mkdir(parents=True)
     save_file({key: value.contiguous().clone() for key, value in base().state_dict().items()}, folder / "base.safetensors")
     answers = {}
@@ -163,9 +151,10 @@ def make(name, folder):
     if isinstance(model, hf.PreTrainedModel):
         model.set_attn_implementation("eager")
     rows = {key: {0: "batch", **({1: "sequence"} if value.dtype == torch.int64 else {})} for key, value in feeds().items() if value.ndim > 1}
-    torch.onnx.export(Export(model).eval(), tuple(feeds().values()), folder / "model.onnx", dynamo=False, opset_version=17,
-                      input_names=list(feeds()), output_names=["answer"], dynamic_axes=rows)
-    described = {key: [str(value.dtype).removeprefix("torch."), list(value.shape), value.flatten().tolist()] for key, value in feeds().items()}
+    plain = Exported(model, lambda *values: model(**dict(zip(feeds(), values)), return_dict=True)[0]).eval()
+    onnx.save(torchscript(plain, tuple(feeds().values()), {key: rows.get(key) for key in feeds()}, {"answer": None}), folder / "model.onnx")
+    described = {key: {"type": str(value.dtype).removeprefix("torch."), "dims": list(value.shape), "data": value.flatten().tolist()}
+                 for key, value in feeds().items()}
     (folder / "family.json").write_text(json.dumps({"feeds": described, "answers": {task: all.tolist() for task, all in answers.items()}}))
 
 

@@ -1,8 +1,8 @@
 /** Bases of seeded values for modules of a pack. */
 import type { FloatDtype, Tensor } from "eigenlora";
+import { bytesOf } from "./adapters.ts";
 import { values } from "./backend-suite.ts";
 import { encodeTensor, uniform } from "./internals/base.ts";
-import { concat } from "./packs.ts";
 
 type Modules = readonly { name: string; out: number; in: number }[];
 
@@ -22,16 +22,9 @@ export function seededTensors(modules: Modules, dtype: FloatDtype): Map<string, 
 }
 
 /** Seeded weights as a safetensors file, f32. */
-export async function seededBase(modules: Modules): Promise<Uint8Array> {
-  const header: Record<string, unknown> = {};
-  const chunks: Uint8Array[] = [];
-  let at = 0;
-  for (const [name, { shape, data }] of seededTensors(modules, "f32")) {
-    header[name] = { dtype: "F32", shape, data_offsets: [at, (at += data.byteLength)] };
-    chunks.push(data as Uint8Array);
-  }
-  const text = new TextEncoder().encode(JSON.stringify(header));
-  const length = new Uint8Array(8);
-  new DataView(length.buffer).setBigUint64(0, BigInt(text.length), true);
-  return concat([length, text, ...chunks]);
+export function seededBase(modules: Modules): Promise<Uint8Array> {
+  const tensors = [...seededTensors(modules, "f32")];
+  return bytesOf(
+    tensors.map(([name, { shape, data }]) => ({ name, dtype: "F32", shape, read: () => data as Uint8Array })),
+  );
 }

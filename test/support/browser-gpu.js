@@ -7,6 +7,7 @@ import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import * as plain from "onnxruntime-web";
 import * as native from "onnxruntime-web/webgpu";
+import { tensorsOf } from "./tensors.js";
 
 /** The builds of onnxruntime-web that have WebGPU. */
 const BUILDS = { "onnxruntime-web/webgpu": native, "onnxruntime-web": /** @type {typeof native} */ (plain) };
@@ -82,11 +83,8 @@ async function open(ort, device, mode = "folded") {
  * @returns {Promise<number[]>} the first output
  */
 async function answer(ort, session, feeds) {
-  /** @type {Record<string, InstanceType<typeof ort.Tensor>>} */
-  const tensors = {};
-  for (const name of session.inputNames)
-    tensors[name] = new ort.Tensor("int64", BigInt64Array.from(feeds[name].data, BigInt), feeds[name].dims);
-  return [.../** @type {Float32Array} */ ((await session.run(tensors))[session.outputNames[0]].data)];
+  const results = await session.run(tensorsOf(ort, session.inputNames, feeds));
+  return [.../** @type {Float32Array} */ (results[session.outputNames[0]].data)];
 }
 
 /** @param {() => Promise<unknown>} work @returns {Promise<{ tag?: string, name: string, message: string } | "fulfilled">} */
@@ -188,21 +186,10 @@ export async function switching(feeds, selections, switches) {
   const afterFailures = { same: same(await ask(), two), task: session.task };
   await change(null);
   const { mode, reason, probe } = session;
-  const result = {
-    mode,
-    reason,
-    probe,
-    before,
-    known,
-    costs,
-    wrong,
-    levels: [...levels],
-    created,
-    failures,
-    afterFailures,
-    back: same(await ask(), before),
+  const report = {
+    ...{ mode, reason, probe, before, known, costs, wrong, created, failures, afterFailures },
+    ...{ levels: [...levels], back: same(await ask(), before), memory: session.memory(), live },
   };
-  const report = { ...result, memory: session.memory(), live };
   await session.close();
   ort.InferenceSession.create = create;
   return { ...report, afterRelease: live, released: await failure(ask) };

@@ -4,6 +4,7 @@
 import * as all from "onnxruntime-web/all";
 import * as webgpu from "onnxruntime-web/webgpu";
 import { optionsFor } from "./internals/models.ts";
+import { tensorsOf } from "./tensors.js";
 
 for (const { env } of [all, webgpu]) {
   env.wasm.wasmPaths = "/ort/";
@@ -12,8 +13,7 @@ for (const { env } of [all, webgpu]) {
 }
 
 /**
- * @typedef {{ type: "float32" | "int64" | "bool", dims: number[], data: number[] }} Value
- * @typedef {{ name: string, feeds: Record<string, Value>[], turning: string[] }} Case
+ * @typedef {{ name: string, feeds: Record<string, import("./tensors.js").Value>[], turning: string[] }} Case
  * @param {Case[]} cases
  * @param {Record<string, string[]>} [some] names of cases, by build and provider; all where absent
  */
@@ -52,28 +52,14 @@ async function run(ort, provider, { name, feeds, turning }) {
     );
     const runs = [];
     for (const given of feeds) {
-      /** @type {Record<string, import("onnxruntime-common").Tensor>} */
-      const tensors = {};
-      for (const [input, { type, dims, data }] of Object.entries(given)) {
-        const values =
-          type === "int64"
-            ? BigInt64Array.from(data, BigInt)
-            : type === "bool"
-              ? Uint8Array.from(data)
-              : Float32Array.from(data);
-        tensors[input] = new ort.Tensor(type, /** @type {any} */ (values), dims);
+      /** @type {Record<string, (number | null)[]>} */
+      const found = {};
+      const results = await session.run(tensorsOf(ort, Object.keys(given), given));
+      for (const [output, value] of Object.entries(results)) {
+        const data = /** @type {Float32Array} */ (await value.getData());
+        found[output] = Array.from(data, (v) => (Number.isFinite(v) ? v : null));
       }
-      const results = await session.run(tensors);
-      runs.push(
-        Object.fromEntries(
-          await Promise.all(
-            Object.entries(results).map(async ([output, value]) => [
-              output,
-              Array.from(/** @type {Float32Array} */ (await value.getData()), (v) => (Number.isFinite(v) ? v : null)),
-            ]),
-          ),
-        ),
-      );
+      runs.push(found);
     }
     await session.release();
     return { runs };

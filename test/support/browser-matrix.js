@@ -5,13 +5,14 @@
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-web/webgpu";
+import { tensorsOf } from "./tensors.js";
 
 ort.env.wasm.wasmPaths = "/ort/";
 ort.env.wasm.numThreads = 1;
 ort.env.logLevel = "error";
 
 /**
- * @typedef {{ model: string, pack: string, ignore: string[], feeds: Record<string, { type: string, dims: number[], data: number[] }>, answers: Record<string, Record<string, number[]>> }} Case
+ * @typedef {{ model: string, pack: string, ignore: string[], feeds: Record<string, import("./tensors.js").Value>, answers: Record<string, Record<string, number[]>> }} Case
  * @typedef {"core" | "factors" | "folded"} Mode
  * @param {{ cases: Case[], providers: Record<string, [model: string, modes: Mode[]][]>, proxy?: boolean }} plan
  */
@@ -27,12 +28,8 @@ export async function matrix({ cases, providers, proxy = false }) {
     for (const [model, modes] of models) {
       const { pack, ignore, feeds, answers } = /** @type {Case} */ (cases.find((one) => one.model === model));
       for (const mode of modes) {
-        rows.push({
-          provider,
-          model,
-          mode,
-          ...(await one(provider, model, pack, ignore, feeds, answers[provider], mode)),
-        });
+        const found = await one(provider, model, pack, ignore, feeds, answers[provider], mode);
+        rows.push({ provider, model, mode, ...found });
       }
     }
   }
@@ -52,15 +49,7 @@ async function one(provider, model, pack, ignore, given, answers, mode) {
   try {
     const options = { mode, ignore, session: { executionProviders: [provider] } };
     const session = await createEigenSession(ort, `/${model}.onnx`, await openPack(`/${pack}.eigen`), options);
-    /** @type {Record<string, ort.Tensor>} */
-    const feeds = {};
-    for (const name of session.inputNames) {
-      const { type, dims, data } = given[name];
-      feeds[name] =
-        type === "int64"
-          ? new ort.Tensor("int64", BigInt64Array.from(data, BigInt), dims)
-          : new ort.Tensor("float32", Float32Array.from(data), dims);
-    }
+    const feeds = tensorsOf(ort, session.inputNames, given);
     /** @type {Record<string, number>} */
     const differences = {};
     for (const [task, expected] of Object.entries(answers)) {

@@ -17,16 +17,22 @@ export async function tensorsOf(path: string): Promise<Map<string, { shape: read
   return tensors;
 }
 
-/** Largest absolute difference divided by the largest absolute value of `expected`. */
-export function relativeDifference(found: ArrayLike<number>, expected: ArrayLike<number>): number {
-  let difference = 0;
+/** Largest absolute difference; infinite where lengths differ or a number is not finite. */
+export function difference(found: ArrayLike<number>, expected: ArrayLike<number>): number {
+  if (found.length !== expected.length) return Infinity;
   let largest = 0;
   for (let i = 0; i < expected.length; i++) {
-    difference = Math.max(difference, Math.abs(found[i]! - expected[i]!));
-    largest = Math.max(largest, Math.abs(expected[i]!));
-    if (Number.isNaN(found[i])) return Infinity;
+    const off = Math.abs(found[i]! - expected[i]!);
+    if (!(off <= largest)) largest = Number.isNaN(off) ? Infinity : off;
   }
-  return found.length === expected.length ? difference / (largest || 1) : Infinity;
+  return largest;
+}
+
+/** Largest absolute difference divided by the largest absolute value of `expected`. */
+export function relativeDifference(found: ArrayLike<number>, expected: ArrayLike<number>): number {
+  let largest = 0;
+  for (let i = 0; i < expected.length; i++) largest = Math.max(largest, Math.abs(expected[i]!));
+  return difference(found, expected) / (largest || 1);
 }
 
 /** ΔW [out, in] of factors. */

@@ -6,13 +6,10 @@ import { readdir } from "node:fs/promises";
 import type { Test } from "tap";
 import { folderFor } from "./folder.ts";
 
-export interface EmptyHome {
-  readonly env: { readonly HOME: string; readonly PATH: string | undefined };
-  /** Lists files and folders that were written, by path. */
-  readonly written: () => Promise<string[]>;
-}
-
-export async function emptyHome(t: Test): Promise<EmptyHome> {
+/** @returns the environment of a process, and a list of files and folders that were written, by path */
+export async function emptyHome(
+  t: Test,
+): Promise<{ env: { HOME: string; PATH: string | undefined }; written: () => Promise<string[]> }> {
   const home = folderFor(t);
   return { env: { HOME: home, PATH: process.env["PATH"] }, written: () => readdir(home, { recursive: true }) };
 }

@@ -133,16 +133,6 @@ export function asKernel(values: Values): Values {
   return rank < 2 ? values : permuted(values, [...Array.from({ length: rank - 2 }, (_, i) => i + 2), 1, 0]);
 }
 
-export function largestDifference(found: ArrayLike<number>, expected: ArrayLike<number>): number {
-  if (found.length !== expected.length) return Infinity;
-  let largest = 0;
-  for (let i = 0; i < found.length; i++) {
-    const off = Math.abs(found[i]! - expected[i]!);
-    if (!(off <= largest)) largest = off;
-  }
-  return largest;
-}
-
 /** Numbers for inputs, from -1 to 1. */
 export function inputs(count: number): Float32Array {
   const random = uniform(11);

@@ -1,16 +1,8 @@
 /** The promises of `jaxHost`, on any device of jax-js. Runs in Node and in browsers. */
 import { createRuntime, openPack, type Runtime, type RuntimeOptions } from "eigenlora";
 import { type Jax, type JaxTree, jaxHost } from "eigenlora/jax";
-import {
-  asKernel,
-  largestDifference,
-  packFor,
-  SELECTIONS,
-  selections,
-  trafficOf,
-  type Weights,
-  weightsOf,
-} from "./frameworks.ts";
+import { difference } from "./compare.ts";
+import { asKernel, packFor, SELECTIONS, selections, trafficOf, type Weights, weightsOf } from "./frameworks.ts";
 import type { SuiteTest } from "./stand-in.ts";
 
 /** An array of jax-js. */
@@ -94,16 +86,13 @@ export function jaxSuite(t: SuiteTest, jax: Module, device: string): void {
       const [found, expected] = [run(params), run(other)];
       t.strictSame(found.shape, expected.shape, `${task}: ${expected.shape}`);
       const values = await found.data();
-      const off = largestDifference(values, await expected.data());
+      const off = difference(values, await expected.data());
       t.ok(off < 1e-5, `${task}: ${off}`);
-      if (task === null) t.ok(largestDifference(values, first) === 0, "the base's own answer");
+      if (task === null) t.ok(difference(values, first) === 0, "the base's own answer");
       jax.tree.dispose(other);
     }
     await runtime.close();
-    t.ok(
-      largestDifference(await run(params).data(), first) === 0,
-      "the parameters are there when the runtime is closed",
-    );
+    t.ok(difference(await run(params).data(), first) === 0, "the parameters are there when the runtime is closed");
   });
 
   t.test("1000 switches leak nothing and end at the base's bits", async (t) => {
@@ -149,13 +138,10 @@ export function jaxSuite(t: SuiteTest, jax: Module, device: string): void {
       const turned = params.net.query.kernel.ref.reshape([30]);
       const values = await params.net.query.kernel.ref.data();
       await runtime.switchTask(task);
-      t.ok(largestDifference(await asked.data(), expected) === 0, `before ${task}`);
-      t.ok(
-        largestDifference(await turned.data(), values) === 0,
-        `another array of the same memory keeps it at ${task}`,
-      );
+      t.ok(difference(await asked.data(), expected) === 0, `before ${task}`);
+      t.ok(difference(await turned.data(), values) === 0, `another array of the same memory keeps it at ${task}`);
       const now = await params.net.query.kernel.ref.data();
-      t.ok(largestDifference(now, values) > 0.01, `and the weight has others at ${task}`);
+      t.ok(difference(now, values) > 0.01, `and the weight has others at ${task}`);
       expected = await run(params).data();
     }
   });
@@ -190,10 +176,10 @@ export function jaxSuite(t: SuiteTest, jax: Module, device: string): void {
     const runtime = await createRuntime(await openPack(await packFor(TEXT)), { base: jaxHost(jax, flat as never) });
     await runtime.switchTask("plain");
     const expected = weightsOf(TEXT, "plain").get("net.query.weight")!.data;
-    const off = largestDifference(await read(), expected);
+    const off = difference(await read(), expected);
     t.ok(off > 0 && off < 0.004, `${off}: folded, and rounded to half precision`);
     await runtime.switchTask(null);
-    t.ok(largestDifference(await read(), first) === 0, "the base's own values");
+    t.ok(difference(await read(), first) === 0, "the base's own values");
     await runtime.close();
   });
 

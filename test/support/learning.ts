@@ -7,7 +7,7 @@ import type { Feed } from "eigenlora/session";
 import type { BatchFeeds, Example, Trainer } from "eigenlora/train";
 import type * as common from "onnxruntime-common";
 import type { Test } from "tap";
-import { openSafetensors, openSource, transpose, uniform } from "./internals/base.ts";
+import { transpose, uniform } from "./internals/base.ts";
 import {
   buildTrainingGraph,
   type ShapeProbe,
@@ -36,6 +36,7 @@ import { findWeight, NameMatcher } from "./internals/runtime.ts";
 import { data } from "./packs.ts";
 import {
   difference,
+  feedsIn,
   feeds as feedsOf,
   GOLDENS,
   model,
@@ -123,16 +124,13 @@ export function readCase(name: string): Promise<ModelFile> {
 }
 
 async function tensorsIn(path: string): Promise<Map<string, Feed>> {
-  const file = await openSafetensors(await openSource(readFileSync(path)));
-  const found = new Map<string, Feed>();
-  for (const [name, { dtype, shape }] of file.tensors) {
-    if (dtype === "F32") found.set(name, { dataType: 1, dims: shape, data: await file.readF32(name) });
-    else if (dtype === "I64") {
-      const bytes = Uint8Array.from(await file.read(name));
-      found.set(name, { dataType: 7, dims: shape, data: new BigInt64Array(bytes.buffer) });
-    } else throw new Error(`${name} is ${dtype}`);
-  }
-  return found;
+  const tensors = Object.entries(await feedsIn(path));
+  return new Map(
+    tensors.map(([name, { type, dims, data }]) => [
+      name,
+      { dataType: type === "int64" ? 7 : 1, dims, data: data as Float32Array },
+    ]),
+  );
 }
 
 export async function golden(name: string): Promise<Case> {

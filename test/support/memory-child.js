@@ -28,30 +28,11 @@ const names = Array.from({ length: 24 }, (_, i) => `layers.${String(i).padStart(
 
 /** @param {string} id @returns {import("eigenlora/build").Adapter} */
 function adapter(id) {
-  const modules = new Map(
-    names.map((name) => [
-      name,
-      {
-        name,
-        out: SIZE,
-        in: SIZE,
-        rank: 8,
-        layout: /** @type {const} */ ("out-in"),
-        read: async () => ({ rank: 8, A: values(8 * SIZE), Bt: values(8 * SIZE) }),
-      },
-    ]),
-  );
-  return {
-    id,
-    file: id,
-    byteLength: 0,
-    baseModel: undefined,
-    modules,
-    saved: [],
-    metadata: {},
-    warnings: [],
-    close: async () => undefined,
-  };
+  const layout = /** @type {const} */ ("out-in");
+  const read = async () => ({ rank: 8, A: values(8 * SIZE), Bt: values(8 * SIZE) });
+  const modules = new Map(names.map((name) => [name, { name, out: SIZE, in: SIZE, rank: 8, layout, read }]));
+  const rest = { baseModel: undefined, saved: [], metadata: {}, warnings: [], close: async () => undefined };
+  return { id, file: id, byteLength: 0, modules, ...rest };
 }
 
 async function settled() {

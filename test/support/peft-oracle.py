@@ -2,45 +2,21 @@
 
 usage: peft-oracle.py GOLDENS EXPORTED
 EXPORTED holds one folder per case of GOLDENS. Prints one JSON object: case -> largest difference over the largest |W| of
-its tensor, or what went wrong. Exits with 3 when torch, transformers, peft or safetensors cannot be imported.
-Models are those of data/make/make_peft_goldens.py; only their shapes matter, since the adapted weights come from the
-golden base.
+its tensor, or what went wrong. The adapted weights come from the golden base. Exits with 3 when torch, transformers, peft or safetensors cannot be imported.
 """
 import json, os, pathlib, sys, warnings
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "data/make"))
+sys.dont_write_bytecode = True
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 try:
-    import torch
     from peft import PeftModel
+    from peft_models import Convs, bert, gpt2, llama
     from safetensors.torch import load_file
-    from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 except ImportError as missing:
     print(missing, file=sys.stderr)
     sys.exit(3)
-
-
-def bert():
-    return BertForSequenceClassification(BertConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80, vocab_size=96, max_position_embeddings=32, num_labels=3))
-
-
-def gpt2():
-    return GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=96, n_positions=32))
-
-
-def llama():
-    return LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, vocab_size=96, max_position_embeddings=32, tie_word_embeddings=False))
-
-
-class Convs(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.down = torch.nn.Conv2d(6, 10, 3, padding=1)
-        self.mix = torch.nn.Conv2d(10, 12, 1)
-        self.seq = torch.nn.Conv1d(12, 8, 5)
-        self.head = torch.nn.Linear(8, 4)
-
-    def forward(self, x):
-        return self.head(self.seq(self.mix(self.down(x)).flatten(2)).mean(-1))
 
 
 MODELS = {"all-linear": llama, "layers": llama, "fan-in-fan-out": gpt2, "dora-fan-in-fan-out": gpt2, "conv": Convs, "conv-dora": Convs}

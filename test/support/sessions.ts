@@ -10,11 +10,13 @@ import type * as common from "onnxruntime-common";
 import * as node from "onnxruntime-node";
 import * as web from "onnxruntime-web";
 import type { Test } from "tap";
+import { difference } from "./compare.ts";
 import { openSafetensors, openSource } from "./internals/base.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
 import { PlainEngine, PlainTensor } from "./plain-engine.ts";
 import { soak, whole } from "./required.ts";
 
+export { difference };
 export type Ort = typeof common;
 export type Session = EigenSession<Ort>;
 export type Options = EigenSessionOptions<Ort>;
@@ -178,17 +180,6 @@ export async function outputOf(
 ): Promise<Float32Array> {
   const results = await session.run(run, options);
   return results[session.outputNames[0]!]!.data as Float32Array;
-}
-
-/** Largest absolute difference; infinite where lengths differ or a number is not finite. */
-export function difference(found: ArrayLike<number>, expected: ArrayLike<number>): number {
-  if (found.length !== expected.length) return Infinity;
-  let largest = 0;
-  for (let i = 0; i < expected.length; i++) {
-    const off = Math.abs(found[i]! - expected[i]!);
-    if (!(off <= largest)) largest = Number.isNaN(off) ? Infinity : off;
-  }
-  return largest;
 }
 
 /** Allowed difference of answers, and where they are from. */

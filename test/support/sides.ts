@@ -15,8 +15,14 @@ const LAYOUTS = ["out-in", "in-out", "conv", "embedding"];
 const ROLES = ["saved", "bias", "bias-delta", "rows"];
 const code = (dtype: Dtype): number => DTYPES.indexOf(dtype);
 
+/** True if a form stores rows of a task's own for a factor, and no components. */
+const isOwn = (form: string, which: "A" | "B"): boolean =>
+  form === "own" || form === `${which === "A" ? "B" : "A"} alone`;
+
 /** @param pack of column bases */
 export async function inOtherWords(pack: Pack): Promise<Uint8Array<ArrayBuffer>> {
+  if (pack.modules.some(({ A, B }) => [...A, ...B].some(({ kind }) => kind === "flat")))
+    throw new TypeError("flat bases are not written in other words");
   using bases = await pack.bases();
   const tensors: Uint8Array[] = [];
   const formOf = (index: number): (typeof FORMS)[number] => FORMS[index % FORMS.length]!;
@@ -24,7 +30,7 @@ export async function inOtherWords(pack: Pack): Promise<Uint8Array<ArrayBuffer>>
     const form = formOf(index);
     const shared = sharedBases(module);
     const side = (which: "A" | "B"): object | object[] | null => {
-      if (!shared || form === "own" || form === `${which === "A" ? "B" : "A"} alone`) return null;
+      if (!shared || isOwn(form, which)) return null;
       const { K, mean, tensor } = shared[which];
       const stored = encodedTensor(bases.bytes, tensor);
       const map = { kind: 1, K, mean, type: code(tensor.dtype) };
@@ -49,72 +55,16 @@ export async function inOtherWords(pack: Pack): Promise<Uint8Array<ArrayBuffer>>
     const own: Uint8Array[] = [];
     const terms = blob.terms.map((term) => {
       const module = pack.modules[term.module]!;
-      const item = termOf(formOf(term.module), term, module);
-      for (const [which, factor] of [
-        ["A", item[2]],
-        ["B", item[3]],
-      ] as const)
-        if (Array.isArray(factor) && factor[2] !== null) brings.push(`own-${which} ${module.name}`);
-      if (term.privateA) brings.push(`private ${module.name}`);
-      if (term.magnitude) brings.push(`magnitude ${module.name}`);
-      own.push(...tensorsOf(formOf(term.module), term, module));
-      return item;
-
-      function tensorsOf(form: string, { A, B, privateA, privateBt, magnitude }: TaskTerm, of: PackModule) {
-        const [coefficients, rows]: [Uint8Array[], Uint8Array[]] = [[], []];
-        if (A && B) {
-          const whole = expandTerm(
-            blob,
-            { ...term, privateRank: 0, privateA: undefined, privateBt: undefined },
-            of,
-            bases.bytes,
-          );
-          for (const [which, side, width, values] of [
-            ["A", A, of.in, whole.A],
-            ["B", B, of.out, whole.Bt],
-          ] as const) {
-            const alone = form === "own" || form === `${which === "A" ? "B" : "A"} alone`;
-            if (alone) rows.push(encodeTensor("f32", values, term.rank, width));
-            else if (form === "difference") {
-              // Coefficients in four bits, and the rest as own rows.
-              const alpha = readTensor(blob.bytes, side.tensor);
-              const coarse = encodeTensor("int4", alpha, term.rank, side.tensor.width);
-              coefficients.push(coarse);
-              const made = rough(coarse, side, of, which);
-              rows.push(
-                encodeTensor(
-                  "f32",
-                  values.map((value, i) => value - made[i]!),
-                  term.rank,
-                  width,
-                ),
-              );
-            } else coefficients.push(encodedTensor(blob.bytes, side.tensor));
-          }
-        }
-        const more = [privateA, privateBt, magnitude].flatMap((one) => (one ? [encodedTensor(blob.bytes, one)] : []));
-        return [...coefficients, ...rows, ...more];
-      }
-
-      function rough(coarse: Uint8Array, side: NonNullable<TaskTerm["A"]>, of: PackModule, which: "A" | "B") {
-        const tensor = {
-          dtype: "int4",
-          rows: term.rank,
-          width: side.tensor.width,
-          byteOffset: 0,
-          byteLength: coarse.length,
-        } as const;
-        const bare = { ...term, privateRank: 0, privateA: undefined, privateBt: undefined, magnitude: undefined };
-        const some = { ...bare, A: { ...side, tensor }, B: { ...side, tensor } };
-        const both = {
-          ...of,
-          A: of[which],
-          B: of[which],
-          in: of[which === "A" ? "in" : "out"],
-          out: of[which === "A" ? "in" : "out"],
-        };
-        return expandTerm({ ...blob, bytes: coarse }, some, both, bases.bytes).A;
-      }
+      const { rank, privateRank, privateA, privateBt, magnitude } = term;
+      const factors = term.A && term.B ? factorsOf(formOf(term.module), term, module, blob, bases.bytes) : [];
+      own.push(...factors.flatMap(({ coefficients }) => coefficients), ...factors.flatMap(({ rows }) => rows));
+      for (const [i, { rows }] of factors.entries()) if (rows.length > 0) brings.push(`own-${"AB"[i]} ${module.name}`);
+      if (privateA) brings.push(`private ${module.name}`);
+      if (magnitude) brings.push(`magnitude ${module.name}`);
+      for (const one of [privateA, privateBt, magnitude]) if (one) own.push(encodedTensor(blob.bytes, one));
+      const shared = factors.length > 0 ? [rank, ...factors.map(({ item }) => item)] : [0, null, null];
+      const types = [privateA ? code(privateA.dtype) : 0, magnitude ? code(magnitude.dtype) : null];
+      return [term.module, ...shared, privateRank, ...types];
     });
     const parameters = blob.parameters.map(({ name, role, shape, indices, tensor }) => {
       own.push(encodedTensor(blob.bytes, tensor));
@@ -128,26 +78,34 @@ export async function inOtherWords(pack: Pack): Promise<Uint8Array<ArrayBuffer>>
   return packFile({ basis, tensors, tasks } as never) as Uint8Array<ArrayBuffer>;
 }
 
-/** Writes a term. */
-function termOf(form: (typeof FORMS)[number], term: TaskTerm, { A, B }: PackModule): unknown[] {
-  const { module, rank, privateRank, privateA, magnitude } = term;
-  const factor = (which: "A" | "B"): unknown => {
-    const side = term[which];
-    if (!side) return null;
-    const mean = side.mean ? 4 : 0;
-    const over = 1 + mean + 8 * code(side.tensor.dtype);
-    if (form === "own" || form === `${which === "A" ? "B" : "A"} alone`) return [null, 0, code("f32")];
-    if (form === "difference") return [1 + mean + 8 * code("int4"), 0, code("f32")];
-    return form === "second basis" ? [over, 1, null] : over;
-  };
-  if ([...A, ...B].some(({ kind }) => kind === "flat"))
-    throw new TypeError("flat bases are not written in other words");
-  const factors = term.A && term.B ? [rank, factor("A"), factor("B")] : [0, null, null];
-  return [
-    module,
-    ...factors,
-    privateRank,
-    privateA ? code(privateA.dtype) : 0,
-    magnitude ? code(magnitude.dtype) : null,
-  ];
+/** Both factors of a term in a form: the item of the header, coefficients, and rows of the task's own. */
+function factorsOf(
+  form: string,
+  term: TaskTerm,
+  module: PackModule,
+  blob: Parameters<typeof expandTerm>[0],
+  bases: Uint8Array,
+): { item: unknown; coefficients: Uint8Array[]; rows: Uint8Array[] }[] {
+  const bare = { ...term, privateRank: 0, privateA: undefined, privateBt: undefined, magnitude: undefined };
+  const whole = expandTerm(blob, bare, module, bases);
+  return (["A", "B"] as const).map((which) => {
+    const side = term[which]!;
+    const [width, values] = which === "A" ? [module.in, whole.A] : [module.out, whole.Bt];
+    const over = (dtype: Dtype): number => 1 + (side.mean ? 4 : 0) + 8 * code(dtype);
+    const f32 = (rows: Float32Array): Uint8Array => encodeTensor("f32", rows, term.rank, width);
+    if (isOwn(form, which)) return { item: [null, 0, code("f32")], coefficients: [], rows: [f32(values)] };
+    if (form === "difference") {
+      // Coefficients in four bits, and the rest as own rows. Both sides of the term are this one, so that its factor is A.
+      const coarse = encodeTensor("int4", readTensor(blob.bytes, side.tensor), term.rank, side.tensor.width);
+      const tensor = { ...side.tensor, dtype: "int4", byteOffset: 0, byteLength: coarse.length } as const;
+      const both = { ...bare, A: { ...side, tensor }, B: { ...side, tensor } };
+      const of = { ...module, A: module[which], B: module[which], in: width, out: width };
+      const made = expandTerm({ ...blob, bytes: coarse }, both, of, bases).A;
+      const rest = values.map((value, i) => value - made[i]!);
+      return { item: [over("int4"), 0, code("f32")], coefficients: [coarse], rows: [f32(rest)] };
+    }
+    const item = over(side.tensor.dtype);
+    const coefficients = [encodedTensor(blob.bytes, side.tensor)];
+    return { item: form === "second basis" ? [item, 1, null] : item, coefficients, rows: [] };
+  });
 }

@@ -1,10 +1,10 @@
 /** The promises of `tfjsHost`, on any backend of TF.js. Runs in Node and in browsers. */
 import { createRuntime, openPack, type Runtime, type RuntimeOptions } from "eigenlora";
 import { type Tfjs, tfjsHost } from "eigenlora/tfjs";
+import { difference } from "./compare.ts";
 import {
   asKernel,
   inputs,
-  largestDifference,
   packFor,
   SELECTIONS,
   selections,
@@ -110,17 +110,14 @@ export function tfjsSuite(t: SuiteTest, { tf, layers, loadGraphModel }: Modules)
       const other = imageModel(weightsOf(IMAGE, task));
       const [found, expected] = [model.predict(x), other.predict(x)];
       t.strictSame(found.shape, expected.shape, `${task}: ${expected.shape}`);
-      const off = largestDifference(await found.data(), await expected.data());
+      const off = difference(await found.data(), await expected.data());
       t.ok(off < 1e-5, `${task}: ${off}`);
       if (task === null) t.strictSame(await found.data(), first, "the base's own answer");
       for (const one of [found, expected]) one.dispose();
       other.dispose();
     }
     await runtime.close();
-    t.ok(
-      largestDifference(await model.predict(x).data(), first) === 0,
-      "the model is there when the runtime is closed",
-    );
+    t.ok(difference(await model.predict(x).data(), first) === 0, "the model is there when the runtime is closed");
   });
 
   t.test("variables, and rows of an embedding", async (t) => {
@@ -131,7 +128,7 @@ export function tfjsSuite(t: SuiteTest, { tf, layers, loadGraphModel }: Modules)
       await runtime.switchTask(task);
       const found = run();
       const expected = textModel(weightsOf(TEXT, task)).run();
-      const off = largestDifference(await found.data(), await expected.data());
+      const off = difference(await found.data(), await expected.data());
       t.ok(off < 1e-5, `${task}: ${off}`);
       t.equal(variables.get("net.classifier.kernel") === head, task !== "more", `${task}: the caller's variable`);
     }
@@ -182,9 +179,9 @@ export function tfjsSuite(t: SuiteTest, { tf, layers, loadGraphModel }: Modules)
       const copy = task === "plain" ? kernel.clone() : undefined;
       const values = (await kernel.data()).slice();
       await runtime.switchTask(task);
-      t.ok(largestDifference(await asked.data(), expected) === 0, `before ${task}`);
-      if (copy) t.ok(largestDifference(await copy.data(), values) === 0, `a copy keeps its values at ${task}`);
-      t.ok(largestDifference(await kernel.data(), values) > 0.01, `and the weight has others at ${task}`);
+      t.ok(difference(await asked.data(), expected) === 0, `before ${task}`);
+      if (copy) t.ok(difference(await copy.data(), values) === 0, `a copy keeps its values at ${task}`);
+      t.ok(difference(await kernel.data(), values) > 0.01, `and the weight has others at ${task}`);
       expected = await run().data();
       for (const one of [asked, copy]) one?.dispose();
     }
@@ -247,14 +244,14 @@ export function tfjsSuite(t: SuiteTest, { tf, layers, loadGraphModel }: Modules)
       const asked = model.predict(x);
       const expected = await answer(model.predict(x));
       await runtime.switchTask(task);
-      t.ok(largestDifference(await answer(asked), expected) === 0, `asked before ${task}`);
+      t.ok(difference(await answer(asked), expected) === 0, `asked before ${task}`);
       const other = await graphModel(weightsOf(GRAPH, task));
-      const off = largestDifference(await answer(model.predict(x)), await answer(other.predict(x)));
+      const off = difference(await answer(model.predict(x)), await answer(other.predict(x)));
       t.ok(off < 1e-5, `${task}: ${off}`);
       other.dispose();
     }
     t.equal(tf.memory().numTensors, numTensors);
-    t.ok(largestDifference(await answer(model.predict(x)), first) === 0, "the base's own answer");
+    t.ok(difference(await answer(model.predict(x)), first) === 0, "the base's own answer");
   });
 
   t.test("on WebGPU matrices never leave the device", async (t) => {
@@ -287,7 +284,7 @@ export function tfjsSuite(t: SuiteTest, { tf, layers, loadGraphModel }: Modules)
     const last = (await host.read("last.weight")).data as Uint8Array;
     t.strictSame([...host.list()].find(({ name }) => name === "last.weight")!.shape, [5, 7]);
     const kernel = asKernel({ shape, data }).data;
-    t.ok(largestDifference(new Float32Array(last.slice().buffer), kernel) === 0, "the head is where `names` says");
+    t.ok(difference(new Float32Array(last.slice().buffer), kernel) === 0, "the head is where `names` says");
     const without = await attach(GRAPH, model as never, { names: new Map([["net.query", "first.weight"]]) });
     await t.rejects(without.switchTask("same"), {
       tag: "base",

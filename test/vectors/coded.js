@@ -172,7 +172,7 @@ function sectionOf(size, steps, last, low) {
 }
 
 /** Writes a byte in 3, 3 and 2 bits. */
-function byte(to, last, value) {
+export function byte(to, last, value) {
   const [high, middle] = [value >> 5, (value >> 2) & 7];
   to.symbol(`high ${last >> 5}`, 7, high);
   to.symbol(`middle ${high}`, 7, middle);

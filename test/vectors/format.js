@@ -198,9 +198,7 @@ export function codedBlob(task, basis, how) {
   return coded(blobOf(task), placesOf(task.tensors, 4, start), 4, msgpack(basis), how);
 }
 
-const PREFIX = new Uint8Array([
-  0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20,
-]);
+const PREFIX = Buffer.from("302e020100300506032b657004220420", "hex");
 
 /** An Ed25519 key pair of 32 equal bytes, which belongs to no one: its public key, and a function that signs a hash. */
 export function keyOf(byte) {
@@ -297,17 +295,10 @@ export function packFile({
     }),
     ...extra,
   ];
-  const stored = (sections, list) =>
-    codeDirectory
-      ? codeDirectory(
-          directoryOf(
-            sections.map((s) => ({ ...s, offset: 0 })),
-            description,
-            list,
-            hashed,
-          ),
-        )
-      : editDirectory(directoryOf(sections, description, list, hashed));
+  const stored = (sections, list) => {
+    const placed = codeDirectory ? sections.map((section) => ({ ...section, offset: 0 })) : sections;
+    return (codeDirectory ?? editDirectory)(directoryOf(placed, description, list, hashed));
+  };
   const nowhere = contents.map((section) => ({ ...section, offset: 0, length: section.content.length }));
   let end = 1536 + stored(nowhere, list).length;
   const place = (section) => {
@@ -335,9 +326,9 @@ export function packFile({
   return joined([window, ...parts], 64);
 }
 
-/** A task file. */
+/** A task file. @param given `entry`: a value, or its bytes */
 export function taskFile({ entry, basisId, blob, signer, minor = 0 }) {
-  const map = msgpack(entry);
+  const map = entry instanceof Uint8Array ? entry : msgpack(entry);
   const start = align(64 + map.length, 64);
   const bytes = new Uint8Array(start + blob.length);
   const view = new DataView(bytes.buffer);

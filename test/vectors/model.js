@@ -89,69 +89,60 @@ export function createModel(seed = 7) {
       return stored.values;
     };
     const header = [
-      terms.map(
-        ({
-          module: index,
-          rank = 0,
-          type = "f32",
-          meanA = true,
-          meanB = true,
-          A: howA = {},
-          B: howB = {},
-          q = 0,
-          privateType = "f32",
-          magnitudeType,
-        }) => {
-          const { name, out, in: inputs, A: basesA, B: basesB } = modules[index];
-          const { basis: whichA = 0, own: ownA } = howA;
-          const { basis: whichB = 0, own: ownB } = howB;
-          const A = rank > 0 && whichA !== null ? basesA[whichA] : undefined;
-          const B = rank > 0 && whichB !== null ? basesB[whichB] : undefined;
-          const delta = new Float64Array(out * inputs);
-          const bound = new Float64Array(out * inputs);
-          const add = (a, b, count) => {
-            for (let k = 0; k < count; k++) {
-              for (let o = 0; o < out; o++) {
-                for (let i = 0; i < inputs; i++) {
-                  delta[o * inputs + i] += b.exact[k * out + o] * a.exact[k * inputs + i];
-                  bound[o * inputs + i] += b.size[k * out + o] * a.size[k * inputs + i];
-                }
+      terms.map((term) => {
+        const { module: index, rank = 0, type = "f32", q = 0, privateType = "f32", magnitudeType } = term;
+        const { name, out, in: inputs, A: basesA, B: basesB } = modules[index];
+        /** Both factors: the basis of the coefficients, if any, and the type of rows of its own. */
+        const sides = [
+          { width: inputs, bases: basesA, useMean: term.meanA ?? true, ...term.A },
+          { width: out, bases: basesB, useMean: term.meanB ?? true, ...term.B },
+        ].map((side) => {
+          const { basis: which = 0 } = side;
+          return { ...side, which: which ?? 0, of: rank > 0 && which !== null ? side.bases[which] : undefined };
+        });
+        const delta = new Float64Array(out * inputs);
+        const bound = new Float64Array(out * inputs);
+        const add = ([a, b], count) => {
+          for (let k = 0; k < count; k++) {
+            for (let o = 0; o < out; o++) {
+              for (let i = 0; i < inputs; i++) {
+                delta[o * inputs + i] += b.exact[k * out + o] * a.exact[k * inputs + i];
+                bound[o * inputs + i] += b.size[k * out + o] * a.size[k * inputs + i];
               }
             }
-          };
-          const code = (of, mean) => of.kind + (mean && of.mean ? 4 : 0) + 8 * TYPES.indexOf(type);
-          if (rank > 0) {
-            const coefficients = (of) => of && store(type, of.kind === 2 ? 1 : rank, of.K);
-            const [alphaA, alphaB] = [coefficients(A), coefficients(B)];
-            const rows = (of, width) => of && store(of, rank, width);
-            const [rowsA, rowsB] = [rows(ownA, inputs), rows(ownB, out)];
-            const whole = (of, alpha, mean, own, width) => {
-              const zeros = { exact: new Float64Array(rank * width), size: new Float64Array(rank * width) };
-              const { exact, size } = of ? factor(of, rank, alpha, mean) : zeros;
-              own?.forEach((value, i) => ((exact[i] += value), (size[i] += Math.abs(value))));
-              return { exact, size };
-            };
-            add(whole(A, alphaA, meanA, rowsA, inputs), whole(B, alphaB, meanB, rowsB, out), rank);
           }
-          if (q > 0) {
-            const [own, ownB] = [store(privateType, q, inputs), store(privateType, q, out)];
-            const sized = (exact) => ({ exact, size: exact.map(Math.abs) });
-            add(sized(own), sized(ownB), q);
-          }
-          const share = 2 ** -24 * ((A?.K ?? 0) + (B?.K ?? 0) + rank + q + 16);
-          expected.set(`${id}/${name}/delta`, { shape: [out, inputs], values: delta });
-          expected.set(`${id}/${name}/bound`, { shape: [out, inputs], values: bound.map((size) => size * share) });
-          if (magnitudeType)
-            expected.set(`${id}/${name}/magnitude`, { shape: [out], values: store(magnitudeType, 1, out) });
-          const written = (of, which, mean, own) => {
-            const coded = of ? code(of, mean) : null;
-            return own || which ? [coded, which ?? 0, own ? TYPES.indexOf(own) : null] : coded;
+        };
+        if (rank > 0) {
+          for (const side of sides) if (side.of) side.alpha = store(type, side.of.kind === 2 ? 1 : rank, side.of.K);
+          for (const side of sides) if (side.own) side.rows = store(side.own, rank, side.width);
+          const whole = ({ of, alpha, useMean, rows, width }) => {
+            const zeros = { exact: new Float64Array(rank * width), size: new Float64Array(rank * width) };
+            const { exact, size } = of ? factor(of, rank, alpha, useMean) : zeros;
+            rows?.forEach((value, i) => ((exact[i] += value), (size[i] += Math.abs(value))));
+            return { exact, size };
           };
-          const shared = rank > 0 ? [written(A, whichA, meanA, ownA), written(B, whichB, meanB, ownB)] : [null, null];
-          const magnitude = magnitudeType ? TYPES.indexOf(magnitudeType) : null;
-          return [index, rank, ...shared, q, q > 0 ? TYPES.indexOf(privateType) : 0, magnitude];
-        },
-      ),
+          add(sides.map(whole), rank);
+        }
+        if (q > 0) {
+          const own = sides.map(({ width }) => store(privateType, q, width));
+          add(
+            own.map((exact) => ({ exact, size: exact.map(Math.abs) })),
+            q,
+          );
+        }
+        const share = 2 ** -24 * (sides.reduce((sum, { of }) => sum + (of?.K ?? 0), 0) + rank + q + 16);
+        expected.set(`${id}/${name}/delta`, { shape: [out, inputs], values: delta });
+        expected.set(`${id}/${name}/bound`, { shape: [out, inputs], values: bound.map((size) => size * share) });
+        if (magnitudeType)
+          expected.set(`${id}/${name}/magnitude`, { shape: [out], values: store(magnitudeType, 1, out) });
+        const written = ({ of, which, useMean, own }) => {
+          const coded = of ? of.kind + (useMean && of.mean ? 4 : 0) + 8 * TYPES.indexOf(type) : null;
+          return own || which ? [coded, which, own ? TYPES.indexOf(own) : null] : coded;
+        };
+        const shared = rank > 0 ? sides.map(written) : [null, null];
+        const magnitude = magnitudeType ? TYPES.indexOf(magnitudeType) : null;
+        return [index, rank, ...shared, q, q > 0 ? TYPES.indexOf(privateType) : 0, magnitude];
+      }),
       parameters.map(({ name, role, type = "f32", shape, indices }) => {
         const [rows, width] =
           shape.length === 1 ? [1, shape[0]] : [shape[0], shape.slice(1).reduce((a, b) => a * b, 1)];

@@ -94,16 +94,13 @@ def u64(raw, at):
     return value
 
 
-def crc_table():
-    table = []
-    for x in range(256):
-        for _ in range(8):
-            x = x >> 1 ^ (0x82F63B78 if x & 1 else 0)
-        table.append(x)
-    return table
+def crc_of(x):
+    for _ in range(8):
+        x = x >> 1 ^ (0x82F63B78 if x & 1 else 0)
+    return x
 
 
-CRC_TABLE = crc_table()
+CRC_TABLE = [crc_of(x) for x in range(256)]
 
 
 def crc32c(raw):
@@ -1220,16 +1217,20 @@ def check_application(folder, entry):
                 yield f"{key} differs"
     yield from (f"{key} is not reached" for key in expected.keys() - seen)
     for name, why in entry.get("refused", {}).items():
-        if said_of_application(folder, entry, name) is None:
+        if rule_against(apply_one, folder, entry, name) is None:
             yield f"{name}: taken, though {why}"
 
 
-def said_of_application(folder, entry, name):
-    """Which rule refuses a task on a base; None where none does."""
+def apply_one(folder, entry, name):
+    pack = open_pack((folder / entry["pack"]).read_bytes())
+    base = read_safetensors((folder / entry["base"]).read_bytes())
+    apply_task(load_task(pack, [e.id for e in pack.entries].index(name)), base)
+
+
+def rule_against(work, *given):
+    """Which rule refuses what is read; None where none does."""
     try:
-        pack = open_pack((folder / entry["pack"]).read_bytes())
-        base = read_safetensors((folder / entry["base"]).read_bytes())
-        apply_task(load_task(pack, [e.id for e in pack.entries].index(name)), base)
+        work(*given)
     except Refused as refused:
         return refused.rule
 
@@ -1249,25 +1250,17 @@ def rules():
     return lines
 
 
-def said(folder, entry):
-    """Which rule refuses an entry; None where none does."""
-    try:
-        read_all(folder, entry, True)
-    except Refused as refused:
-        return refused.rule
-
-
 def musts(folder):
     """Rules that no entry notices: each is switched off, and one of the entries that it refuses must then be taken, or end in a raw error."""
     global off
     refused = {}
     for entry in json.loads((folder / "index.json").read_text()):
         if not entry["valid"]:
-            ask = partial(said, folder, entry)
+            ask = partial(rule_against, read_all, folder, entry, True)
             refused.setdefault(ask(), []).append(ask)
     for entry in json.loads((folder / "apply.json").read_text()):
         for name in entry.get("refused", ()):
-            ask = partial(said_of_application, folder, entry, name)
+            ask = partial(rule_against, apply_one, folder, entry, name)
             refused.setdefault(ask(), []).append(ask)
     source = Path(__file__).read_text().splitlines()
     unnoticed = []

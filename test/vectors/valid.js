@@ -127,31 +127,15 @@ function bare() {
   return model;
 }
 
-function basisAlone() {
-  const model = minimal();
-  return { pack: { ...model.pack, tasks: [] }, expected: new Map() };
-}
-
+const basisAlone = () => ({ pack: { ...minimal().pack, tasks: [] }, expected: new Map() });
 /** The directory is the last section, with an empty one before it that begins where the file ends. */
-function nothing() {
-  const model = createModel(5);
-  return { pack: model.pack, expected: new Map() };
-}
+const nothing = () => createModel(5);
 
 function privateAlone() {
   const model = createModel(9);
   model.module({ name: "layer", out: 3, in: 4 });
   model.task("own", [{ module: 0, q: 2, privateType: "int8" }]);
   return model;
-}
-
-/** Adds what a later minor version may add. */
-function later() {
-  const { bytes, expected } = file(everyKind, {
-    minor: 7,
-    extra: [{ kind: 99, required: 0, content: Uint8Array.of(1, 2, 3) }],
-  });
-  return { bytes, expected };
 }
 
 /** An append that was cut off in the superblock: the generation before counts. */
@@ -198,11 +182,8 @@ function byFours(_bytes, name) {
 
 /** The task of whole.eigentask, coded. */
 function codedTask(signer) {
-  const { expected } = taskFileOf(undefined);
-  const { pack } = everyKind();
-  const task = pack.tasks[1];
-  const basisId = packFile(pack).subarray(16, 48);
-  return { bytes: taskFile({ entry: task.entry, basisId, blob: codedBlob(task, pack.basis), signer }), expected };
+  const { basis, tasks } = everyKind().pack;
+  return taskFileOf(signer, (task) => ({ ...task, blob: codedBlob(tasks[1], basis) }));
 }
 
 /** Components of one factor, several bases of a factor, residual rows instead of coefficients and in addition to them. */
@@ -269,12 +250,6 @@ function unexplained() {
   return model;
 }
 
-/** Generations that are far apart. */
-function farApart() {
-  const { bytes, expected } = file(grown);
-  return beside({ bytes, expected }, 0, (_, put) => put(0, 8));
-}
-
 /** The second generation with a torn signature, or one that no flag announces: the generation before counts. */
 function unsound(change) {
   const { bytes } = file(grown, { signer: SIGNER });
@@ -331,95 +306,80 @@ function longBrings() {
   return model;
 }
 
-const coded = (directory) => codedSection(directory, [], 4);
+const coded = { code: (bytes) => bytes, codeDirectory: (directory) => codedSection(directory, [], 4) };
+const UNREAD = { kind: 0, required: 0, content: Uint8Array.of(1, 2, 3) };
 
-/** Vectors by name: `{ bytes, expected, why, keys }`. Task files belong to every-kind. */
-export const VALID = {
-  "minimal.eigen": { ...file(minimal), why: "one module, one task" },
-  "every-kind.eigen": { ...file(everyKind), why: "every kind of module, term, parameter and number format" },
-  "grown.eigen": { ...file(grown), why: "a second generation: tasks were appended" },
-  "torn.eigen": { ...torn(), why: "an append that was cut off in the superblock: the first generation counts" },
-  "oddities.eigen": {
-    ...file(oddities),
-    why: "long names, a byte order mark, integers in other formats, the largest ranks",
-  },
-  "later.eigen": { ...later(), why: "minor version 7: unknown keys and an unknown section that is not required" },
-  "unread.eigen": {
-    ...file(everyKind, { extra: [{ kind: 0, required: 0, content: Uint8Array.of(1, 2, 3) }] }),
-    why: "a section of kind 0, which is unknown like any other",
-  },
-  "long-brings.eigen": { ...file(longBrings), why: "`brings` names the longest parameter there may be" },
-  "no-hashes.eigen": { ...file(everyKind, { hashed: false }), why: "as written before 1.0" },
-  "basis.eigen": { ...file(basisAlone), why: "no tasks" },
-  "bare.eigen": { ...file(bare), why: "no modules: the bases are empty" },
-  "nothing.eigen": { ...file(nothing), why: "no modules and no tasks: the file ends with empty bases" },
-  "private.eigen": { ...file(privateAlone), why: "a module without a basis: the bases are empty" },
-  "beyond.eigen": { ...beyond(), why: "bytes behind the committed end are ignored" },
-  "signed.eigen": { ...file(everyKind, { signer: SIGNER }), why: "signed", signed: true },
-  "signed-grown.eigen": { ...file(grown, { signer: SIGNER }), why: "signed, both generations", signed: true },
-  "coded.eigen": {
-    ...file(everyKind, { code: (bytes) => bytes, codeDirectory: coded }),
-    why: "coded sections and a coded directory",
-  },
-  "coded-grown.eigen": {
-    ...file(grown, { code: (bytes) => bytes, codeDirectory: coded }),
-    why: "a coded directory, of a second generation",
-  },
-  "coded-nothing.eigen": {
-    ...file(nothing, { codeDirectory: coded }),
-    why: "a coded directory, and empty bases where it ends",
-  },
-  "coded-large.eigen": {
-    ...file(large, { code: (bytes) => bytes }),
-    why: "coded sections with large integers and wide rows, which go by fours",
-  },
-  "coded-given.eigen": {
-    ...file(everyKind, { code: byFours }),
-    why: "short rows that go by fours",
-  },
-  "sides.eigen": { ...file(sides), why: "components on one side, several bases of a side, rows of a task's own" },
-  "coded-sides.eigen": {
-    ...file(sides, { code: (bytes) => bytes, codeDirectory: coded }),
-    why: "the same, coded",
-  },
-  "ranked.eigen": { ...file(() => ranked(65_535)), why: "rank 65 535" },
-  "mixed.eigen": { ...mixed(), why: "bases and a task that are not coded, beside tasks that are" },
-  "no-explained.eigen": { ...file(unexplained), why: "a side without `explained`" },
-  "empty-first.eigen": { ...emptyFirst(), why: "empty bases where the directory begins" },
-  "far-apart.eigen": { ...farApart(), why: "generations 1 and 8" },
-  "torn-signature.eigen": {
-    ...unsound((block) => (block[159] ^= 1)),
-    why: "an append that was cut off in the signature: the first generation counts",
-  },
-  "unflagged-signature.eigen": {
-    ...unsound((block, view) => {
-      view.setUint32(52, 0, true);
-      view.setUint32(60, crc32c(block.subarray(0, 60)), true);
-    }),
-    why: "a signature that no flag announces: the first generation counts",
-  },
-  "odd.eigen": {
-    ...file(odd),
-    why: "no coefficients, magnitudes alone, scales that are 0, negative, −0 and subnormal",
-  },
-  "other-places.eigen": {
-    ...beside(file(grown), 1, (_, put) => [16, 24, 32, 40].forEach((at) => put(at, 2 ** 50))),
-    why: "the superblock that does not count names places outside the file",
-  },
-  "other-parity.eigen": {
-    ...beside(file(everyKind), 0, (block, put) => (put(0, 7), (block[60 - 4] = 1))),
-    why: "superblock 0 has an odd generation, and reserved bytes that are not zero",
-  },
-  "other-huge.eigen": {
-    ...beside(file(everyKind), 0, (block) => block.fill(255, 0, 8)),
-    why: "superblock 0 has an odd generation of 2^64 − 1",
-  },
-  "other-generation-0.eigen": {
-    ...beside(file(everyKind), 0, (block) => (block[57] = 1)),
-    why: "superblock 0 has generation 0, and reserved bytes that are not zero",
-  },
-  "coded.eigentask": { ...codedTask(), why: "a task file whose blob is coded" },
-  "coded-signed.eigentask": { ...codedTask(SIGNER), why: "a task file that is coded and signed", signed: true },
-  "whole.eigentask": { ...taskFileOf(undefined), why: "a task file" },
-  "signed.eigentask": { ...taskFileOf(SIGNER), why: "a signed task file", signed: true },
-};
+/** Vectors by name: `{ bytes, expected, why, signed }`. Task files belong to every-kind. */
+export const VALID = Object.fromEntries(
+  Object.entries({
+    "minimal.eigen": ["one module, one task", file(minimal)],
+    "every-kind.eigen": ["every kind of module, term, parameter and number format", file(everyKind)],
+    "grown.eigen": ["a second generation: tasks were appended", file(grown)],
+    "torn.eigen": ["an append that was cut off in the superblock: the first generation counts", torn()],
+    "oddities.eigen": ["long names, a byte order mark, integers in other formats, the largest ranks", file(oddities)],
+    "later.eigen": [
+      "minor version 7: unknown keys and an unknown section that is not required",
+      file(everyKind, { minor: 7, extra: [{ ...UNREAD, kind: 99 }] }),
+    ],
+    "unread.eigen": ["a section of kind 0, which is unknown like any other", file(everyKind, { extra: [UNREAD] })],
+    "long-brings.eigen": ["`brings` names the longest parameter there may be", file(longBrings)],
+    "no-hashes.eigen": ["as written before 1.0", file(everyKind, { hashed: false })],
+    "basis.eigen": ["no tasks", file(basisAlone)],
+    "bare.eigen": ["no modules: the bases are empty", file(bare)],
+    "nothing.eigen": ["no modules and no tasks: the file ends with empty bases", file(nothing)],
+    "private.eigen": ["a module without a basis: the bases are empty", file(privateAlone)],
+    "beyond.eigen": ["bytes behind the committed end are ignored", beyond()],
+    "signed.eigen": ["signed", file(everyKind, { signer: SIGNER }), "signed"],
+    "signed-grown.eigen": ["signed, both generations", file(grown, { signer: SIGNER }), "signed"],
+    "coded.eigen": ["coded sections and a coded directory", file(everyKind, coded)],
+    "coded-grown.eigen": ["a coded directory, of a second generation", file(grown, coded)],
+    "coded-nothing.eigen": [
+      "a coded directory, and empty bases where it ends",
+      file(nothing, { ...coded, code: undefined }),
+    ],
+    "coded-large.eigen": [
+      "coded sections with large integers and wide rows, which go by fours",
+      file(large, { ...coded, codeDirectory: undefined }),
+    ],
+    "coded-given.eigen": ["short rows that go by fours", file(everyKind, { code: byFours })],
+    "sides.eigen": ["components on one side, several bases of a side, rows of a task's own", file(sides)],
+    "coded-sides.eigen": ["the same, coded", file(sides, coded)],
+    "ranked.eigen": ["rank 65 535", file(() => ranked(65_535))],
+    "mixed.eigen": ["bases and a task that are not coded, beside tasks that are", mixed()],
+    "no-explained.eigen": ["a side without `explained`", file(unexplained)],
+    "empty-first.eigen": ["empty bases where the directory begins", emptyFirst()],
+    "far-apart.eigen": ["generations 1 and 8", beside(file(grown), 0, (_, put) => put(0, 8))],
+    "torn-signature.eigen": [
+      "an append that was cut off in the signature: the first generation counts",
+      unsound((block) => (block[159] ^= 1)),
+    ],
+    "unflagged-signature.eigen": [
+      "a signature that no flag announces: the first generation counts",
+      unsound((block, view) => {
+        view.setUint32(52, 0, true);
+        view.setUint32(60, crc32c(block.subarray(0, 60)), true);
+      }),
+    ],
+    "odd.eigen": ["no coefficients, magnitudes alone, scales that are 0, negative, −0 and subnormal", file(odd)],
+    "other-places.eigen": [
+      "the superblock that does not count names places outside the file",
+      beside(file(grown), 1, (_, put) => [16, 24, 32, 40].forEach((at) => put(at, 2 ** 50))),
+    ],
+    "other-parity.eigen": [
+      "superblock 0 has an odd generation, and reserved bytes that are not zero",
+      beside(file(everyKind), 0, (block, put) => (put(0, 7), (block[60 - 4] = 1))),
+    ],
+    "other-huge.eigen": [
+      "superblock 0 has an odd generation of 2^64 − 1",
+      beside(file(everyKind), 0, (block) => block.fill(255, 0, 8)),
+    ],
+    "other-generation-0.eigen": [
+      "superblock 0 has generation 0, and reserved bytes that are not zero",
+      beside(file(everyKind), 0, (block) => (block[57] = 1)),
+    ],
+    "coded.eigentask": ["a task file whose blob is coded", codedTask()],
+    "coded-signed.eigentask": ["a task file that is coded and signed", codedTask(SIGNER), "signed"],
+    "whole.eigentask": ["a task file", taskFileOf(undefined)],
+    "signed.eigentask": ["a signed task file", taskFileOf(SIGNER), "signed"],
+  }).map(([name, [why, given, signed]]) => [name, { ...given, why, signed: signed !== undefined }]),
+);

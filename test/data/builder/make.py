@@ -1,25 +1,23 @@
 """Tiny random LLMs as onnxruntime-genai's model builder writes them, adapters for them, and PEFT's logits.
 
 The builder packs queries, keys and values into one layer, unless it is told not to, and names things its own way. goldens.json is
-computed by PEFT in f64, without the exported graphs; for the 4-bit file on the base that its bytes stand for.
+computed by PEFT in f64, without the exported graphs; for the 4-bit file on the base that its bytes stand for. gradients.safetensors has the gradients
+for the adapter "all": of the mean over all tokens of the cross entropy with the class (7 · row + 3) mod 48.
 
 usage: python make.py    (onnxruntime-genai 0.18, onnx-ir, torch 2.13, transformers 5, peft 0.21, onnx)
 """
-import copy, importlib.util, json, os, pathlib, runpy, shutil, sys, tempfile, types, warnings
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
+import copy, importlib.util, pathlib, runpy, sys, tempfile, types
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "make"))
+from graphs import dequantised, gradients_of, initializers, with_adapters, write_rounded
 import numpy as np, onnx, torch
-from onnx import numpy_helper
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
                           Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
-warnings.filterwarnings("ignore")
-torch.set_num_threads(1)
 BUILDER = list(importlib.util.find_spec("onnxruntime_genai").submodule_search_locations)
-HERE = pathlib.Path(__file__).parent
 ROWS = [[5, 9, 13, 21, 3], [33, 2, 40, 8, 17]]
 KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM),
          "small": (LlamaConfig, LlamaForCausalLM), "phi3": (Phi3Config, Phi3ForCausalLM)}
@@ -70,56 +68,32 @@ def build(folder, out, how):
     runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
 
 
-def dequantised(model, file):
-    """The model with the weights that a 4-bit file stands for: blocks of 32 along the rows, unsigned, 8 is zero."""
-    tensors = {t.name: numpy_helper.to_array(t) for t in file.graph.initializer}
+def rounded(model, file):
+    """Weights that a 4-bit file stands for."""
     nodes = {n.name: n for n in file.graph.node if n.op_type == "MatMulNBits"}
-    made = copy.deepcopy(model).double()
-    weights = made.state_dict()
-
-    def read(name):
-        node = nodes[name]
-        packed, scales = tensors[node.input[1]], tensors[node.input[2]].astype(np.float64)
-        attributes = {a.name: a.i for a in node.attribute}
-        assert attributes["bits"] == 4 and attributes["block_size"] == 32 and len([i for i in node.input if i]) == 3
-        halves = np.stack([packed & 15, packed >> 4], -1).reshape(attributes["N"], -1, 32).astype(np.float64) - 8
-        return torch.tensor((halves * scales.reshape(attributes["N"], -1, 1)).reshape(attributes["N"], -1)[:, : attributes["K"]])
-
+    weights = copy.deepcopy(model).double().state_dict()
+    read = lambda name: dequantised(nodes[name], initializers(file))
     for layer in range(2):
         at, to = f"/model/layers.{layer}/", f"model.layers.{layer}."
         q, k, v = read(at + "attn/qkv_proj/MatMul_Q4").split([64, 32, 32])
         for name, value in dict(q=q, k=k, v=v, o=read(at + "attn/o_proj/MatMul_Q4")).items():
-            weights[f"{to}self_attn.{name}_proj.weight"].copy_(value)
+            weights[f"{to}self_attn.{name}_proj.weight"] = value
         for name in ("gate", "up", "down"):
-            weights[f"{to}mlp.{name}_proj.weight"].copy_(read(f"{at}mlp/{name}_proj/MatMul_Q4"))
-    weights["lm_head.weight"].copy_(read("/lm_head/MatMul_Q4"))
-    return made
+            weights[f"{to}mlp.{name}_proj.weight"] = read(f"{at}mlp/{name}_proj/MatMul_Q4")
+    return weights | {"lm_head.weight": read("/lm_head/MatMul_Q4")}
 
 
 def adapt(model, kind):
     torch.manual_seed(4)
-    adapted = None
-    for id, how in (PHI3 if kind == "phi3" else ADAPTERS).items():
-        config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **how)
-        if adapted is None:
-            adapted = get_peft_model(copy.deepcopy(model), config, adapter_name=id)
-        else:
-            adapted.add_adapter(id, config)
-    for name, parameter in adapted.named_parameters():
-        if "lora_A" in name or "lora_B" in name:
-            nn.init.normal_(parameter, std=0.2)
-        if "magnitude" in name:
-            parameter.data *= 1 + 0.2 * torch.rand_like(parameter)
-    return adapted.eval()
+    return with_adapters(model, PHI3 if kind == "phi3" else ADAPTERS, task_type="CAUSAL_LM", r=4, lora_alpha=8)
 
 
-@torch.no_grad()
 def logits(model):
     ids = torch.tensor(ROWS)
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.flatten().tolist()
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
 
 
-goldens, answers, saved = {"rows": ROWS}, {}, set()
+answers, gradients, saved = {}, {}, set()
 for name, kind, how in FILES:
     model = base(kind)
     with tempfile.TemporaryDirectory() as folder:
@@ -141,18 +115,18 @@ for name, kind, how in FILES:
     exact = adapted.double()
     if how[1] == "int4":
         # The base's part of each layer; adapters, DoRA's magnitudes too, are as they were saved.
-        rounded = dequantised(model, file).state_dict()
+        weights = rounded(model, file)
         for key, value in exact.named_parameters():
-            plain = key.replace("base_model.model.", "").replace(".base_layer", "")
             if "lora_" not in key:
-                value.data.copy_(rounded[plain])
-    answers[name] = {}
+                value.data.copy_(weights[key.replace("base_model.model.", "").replace(".base_layer", "")])
     with exact.disable_adapter():
-        answers[name]["base"] = logits(exact)
+        answers[name] = {"base": logits(exact).flatten().tolist()}
     for id in ADAPTERS:
         exact.set_adapter(id)
-        answers[name][id] = logits(exact)
-goldens["logits"] = answers
-rounded = json.loads(json.dumps(goldens), parse_float=lambda text: round(float(text), 8))
-(HERE / "goldens.json").write_text(json.dumps(rounded) + "\n")
+        answers[name][id] = logits(exact).flatten().tolist()
+    if name != "phi3-apart":  # the gradients are those of phi3
+        exact.set_adapter("all")
+        gradients |= {f"{name}/{key}": value for key, value in gradients_of(exact, logits(exact), "all", 48).items()}
+write_rounded(HERE / "goldens.json", {"rows": ROWS, "logits": answers})
+save_file(gradients, HERE / "gradients.safetensors")
 print({name: [round(float(np.abs(v).max()), 3) for v in one.values()] for name, one in answers.items()})

@@ -6,17 +6,15 @@ goldens.json is computed by PyTorch and PEFT in f64, without cache and exported 
 
 usage: python make.py    (torch 2.13, transformers 5.24, peft 0.21, onnx 1.23, tokenizers 0.23)
 """
-import copy, io, itertools, json, pathlib, shutil, tempfile, warnings
-import numpy as np, onnx, torch
+import copy, itertools, json, pathlib, sys
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "make"))
+from graphs import characters, exported, save, save_adapters, with_adapters, write
+import numpy as np, torch
 from onnx.reference import ReferenceEvaluator
-from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-warnings.filterwarnings("ignore")
-torch.set_num_threads(1)
-HERE = pathlib.Path(__file__).parent
 END = "<|end|>"
 PROMPTS = ["Once upon a time", "x = 3;", "The quick brown fox jumps over the lazy dog."]
 ADAPTERS = ["upper", "lower"]
@@ -42,16 +40,6 @@ class Decoder(LlamaForCausalLM):
         return self.lm_head(hidden), *present
 
 
-def tokenizer():
-    """One token per printable ASCII character, written as byte-level BPE that merges nothing."""
-    tokens = [END] + [chr(code) for code in range(33, 127)] + ["Ġ"]
-    made = Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([END])
-    return made
-
-
 def base(seed, vocabulary):
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -63,17 +51,6 @@ def base(seed, vocabulary):
         # Norms around one, so that their scales matter too.
         nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.2)
     return model
-
-
-def adapt(model):
-    """The model with both adapters, random on both sides (PEFT starts B at zero)."""
-    how = dict(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
-    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**how), adapter_name=ADAPTERS[0])
-    adapted.add_adapter(ADAPTERS[1], LoraConfig(**how))
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter, std=0.2)
-    return adapted.eval()
 
 
 @torch.no_grad()
@@ -109,7 +86,7 @@ def search(prompts):
     """The first seed whose runs are all usable, and whose tasks differ from the first tokens on."""
     for seed in itertools.count():
         model = base(seed, made.get_vocab_size())
-        adapted = adapt(model)
+        adapted = with_adapters(model, dict.fromkeys(ADAPTERS, {}), task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
         found = list(itertools.takewhile(usable, runs(copy.deepcopy(adapted).double(), prompts)))
         starts = {(run["prompt"], *run["ids"][:3]) for run in found}
         if len(starts) == 3 * len(PROMPTS):
@@ -117,33 +94,17 @@ def search(prompts):
 
 
 def export(model, path):
-    """Writes the ONNX file without stack traces, which are large and tell paths of the machine that made them."""
     decoder = Decoder(model.config).eval()
     decoder.load_state_dict(model.state_dict())
-    layers = range(model.config.num_hidden_layers)
-    sides = [f"{layer}.{side}" for layer in layers for side in ("key", "value")]
-    inputs = ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{side}" for side in sides)]
-    outputs = ["logits", *(f"present.{side}" for side in sides)]
-    axes = {"input_ids": {0: "batch_size", 1: "sequence_length"},
-            "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
-            "position_ids": {0: "batch_size", 1: "sequence_length"},
-            "logits": {0: "batch_size", 1: "sequence_length"}}
-    axes |= {f"past_key_values.{side}": {0: "batch_size", 2: "past_sequence_length"} for side in sides}
-    axes |= {f"present.{side}": {0: "batch_size", 2: "total_sequence_length"} for side in sides}
+    sides = [f"{layer}.{side}" for layer in range(model.config.num_hidden_layers) for side in ("key", "value")]
+    tokens = {0: "batch_size", 1: "sequence_length"}
+    inputs = {"input_ids": tokens, "attention_mask": {0: "batch_size", 1: "total_sequence_length"}, "position_ids": tokens,
+              **{f"past_key_values.{side}": {0: "batch_size", 2: "past_sequence_length"} for side in sides}}
+    outputs = {"logits": tokens, **{f"present.{side}": {0: "batch_size", 2: "total_sequence_length"} for side in sides}}
     ids = torch.randint(1, model.config.vocab_size, (2, 3))
     past = [torch.randn(2, 2, 5, 8) for _ in sides]
     feeds = (ids, torch.ones(2, 8, dtype=torch.int64), torch.arange(5, 8).repeat(2, 1), *past)
-    file = io.BytesIO()
-    torch.onnx.export(decoder, feeds, file, dynamo=False, opset_version=17, input_names=inputs, output_names=outputs,
-                      dynamic_axes=axes)
-    graph = onnx.load_from_string(file.getvalue())
-    for node in graph.graph.node:
-        node.doc_string = ""
-        del node.metadata_props[:]
-    del graph.graph.value_info[:]
-    onnx.checker.check_model(graph)
-    path.parent.mkdir(exist_ok=True)
-    onnx.save(graph, path)
+    save(exported(decoder, feeds, inputs, outputs), path)
 
 
 def replay(path, run):
@@ -164,11 +125,7 @@ def replay(path, run):
     assert np.abs(first - run["logits"]).max() < 1e-4
 
 
-def write(path, value):
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-made = tokenizer()
+made = characters([END])
 prompts = {text: made.encode(text).ids for text in PROMPTS}
 seed, model, adapted, found = search(prompts)
 assert [run["ids"] for run in runs(adapted, prompts)] == [run["ids"] for run in found], "f32 chooses other tokens"
@@ -184,21 +141,8 @@ write(HERE / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFa
 write(HERE / "config.json", {**model.config.to_diff_dict(), "architectures": ["LlamaForCausalLM"]})
 write(HERE / "generation_config.json", {"eos_token_id": 0, "pad_token_id": 0, "do_sample": False})
 
-shutil.rmtree(HERE / "adapters", ignore_errors=True)
-with tempfile.TemporaryDirectory() as folder:
-    adapted.save_pretrained(folder)
-    for name in ADAPTERS:
-        for file in ("adapter_model.safetensors", "adapter_config.json"):
-            (HERE / "adapters" / name).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(pathlib.Path(folder, name, file), HERE / "adapters" / name / file)
-        path = HERE / "adapters" / name / "adapter_config.json"
-        config = json.loads(path.read_text())
-        write(path, config | {"base_model_name_or_path": "decoder", "target_modules": sorted(config["target_modules"])})
-
-lines = []
-for run in found:
-    rounded = {"lead": round(run["lead"], 4), "logits": [round(value, 6) for value in run["logits"]]}
-    lines.append(json.dumps(run | rounded))
+save_adapters(adapted, ADAPTERS, HERE / "adapters", base_model_name_or_path="decoder")
+lines = [json.dumps(run | {"lead": round(run["lead"], 4), "logits": [round(value, 6) for value in run["logits"]]}) for run in found]
 (HERE / "goldens.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
 print(f"seed {seed}: smallest lead {min(run['lead'] for run in found):.3f}")
 for run in found:

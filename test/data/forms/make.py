@@ -5,20 +5,20 @@ is quantised they are ONNX Runtime's, of a copy of it into which PEFT's delta wa
 
 usage: python make.py    (torch 2.13, peft 0.21, onnx 1.23, onnxruntime 1.32)
 """
-import json, logging, os, pathlib, re, shutil, tempfile, warnings
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
-import numpy as np, onnx, onnxruntime, torch
-from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
-from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+import json, pathlib, shutil, sys, tempfile
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "make"))
+from graphs import (Calibration, answer_of, cleaned, constant, dynamo, in_four_bits, initializers, labels_of, lines, producers, randomise, report, save_adapter,
+                    set_nodes, set_ordered, torchscript, with_state)
+import numpy as np, onnx, torch
+from onnx import TensorProto, helper
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
-warnings.filterwarnings("ignore")
-logging.disable(logging.WARNING)
-HERE = pathlib.Path(__file__).parent
 SCRATCH = pathlib.Path(tempfile.mkdtemp())
 
 
@@ -116,12 +116,7 @@ for name, state in STATES.items():
 
 
 def base(name, labels=3):
-    """A head of another size stays as it is: every task brings its own."""
-    model = MAKE[name](labels)
-    own = model.state_dict()
-    model.load_state_dict({key: value if value.shape == own[key].shape else own[key]
-                           for key, value in STATES[name].items()})
-    return model.eval()
+    return with_state(MAKE[name](labels), STATES[name]).eval()
 
 
 # ---- exports
@@ -131,35 +126,14 @@ def load(name):
 
 
 def save(name, model):
-    for node in model.graph.node:
-        node.doc_string = ""
-        keep = [p for p in node.metadata_props if p.key in ("namespace", "pkg.torch.onnx.name_scopes")]
-        del node.metadata_props[:]
-        node.metadata_props.extend(keep)
-    g = model.graph
-    for thing in [model, g, *g.input, *g.output, *g.value_info, *g.initializer]:
-        del thing.metadata_props[:]
-    onnx.save(model, HERE / f"{name}.onnx")
+    onnx.save(cleaned(model), HERE / f"{name}.onnx")
 
 
 for name, feeds in FEEDS.items():
-    axes = {key: {0: "batch"} | ({1: "sequence"} if name == "text" else {}) for key in feeds} | {"logits": {0: "batch"}}
-    torch.onnx.export(base(name), tuple(feeds.values()), SCRATCH / "export.onnx", dynamo=False, opset_version=17,
-                      input_names=list(feeds), output_names=["logits"], dynamic_axes=axes)
-    save(name, onnx.load(SCRATCH / "export.onnx"))
-batch = torch.export.Dim("batch")
-torch.onnx.export(base("vision"), tuple(FEEDS["vision"].values()), SCRATCH / "export.onnx", dynamo=True,
-                  external_data=False, verbose=False, input_names=["x"], output_names=["logits"],
-                  dynamic_shapes={"x": {0: batch}}, optimize=False)
-save("vision-dynamo", onnx.load(SCRATCH / "export.onnx"))
-
-
-def producers(model):
-    return {output: node for node in model.graph.node for output in node.output}
-
-
-def initializers(model):
-    return {tensor.name: tensor for tensor in model.graph.initializer}
+    axes = {key: {0: "batch"} | ({1: "sequence"} if name == "text" else {}) for key in feeds}
+    save(name, torchscript(base(name), tuple(feeds.values()), axes, {"logits": {0: "batch"}}))
+save("vision-dynamo", dynamo(base("vision"), tuple(FEEDS["vision"].values()), input_names=["x"], output_names=["logits"],
+                             dynamic_shapes={"x": {0: torch.export.Dim("batch")}}, optimize=False))
 
 
 def fused(model):
@@ -179,8 +153,7 @@ def fused(model):
     at = list(model.graph.node).index(scaled)
     rest = [skip if i == at else node for i, node in enumerate(model.graph.node)
             if node is not add and (i == at or not node.name.startswith("/rms/")) and node is not sum]
-    del model.graph.node[:]
-    model.graph.node.extend(rest)
+    set_nodes(model, rest)
     if not any(one.domain == "com.microsoft" for one in model.opset_import):
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     return model
@@ -195,9 +168,7 @@ def simplified(model):
     at = list(model.graph.node).index(scaled)
     rest = [node if i == at else one for i, one in enumerate(model.graph.node)
             if i == at or not one.name.startswith("/rms/")]
-    del model.graph.node[:]
-    model.graph.node.extend(rest)
-    return model
+    return set_nodes(model, rest)
 
 
 def padded(model):
@@ -210,14 +181,9 @@ def padded(model):
     return model
 
 
-class Calibration(CalibrationDataReader):
-    def __init__(self):
-        random = np.random.default_rng(3)
-        more = {"x": random.standard_normal((8, 3, 10, 12)).astype(np.float32)}
-        self.batches = iter([more, {"x": FEEDS["vision"]["x"].numpy()}])
-
-    def get_next(self):
-        return next(self.batches, None)
+def calibration():
+    random = np.random.default_rng(3)
+    return Calibration({"x": random.standard_normal((8, 3, 10, 12)).astype(np.float32)}, {"x": FEEDS["vision"]["x"].numpy()})
 
 
 save("text-fused", fused(load("text")))
@@ -231,45 +197,22 @@ for name in ("vision", "text"):
                      nodes_to_exclude=["/classifier/Gemm", "/classifier/Gemm_MatMul"])
     save(f"{name}-int8", onnx.load(SCRATCH / "int8.onnx"))
 for name, form in (("qdq", QuantFormat.QDQ), ("qlinear", QuantFormat.QOperator)):
-    quantize_static(HERE / "vision.onnx", SCRATCH / "static.onnx", Calibration(), quant_format=form,
+    quantize_static(HERE / "vision.onnx", SCRATCH / "static.onnx", calibration(), quant_format=form,
                     op_types_to_quantize=["Conv"], per_channel=True, reduce_range=True,
                     nodes_to_exclude=["/apart/Conv"])
     save(f"vision-{name}", onnx.load(SCRATCH / "static.onnx"))
 config = DefaultWeightOnlyQuantConfig(block_size=16, is_symmetric=False, op_types_to_quantize=("MatMul", "Gather"))
-quantizer = MatMulNBitsQuantizer(load("text"), algo_config=config)
-quantizer.process()
-quantizer.model.model.opset_import[0].version = 17  # it writes 21, where ReduceMean differs
-save("text-q4", quantizer.model.model)
+model = in_four_bits(load("text"), algo_config=config)
+model.opset_import[0].version = 17  # it writes 21, where ReduceMean differs
+save("text-q4", model)
 
 
 # ---- adapters
 
 def adapter(folder, name, labels, seed, **config):
-    path = HERE / folder
-    shutil.rmtree(path, ignore_errors=True)
     torch.manual_seed(seed)
     model = get_peft_model(base(name, labels), LoraConfig(**({"lora_alpha": 8} | config)))
-    random = torch.Generator().manual_seed(seed)
-    for key, parameter in model.named_parameters():
-        if not parameter.requires_grad or "original_module" in key:
-            continue
-        noise = torch.randn(parameter.shape, generator=random)
-        if "lora_magnitude" in key:
-            parameter.data *= 1 + 0.5 * noise
-        elif re.search("lora_(embedding_)?A", key):
-            parameter.data = 0.3 * noise
-        elif re.search("lora_(embedding_)?B", key):
-            parameter.data = 0.2 * noise
-        else:  # heads, biases, norms
-            parameter.data = parameter.data + 0.5 * noise
-    model.save_pretrained(path)
-    (path / "README.md").unlink()
-    file = path / "adapter_config.json"
-    saved = json.loads(file.read_text()) | {"base_model_name_or_path": "tiny-random"}
-    for key in ("target_modules", "modules_to_save"):
-        saved[key] = saved[key] and sorted(saved[key])
-    file.write_text(json.dumps(saved, indent=1, sort_keys=True) + "\n")
-    (path / "task.json").write_text(json.dumps({"labels": [f"{path.name} {i}" for i in range(labels)]}) + "\n")
+    save_adapter(randomise(model, seed, 0.5, A=0.3, B=0.2), HERE / folder, labels)
 
 
 CONVS = ["stem", "point", "wide", "odd"]
@@ -296,15 +239,15 @@ adapter("adapters-text-more/dora", "text", 2, 33, r=4, target_modules=["words", 
 
 # ---- what PyTorch and PEFT answer
 
-def labels_of(folder):
-    return len(json.loads((HERE / folder / "task.json").read_text())["labels"])
+def adapted(name, folder):
+    return PeftModel.from_pretrained(base(name, labels_of(HERE / folder)), HERE / folder)
 
 
 def merged(name, folder):
     """f64. The merge of a dilated convolution is PEFT's; its unmerged one forgets the dilation, and fails."""
     if folder is None:
         return base(name).double()
-    return PeftModel.from_pretrained(base(name, labels_of(folder)), HERE / folder).double().merge_and_unload().eval()
+    return adapted(name, folder).double().merge_and_unload().eval()
 
 
 @torch.no_grad()
@@ -312,8 +255,7 @@ def answer(name, folder=None):
     feeds = {key: value.double() if value.is_floating_point() else value for key, value in FEEDS[name].items()}
     found = merged(name, folder)(**feeds)
     if folder is not None and "wide" not in json.loads((HERE / folder / "adapter_config.json").read_text())["target_modules"]:
-        unmerged = PeftModel.from_pretrained(base(name, labels_of(folder)), HERE / folder).double().eval()
-        assert (unmerged(**feeds) - found).abs().max() < 1e-9
+        assert (adapted(name, folder).double().eval()(**feeds) - found).abs().max() < 1e-9
     return found.float().numpy()
 
 
@@ -322,12 +264,7 @@ def tasks(folder):
 
 
 def run(model, feeds):
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Plain operators as ONNX defines them; with fusions, integers may round differently.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {key: value.numpy() for key, value in feeds.items()})[0]
+    return answer_of(model, feeds, optimise=False)
 
 
 def wired(model, name, folder):
@@ -342,10 +279,6 @@ def wired(model, name, folder):
     nodes = {node.name: node for node in graph.node}
     after = lambda value: [node for node in graph.node if value in node.input]
     added = []
-
-    def constant(key, tensor):
-        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(tensor.numpy()), key))
-        return key
 
     def result(op):
         """The float value that comes out."""
@@ -375,7 +308,7 @@ def wired(model, name, folder):
             old = initializers(model)[key]
             assert old.data_type == TensorProto.FLOAT
             graph.initializer.remove(old)
-            constant(key, value)
+            constant(model, key, value)
             continue
         assert part == "weight"
         kinds = ("Conv", "MatMul", "Gather")
@@ -383,7 +316,7 @@ def wired(model, name, folder):
                   if (found := f"/{module}/{kind}{suffix}") in nodes)
         delta = value.double() - own[key].double()
         y, out = result(op), f"{module} term"
-        weight = constant(f"{module} delta", (delta.T if op.op_type.startswith("MatMul") else delta).float())
+        weight = constant(model, f"{module} delta", (delta.T if op.op_type.startswith("MatMul") else delta).float())
         if "Gather" in op.op_type:
             put(y, helper.make_node("Gather", [weight, op.input[1]], [out]))
             continue
@@ -397,22 +330,14 @@ def wired(model, name, folder):
         else:
             node = helper.make_node("MatMul", [x, weight], [out])
         put(y, node)
-    head = [constant(f"task {part}", task[f"classifier.{part}"]) for part in ("weight", "bias")]
+    head = [constant(model, f"task {part}", task[f"classifier.{part}"]) for part in ("weight", "bias")]
     # The input of the head's first node: quantisers turn a Gemm into a MatMul and an Add.
     first = next(node for node in graph.node if node.name in ("/classifier/Gemm", "/classifier/Gemm_MatMul"))
     made["logits"].output[0] = "old logits"
     added.append(helper.make_node("Gemm", [first.input[0], *head], ["logits"], transB=1))
     del graph.output[0].type.tensor_type.shape.dim[:]
     del graph.value_info[:]
-    rest, known = [*graph.node, *added], {value.name for value in (*graph.input, *graph.initializer)} | {""}
-    del graph.node[:]
-    while rest:
-        ready = [node for node in rest if known.issuperset(node.input)]
-        assert ready, [node.name for node in rest]
-        graph.node.extend(ready)
-        known.update(output for node in ready for output in node.output)
-        rest = [node for node in rest if not known.issuperset(node.output)]
-    return model
+    return set_ordered(model, [*graph.node, *added])
 
 
 def wiredAnswers(name):
@@ -449,25 +374,6 @@ for name, found in ((name, found) for name, found in outputs.items() if "base" i
             print(f"{name} {task}: quantisation moves it by {away:.2g}")
             assert away < 0.9
 
-
-def lines(value, indent=""):
-    """JSON with a line per name and array."""
-    if isinstance(value, dict):
-        inner = f"{indent} "
-        return "{\n" + ",\n".join(f'{inner}"{k}": {lines(v, inner)}' for k, v in value.items()) + f"\n{indent}}}"
-    if isinstance(value, str):
-        return json.dumps(value)
-    digits = lambda v: [digits(x) for x in v] if isinstance(v, list) else v if isinstance(v, int) else float(f"{v:.9g}")
-    return json.dumps(digits(value.tolist()), separators=(",", ":"))
-
-
 (HERE / "goldens.json").write_text(lines({"feeds": FEEDS, "models": models, "outputs": outputs}) + "\n")
-total = 0
-for path in sorted(HERE.rglob("*")):
-    if path.is_file():
-        total += path.stat().st_size
-        print(f"{path.stat().st_size:8} {path.relative_to(HERE)}")
-        if path.name not in ("make.py", "README.md"):
-            assert not re.search(rb"site-packages|/tmp/|/home/|\.py\b", path.read_bytes()), path
-print(f"{total:8} in all")
+report(HERE)
 shutil.rmtree(SCRATCH)

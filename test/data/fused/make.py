@@ -5,9 +5,11 @@ and the embeddings into one. goldens.json is computed by PEFT in f64, without th
 
 usage: python make.py    (torch 2.13, transformers 5, peft 0.21, onnxruntime, onnx)
 """
-import copy, json, os, pathlib, tempfile, warnings
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
-import numpy as np, torch
+import copy, pathlib, sys, tempfile
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "make"))
+from graphs import Exported, axes, torchscript, write_rounded
+import numpy as np, onnx, torch
 from onnxruntime.transformers import optimizer
 from onnxruntime.transformers.fusion_options import FusionOptions
 from peft import LoraConfig, get_peft_model
@@ -16,9 +18,6 @@ from torch import nn
 from transformers import (BertConfig, BertForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification,
                           RobertaConfig, RobertaForSequenceClassification)
 
-warnings.filterwarnings("ignore")
-torch.set_num_threads(1)
-HERE = pathlib.Path(__file__).parent
 ROWS = [[5, 9, 13, 21, 3, 7], [33, 2, 30, 8, 1, 1]]
 MASK = [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
 SIZES = dict(vocab_size=40, max_position_embeddings=16, num_labels=3, attn_implementation="eager")
@@ -43,17 +42,11 @@ def base(kind):
 
 
 def export(model, kind, raw, path):
-    class Plain(type(model)):
-        def forward(self, input_ids, attention_mask):
-            return super().forward(input_ids=input_ids, attention_mask=attention_mask).logits
-
-    made = copy.deepcopy(model)
-    made.__class__ = Plain
-    axes = {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")}
+    plain = Exported(model, lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits)
+    inputs = {name: axes("batch", "sequence") for name in ("input_ids", "attention_mask")}
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "model.onnx"
-        torch.onnx.export(made, (torch.tensor(ROWS), torch.tensor(MASK)), str(file), input_names=list(axes), output_names=["logits"],
-                          dynamic_axes=axes, dynamo=False, opset_version=14)
+        onnx.save(torchscript(plain, (torch.tensor(ROWS), torch.tensor(MASK)), inputs, {"logits": None}, opset=14), file)
         options = FusionOptions("bert")
         options.use_raw_attention_mask(raw)
         fused = optimizer.optimize_model(str(file), model_type="bert", num_heads=2, hidden_size=16, opt_level=0, optimization_options=options)
@@ -102,6 +95,5 @@ for kind in KINDS:
         if of == kind:
             export(model, kind, raw, HERE / f"{name}.onnx")
     goldens["logits"][kind]["base"] = logits(model.double())
-rounded = json.loads(json.dumps(goldens), parse_float=lambda text: round(float(text), 8))
-(HERE / "goldens.json").write_text(json.dumps(rounded) + "\n")
+write_rounded(HERE / "goldens.json", goldens)
 print({kind: {id: np.round(one, 3).tolist() for id, one in answers.items()} for kind, answers in goldens["logits"].items()})

@@ -4,18 +4,13 @@ usage: make_tied_goldens.py OUT_DIR    (torch 2.13, transformers 5.24, peft 0.21
 base.safetensors is what save_pretrained writes, without lm_head.weight; torchscript.onnx, dynamo.onnx and q4.onnx (head in 4 bits) are its
 exports, untied.onnx that of the same weights with another head. goldens.json has logits by model and adapter, as PEFT loads the adapter.
 """
-import copy, json, pathlib, shutil, sys, tempfile, warnings
-import numpy as np, onnx, torch
-from onnx import numpy_helper
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+import copy, json, pathlib, shutil, sys, tempfile
+from graphs import SCOPES, axes, cleaned, dequantised, dynamo, exported, in_four_bits, initializers, save, write
+import onnx, torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from graphs import exported, save, write
-
-warnings.filterwarnings("ignore")
-torch.set_num_threads(1)
 OUT = pathlib.Path(sys.argv[1])
 V, H = 40, 16
 IDS = torch.tensor([[3, 9, 7, 11, 39]])
@@ -87,43 +82,20 @@ def logits(model):
     return [float(f"{value:.8g}") for value in model.double()(IDS).flatten().tolist()]
 
 
-def dynamo(module):
-    with tempfile.TemporaryDirectory() as made:
-        path = pathlib.Path(made, "model.onnx")
-        length = torch.export.Dim("sequence", min=2, max=32)
-        torch.onnx.export(module, (IDS,), str(path), input_names=["input_ids"], output_names=["logits"], opset_version=18, dynamo=True,
-                          external_data=False, verbose=False, dynamic_shapes=({1: length},))
-        graph = onnx.load(path)
-    for node in graph.graph.node:
-        node.doc_string = ""
-        keep = [entry for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"]
-        del node.metadata_props[:]
-        node.metadata_props.extend(keep)
-    del graph.graph.value_info[:]
-    for thing in [graph, graph.graph, *graph.graph.input, *graph.graph.output, *graph.graph.initializer]:
-        del thing.metadata_props[:]
-    return graph
-
-
 def torchscript(model):
-    return exported(model, (IDS,), {"input_ids": {0: "batch", 1: "sequence"}}, {"logits": {0: "batch", 1: "sequence"}})
+    return exported(model, (IDS,), {"input_ids": axes("batch", "sequence")}, {"logits": axes("batch", "sequence")})
 
 
 def quantised(graph):
     """The head alone in 4 bits."""
     graph = copy.deepcopy(graph)
     others = [node.name for node in graph.graph.node if node.op_type == "MatMul" and "lm_head" not in node.name]
-    quantizer = MatMulNBitsQuantizer(graph, block_size=16, is_symmetric=True, nodes_to_exclude=others)
-    quantizer.process()
-    return quantizer.model.model
+    return in_four_bits(graph, block_size=16, is_symmetric=True, nodes_to_exclude=others)
 
 
 def head_of(graph):
     """The weight that the head has in 4 bits."""
-    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
-    packed, scales = next([tensors[name] for name in node.input[1:3]] for node in graph.graph.node if node.op_type == "MatMulNBits")
-    values = np.stack([packed & 15, packed >> 4], -1).reshape(V, -1, 16).astype(np.float64) - 8
-    return torch.tensor((values * scales.reshape(V, -1, 1)).reshape(V, H))
+    return dequantised(next(node for node in graph.graph.node if node.op_type == "MatMulNBits"), initializers(graph))
 
 
 @torch.no_grad()
@@ -153,7 +125,9 @@ if __name__ == "__main__":
     save(torchscript(base(tied=False)), OUT / "untied.onnx")
     packed = quantised(script)
     onnx.save(packed, OUT / "q4.onnx")
-    onnx.save(dynamo(base()), OUT / "dynamo.onnx")
+    newer = dynamo(base(), (IDS,), input_names=["input_ids"], output_names=["logits"], opset_version=18,
+                   dynamic_shapes=({1: torch.export.Dim("sequence", min=2, max=32)},))
+    onnx.save(cleaned(newer, keep=(SCOPES,), values=False), OUT / "dynamo.onnx")
     goldens = {"input_ids": IDS[0].tolist(), "vocabulary": V, "tied": {"": logits(base())}, "untied": {"": logits(base(tied=False))}}
     for name, how in CASES.items():
         folder = OUT / "adapters" / name

@@ -5,28 +5,19 @@ Beside each export NAME.onnx lies NAME.json: the parameters of the PyTorch model
 
 usage: python make.py    (torch 2.13, transformers 5.24, onnx 1.23, onnxscript 0.7)
 """
-import hashlib, json, pathlib, warnings
+import hashlib, json, pathlib, sys
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "make"))
+from graphs import cleaned
 import numpy as np, onnx, torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-warnings.filterwarnings("ignore")
-HERE = pathlib.Path(__file__).parent
-
 
 def save(name, model, parameters, **how):
-    for node in model.graph.node:
-        node.doc_string = ""
-        # Stack traces are large and tell paths of the machine that made them.
-        keep = [p for p in node.metadata_props if p.key in ("namespace", "pkg.torch.onnx.name_scopes")]
-        del node.metadata_props[:]
-        node.metadata_props.extend(keep)
-    g = model.graph
-    for thing in [model, g, *g.input, *g.output, *g.value_info, *g.initializer]:
-        del thing.metadata_props[:]
-    onnx.checker.check_model(model)
+    onnx.checker.check_model(cleaned(model))
     onnx.save(model, HERE / f"{name}.onnx", **how)
     (HERE / f"{name}.json").write_text(json.dumps(parameters, indent=1) + "\n")
 

@@ -5,20 +5,15 @@ goldens.json is computed by PEFT in f64, without the exported graphs.
 
 usage: python make_images.py    (torch 2.13, transformers 5.24, peft 0.21, onnx 1.23, tokenizers 0.23)
 """
-import copy, json, pathlib, sys, warnings
+import copy, json, pathlib, sys
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "make"))
+from graphs import Exported, axes, characters, exported, save, save_adapters, save_targets, with_adapters, write
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
 from tokenizers import processors
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification
 
-HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "make"))
-from graphs import axes, characters, exported, save, save_adapters, write
-
-warnings.filterwarnings("ignore")
-torch.set_num_threads(1)
 SIZE, HIDDEN, LAYERS = 8, 16, 1
 START, END = "<|startoftext|>", "<|endoftext|>"
 LABELS = ["a cat", "a truck", "rain"]
@@ -45,19 +40,6 @@ def randomised(model):
     return model.eval()
 
 
-def adapted_model(model, adapters):
-    (first, config), *others = adapters.items()
-    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, lora_alpha=4, **config), adapter_name=first)
-    for name, config in others:
-        adapted.add_adapter(name, LoraConfig(r=2, lora_alpha=4, **config))
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter, std=0.3)
-        elif "modules_to_save" in name:
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    return adapted.eval()
-
-
 @torch.no_grad()
 def by_task(adapted, names, run):
     """Lists of the outputs that `run` gives, by task."""
@@ -73,52 +55,9 @@ def by_task(adapted, names, run):
 
 def keep(model, adapted, adapters, folder):
     folder.mkdir(exist_ok=True)
-    targets = {name.removesuffix(".lora_A").removeprefix("base_model.model.") for name, _ in adapted.named_modules() if name.endswith(".lora_A")}
-    save_file({f"{name}.weight": model.get_submodule(name).weight.detach().clone() for name in sorted(targets)}, folder / "base.safetensors")
+    save_targets(model, adapted, folder / "base.safetensors")
     save_adapters(adapted, adapters, folder / "adapters")
     write(folder / "config.json", {**model.config.to_diff_dict(), "architectures": [type(model).__name__]})
-
-
-class Whole(nn.Module):
-    """CLIP as transformers.js calls it."""
-
-    def __init__(self, model):
-        super().__init__()
-        for name, child in model.named_children():
-            self.add_module(name, child)
-        self.logit_scale = model.logit_scale
-        self.__dict__["whole"] = model
-
-    def forward(self, input_ids, attention_mask, pixel_values):
-        found = self.__dict__["whole"](input_ids=input_ids, attention_mask=mask4(attention_mask), pixel_values=pixel_values)
-        return found.logits_per_image, found.logits_per_text, found.text_embeds, found.image_embeds
-
-
-class Text(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.text_model, self.text_projection = model.text_model, model.text_projection
-
-    def forward(self, input_ids, attention_mask):
-        return self.text_projection(self.text_model(input_ids=input_ids, attention_mask=mask4(attention_mask)).pooler_output)
-
-
-class Vision(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.vision_model, self.visual_projection = model.vision_model, model.visual_projection
-
-    def forward(self, pixel_values):
-        return self.visual_projection(self.vision_model(pixel_values=pixel_values).pooler_output)
-
-
-class Logits(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.vit, self.classifier = model.vit, model.classifier
-
-    def forward(self, pixel_values):
-        return self.classifier(self.vit(pixel_values).last_hidden_state[:, 0])
 
 
 def mask4(mask):
@@ -140,7 +79,7 @@ def clip():
     model.logit_scale.data.fill_(1.5)
     adapters = {"animals": dict(target_modules=["q_proj", "v_proj"]),
                 "weather": dict(target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "text_projection", "visual_projection"])}
-    adapted = adapted_model(model, adapters)
+    adapted = with_adapters(model, adapters, std=0.3, r=2, lora_alpha=4)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=[(START, 0), (END, 1)])
     rows = [tokenizer.encode(f"This is a photo of {label}").ids for label in LABELS]
     longest = max(map(len, rows))
@@ -156,11 +95,19 @@ def clip():
     keep(model, adapted, adapters, folder)
     tokens, images = axes("text_batch", "length"), axes("image_batch")
     given = {"input_ids": tokens, "attention_mask": tokens}
-    save(exported(Whole(model), (ids, mask, pixels(torch.float32)), given | {"pixel_values": images},
+    text_of = lambda ids, mask: model.text_projection(model.text_model(input_ids=ids, attention_mask=mask4(mask)).pooler_output)
+    image_of = lambda pixels: model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+
+    def whole(ids, mask, pixels):
+        """CLIP as transformers.js calls it."""
+        found = model(input_ids=ids, attention_mask=mask4(mask), pixel_values=pixels)
+        return found.logits_per_image, found.logits_per_text, found.text_embeds, found.image_embeds
+
+    save(exported(Exported(model, whole), (ids, mask, pixels(torch.float32)), given | {"pixel_values": images},
                   {"logits_per_image": axes("image_batch", "text_batch"), "logits_per_text": axes("text_batch", "image_batch"),
                    "text_embeds": axes("text_batch"), "image_embeds": images}), folder / "onnx/model.onnx")
-    save(exported(Text(model), (ids, mask), given, {"text_embeds": axes("text_batch")}), folder / "onnx/text_model.onnx")
-    save(exported(Vision(model), (pixels(torch.float32),), {"pixel_values": images}, {"image_embeds": images}), folder / "onnx/vision_model.onnx")
+    save(exported(Exported(model, text_of), (ids, mask), given, {"text_embeds": axes("text_batch")}), folder / "onnx/text_model.onnx")
+    save(exported(Exported(model, image_of), (pixels(torch.float32),), {"pixel_values": images}, {"image_embeds": images}), folder / "onnx/vision_model.onnx")
     tokenizer.save(str(folder / "tokenizer.json"))
     write(folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "bos_token": START, "eos_token": END, "pad_token": END,
                                              "unk_token": END, "model_max_length": 40, "clean_up_tokenization_spaces": False})
@@ -178,11 +125,12 @@ def vit():
     model = randomised(ViTForImageClassification(config))
     attention = ["q_proj", "v_proj"] if any(name.endswith("q_proj") for name, _ in model.named_modules()) else ["query", "value"]
     adapters = {"birds": dict(target_modules=attention, modules_to_save=["classifier"]), "fish": dict(target_modules=attention)}
-    adapted = adapted_model(model, adapters)
+    adapted = with_adapters(model, adapters, std=0.3, r=2, lora_alpha=4)
     goldens = by_task(adapted, adapters, lambda model: {"logits": model(pixels(torch.float64)).logits})
     keep(model, adapted, adapters, folder)
     images = axes("batch")
-    save(exported(Logits(model), (pixels(torch.float32),), {"pixel_values": images}, {"logits": images}), folder / "onnx/model.onnx")
+    logits = lambda pixels: model.classifier(model.vit(pixels).last_hidden_state[:, 0])
+    save(exported(Exported(model, logits), (pixels(torch.float32),), {"pixel_values": images}, {"logits": images}), folder / "onnx/model.onnx")
     write(folder / "preprocessor_config.json", PROCESSOR | {"image_processor_type": "ViTImageProcessor"})
     (folder / "goldens.json").write_text(json.dumps({"answers": goldens}) + "\n")
 

@@ -8,13 +8,15 @@ there the answers are ONNX Runtime's, of a copy of the model into which PEFT's f
 usage: python make.py    (torch 2.13, transformers 5.24, peft 0.21, onnx 1.23, onnxscript 0.7, onnxruntime 1.32,
                           onnxconverter-common 1.16)
 """
-import json, logging, math, os, pathlib, re, shutil, tempfile, warnings
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
-import numpy as np, onnx, onnxruntime, torch
+import json, math, pathlib, re, shutil, sys, tempfile
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "make"))
+from graphs import (Calibration, answer_of, cleaned, constant, dequantised, dynamo, in_four_bits, initializers, labels_of, lines, producers, randomise, report,
+                    save_adapter, set_nodes, set_ordered, torchscript, with_state, without_traces)
+import numpy as np, onnx, torch
 from onnx import TensorProto, helper, numpy_helper
 from onnxconverter_common.float16 import convert_float_to_float16
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,9 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertModel, BertForSequenceClassification
 
-warnings.filterwarnings("ignore")
-logging.disable(logging.WARNING)
-HERE = pathlib.Path(__file__).parent
 SCRATCH = pathlib.Path(tempfile.mkdtemp())
 
 NAMES = ["input_ids", "attention_mask", "token_type_ids"]
@@ -75,14 +74,6 @@ def random_state(model, seed):
     return model.state_dict()
 
 
-def with_state(model, state):
-    """A head of another size stays as it is: every task brings its own."""
-    own = model.state_dict()
-    model.load_state_dict({name: value if value.shape == own[name].shape else own[name]
-                           for name, value in state.items()})
-    return model
-
-
 QUERY = "bert.encoder.layer.{}.attention.self.query.weight"
 base = random_state(bert(), 0)
 tied = {name: value.clone() for name, value in random_state(bert(), 1).items()}
@@ -95,46 +86,19 @@ for name, state in (("base", base), ("base-tied", tied), ("base-mlp", mlp)):
 
 # ---- exports
 
-def save(name, model, metadata=("namespace", "pkg.torch.onnx.name_scopes"), **how):
-    """`metadata`: the keys to keep, or None for all but stack traces, which are large and tell the machine's paths."""
-    for node in model.graph.node:
-        node.doc_string = ""
-        keep = [p for p in node.metadata_props
-                if (p.key in metadata if metadata else p.key != "pkg.torch.onnx.stack_trace")]
-        del node.metadata_props[:]
-        node.metadata_props.extend(keep)
-    if metadata:
-        g = model.graph
-        for thing in [model, g, *g.input, *g.output, *g.value_info, *g.initializer]:
-            del thing.metadata_props[:]
+def save(name, model, **how):
     if how:
         (HERE / how["location"]).unlink(missing_ok=True)
-    onnx.save(model, HERE / f"{name}.onnx", **how)
-    return name
+    onnx.save(cleaned(model), HERE / f"{name}.onnx", **how)
 
 
-def torchscript(name, module, args, inputs, outputs, opset=17):
-    axes = {key: {0: "batch", 1: "sequence"} if key in NAMES or key == "last_hidden_state" else {0: "batch"}
-            for key in [*inputs, *outputs]}
-    torch.onnx.export(module, args, SCRATCH / "export.onnx", dynamo=False, opset_version=opset, input_names=inputs,
-                      output_names=outputs, dynamic_axes=axes)
-    return save(name, onnx.load(SCRATCH / "export.onnx"))
-
-
-def dynamo(name, module, args, metadata, **how):
-    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
-    torch.onnx.export(module, args, SCRATCH / "export.onnx", dynamo=True, external_data=False, verbose=False,
-                      input_names=NAMES, output_names=["logits"],
-                      dynamic_shapes={key: {0: batch, 1: sequence} for key in NAMES}, **how)
-    return save(name, onnx.load(SCRATCH / "export.onnx"), metadata)
+def export(name, module, feeds, inputs=NAMES, output="logits", opset=17):
+    axes = {key: {0: "batch", 1: "sequence"} if key in NAMES or key == "last_hidden_state" else {0: "batch"} for key in [*inputs, output]}
+    save(name, torchscript(module, feeds, {key: axes[key] for key in inputs}, {output: axes[output]}, opset))
 
 
 def load(name):
     return onnx.load(HERE / f"{name}.onnx")
-
-
-def initializers(model):
-    return {tensor.name: tensor for tensor in model.graph.initializer}
 
 
 def halves(model):
@@ -145,10 +109,7 @@ def halves(model):
             name = tensor.name
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), f"{name}_f16"))
             casts.append(helper.make_node("Cast", [f"{name}_f16"], [name], f"{name}_cast", to=TensorProto.FLOAT))
-    nodes = [*casts, *model.graph.node]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    return model
+    return set_nodes(model, [*casts, *model.graph.node])
 
 
 def without_transB(model):
@@ -174,9 +135,7 @@ def behind_transpose(model):
         nodes += [helper.make_node("Transpose", [weight], [turned], f"{path}/Transpose", perm=[1, 0]),
                   helper.make_node("MatMul", [x, turned], [product], f"{path}/MatMul"),
                   helper.make_node("Add", [bias, product], list(node.output), f"{path}/Add")]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    return model
+    return set_nodes(model, nodes)
 
 
 def with_branches(model):
@@ -203,55 +162,49 @@ def with_branches(model):
                               then_branch=graph("deep", [*layer("/mid", x, "first"), *layer("/mid_1", "first", "twice")], "twice"),
                               else_branch=graph("flat", once, "once"))
     rest = [branch if node.name == "/mid/Gemm" else node for node in model.graph.node if node.name != "/Tanh"]
-    del model.graph.node[:]
-    model.graph.node.extend(rest)
     model.graph.input.append(helper.make_tensor_value_info("deep", TensorProto.BOOL, [1]))
-    return model
+    return set_nodes(model, rest)
 
 
-class Calibration(CalibrationDataReader):
-    def __init__(self):
-        random = np.random.default_rng(3)
-        mask = (np.arange(7) < random.integers(3, 8, 8)[:, None]).astype(np.int64)
-        feeds = dict(zip(NAMES, (random.integers(1, 64, (8, 7)) * mask, mask, random.integers(0, 2, (8, 7)))))
-        self.batches = iter([feeds, {key: value.numpy() for key, value in FEEDS.items()}])
-
-    def get_next(self):
-        return next(self.batches, None)
+def calibration():
+    random = np.random.default_rng(3)
+    mask = (np.arange(7) < random.integers(3, 8, 8)[:, None]).astype(np.int64)
+    feeds = dict(zip(NAMES, (random.integers(1, 64, (8, 7)) * mask, mask, random.integers(0, 2, (8, 7)))))
+    return Calibration(feeds, {key: value.numpy() for key, value in FEEDS.items()})
 
 
 model = with_state(bert(), base)
 # Not the golden feeds' shape: what the exporter wrongly takes for a constant shows in the check below.
 trace = (IDS[1:, :5], MASK[1:, :5], TYPES[1:, :5])
-torchscript("torchscript", model, trace, NAMES, ["logits"])
-dynamo("dynamo", model, trace, ("namespace", "pkg.torch.onnx.name_scopes"), optimize=False)
-dynamo("dynamo-optimized", model, trace, None)
+export("torchscript", model, trace)
+batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
+free = dict(input_names=NAMES, output_names=["logits"], dynamic_shapes={key: {0: batch, 1: sequence} for key in NAMES})
+save("dynamo", dynamo(model, trace, optimize=False, **free))
+onnx.save(without_traces(dynamo(model, trace, **free)), HERE / "dynamo-optimized.onnx")
 save("external", load("torchscript"), save_as_external_data=True, location="external.onnx.data")
 save("f16", halves(load("torchscript")))
 save("half", convert_float_to_float16(load("torchscript"), keep_io_types=True))
 # 7-bit weights: with 8 bits the sums of some instruction sets saturate, and the results differ between machines.
 quantize_dynamic(HERE / "torchscript.onnx", HERE / "int8.onnx", weight_type=QuantType.QInt8, reduce_range=True)
-quantize_static(HERE / "torchscript.onnx", HERE / "qdq.onnx", Calibration(), quant_format=QuantFormat.QDQ,
+quantize_static(HERE / "torchscript.onnx", HERE / "qdq.onnx", calibration(), quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, reduce_range=True)
 for name in ("int8", "qdq"):
     save(name, load(name))
-quantizer = MatMulNBitsQuantizer(load("torchscript"), bits=4, block_size=16, is_symmetric=True)
-quantizer.process()
-save("q4", quantizer.model.model)
-torchscript("tied", with_state(bert(), tied), trace, NAMES, ["logits"])
+save("q4", in_four_bits(load("torchscript"), bits=4, block_size=16, is_symmetric=True))
+export("tied", with_state(bert(), tied), trace)
 encoder = Encoder(model.config, add_pooling_layer=False).eval()
 encoder.load_state_dict({key.removeprefix("bert."): value for key, value in base.items() if "encoder" in key
                          or "embeddings" in key})
-torchscript("encoder", encoder, trace, NAMES, ["last_hidden_state"])
-torchscript("gemm", with_state(MLP().eval(), mlp), (X[:2],), ["x"], ["logits"])
+export("encoder", encoder, trace, output="last_hidden_state")
+export("gemm", with_state(MLP().eval(), mlp), (X[:2],), ["x"])
 save("gemm-nn", without_transB(load("gemm")))
 save("transposed", behind_transpose(load("gemm")))
 # 11 is the oldest opset whose operators suffice.
-torchscript("twice", with_state(Twice().eval(), mlp), (X[:2],), ["x"], ["logits"], opset=11)
-torchscript("branches", with_state(MLP().eval(), mlp), (X[:2],), ["x"], ["logits"], opset=11)
+export("twice", with_state(Twice().eval(), mlp), (X[:2],), ["x"], opset=11)
+export("branches", with_state(MLP().eval(), mlp), (X[:2],), ["x"], opset=11)
 save("branches", with_branches(load("branches")))
 # Query, key and value in one Attention node. ONNX Runtime's patterns know the eager form only.
-torchscript("fused", with_state(bert(attention="eager"), base), trace, NAMES, ["logits"])
+export("fused", with_state(bert(attention="eager"), base), trace)
 fusions = FusionOptions("bert")
 fusions.enable_embed_layer_norm = False
 save("fused", optimize_model(str(HERE / "fused.onnx"), "bert", num_heads=2, hidden_size=32,
@@ -268,33 +221,10 @@ assert len({merged.get(name, name) for name in queries}) == 1, "the exporter kep
 
 def adapter(folder, labels, make=bert, state=base, seed=0, **config):
     """A PEFT adapter whose trainable parameters are random, and large enough to matter."""
-    path = HERE / folder
-    shutil.rmtree(path, ignore_errors=True)
-    config = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]} | config
     torch.manual_seed(seed)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]} | config
     model = get_peft_model(with_state(make(labels), state), LoraConfig(**config))
-    random = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or "original_module" in name:
-            continue
-        noise = torch.randn(parameter.shape, generator=random)
-        if "lora_magnitude" in name:
-            parameter.data *= 1 + 0.5 * noise
-        elif "lora_A" in name or "lora_embedding_A" in name:
-            parameter.data = 0.3 * noise
-        elif "lora_B" in name or "lora_embedding_B" in name:
-            parameter.data = 0.1 * noise
-        else:  # heads, biases, rows, norms
-            parameter.data = parameter.data + 0.4 * noise
-    model.save_pretrained(path)
-    (path / "README.md").unlink()
-    file = path / "adapter_config.json"
-    saved = json.loads(file.read_text()) | {"base_model_name_or_path": "tiny-random"}
-    for key in ("target_modules", "modules_to_save"):
-        saved[key] = saved[key] and sorted(saved[key])
-    file.write_text(json.dumps(saved, indent=1, sort_keys=True) + "\n")
-    names = [f"{path.name} {i}" for i in range(labels)]
-    (path / "task.json").write_text(json.dumps({"labels": names}) + "\n")
+    save_adapter(randomise(model, seed, 0.4, A=0.3, B=0.1), HERE / folder, labels)
 
 
 classifier = {"task_type": "SEQ_CLS"}
@@ -326,8 +256,7 @@ def answer(folder=None, make=bert, state=base, feeds=FEEDS, hidden=False):
     if folder is None:
         inner = model = with_state(make(), state)
     else:
-        labels = len(json.loads((HERE / folder / "task.json").read_text())["labels"])
-        model = PeftModel.from_pretrained(with_state(make(labels), state), HERE / folder)
+        model = PeftModel.from_pretrained(with_state(make(labels_of(HERE / folder)), state), HERE / folder)
         inner = model.base_model.model
     model.double().eval()
     if make in (MLP, Twice):
@@ -377,19 +306,15 @@ for folder in tasks("adapters-mlp").values():
     checked_for_effect(folder, "lora_", make=MLP, state=mlp)
 
 
-def dequantised(model):
-    """`base` with the weights that MatMulNBits means: 4 bits, offset 8, low nibble first, a scale per 16 of a row."""
-    state, tensors = dict(base), initializers(model)
+def with_weights_of(model):
+    """`base` with the weights that MatMulNBits means."""
+    state = dict(base)
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
-            attributes = {a.name: a.i for a in node.attribute}
-            assert (attributes["bits"], attributes["block_size"], len(node.input)) == (4, 16, 3)
-            packed, scales = (numpy_helper.to_array(tensors[name]) for name in node.input[1:])
-            values = np.stack([packed & 15, packed >> 4], -1).reshape(*scales.shape, 16).astype(np.float64) - 8
-            weight = (values * scales[..., None]).reshape(attributes["N"], -1)[:, :attributes["K"]]
+            weight = dequantised(node, initializers(model)).float()
             name = node.name.removeprefix("/").removesuffix("/MatMul_Q4").replace("/", ".") + ".weight"
-            assert np.abs(weight - base[name].numpy()).max() < 0.05
-            state[name] = torch.tensor(weight, dtype=torch.float32)
+            assert (weight - base[name]).abs().max() < 0.05
+            state[name] = weight
     return state
 
 
@@ -404,16 +329,11 @@ def wired(model, folder, integer):
     config = json.loads((HERE / folder / "adapter_config.json").read_text())
     tensors = load_file(HERE / folder / "adapter_model.safetensors")
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
-    nodes = {node.name: node for node in graph.node}
-    producers = {output: node for node in graph.node for output in node.output}
-
-    def constant(name, tensor):
-        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(tensor.numpy()), name))
-        return name
+    nodes, made = {node.name: node for node in graph.node}, producers(model)
 
     def entering(name):
         value = nodes[name].input[0]
-        return producers[value].input[0] if integer else value
+        return made[value].input[0] if integer else value
 
     added = []
     for key in tensors:
@@ -421,8 +341,8 @@ def wired(model, folder, integer):
             continue
         module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         node = "/" + re.sub(r"\.(?!\d)", "/", module) + "/MatMul"
-        A = constant(f"{module}.A", tensors[key].T)
-        B = constant(f"{module}.B", tensors[key.replace("lora_A", "lora_B")].T * scale)
+        A = constant(model, f"{module}.A", tensors[key].T)
+        B = constant(model, f"{module}.B", tensors[key.replace("lora_A", "lora_B")].T * scale)
         y = f"{node}_output_0" + ("" if integer else "_DequantizeLinear_Output")
         for consumer in graph.node:
             consumer.input[:] = [f"{module}.sum" if value == y else value for value in consumer.input]
@@ -431,32 +351,18 @@ def wired(model, folder, integer):
                   helper.make_node("MatMul", [f"{module}.down", B], [f"{module}.term"]),
                   helper.make_node("Add", [y, f"{module}.term"], [f"{module}.sum"])]
     assert len(added) == 12
-    head = [constant(f"task.{part}", tensors[f"base_model.model.classifier.{part}"]) for part in ("weight", "bias")]
+    head = [constant(model, f"task.{part}", tensors[f"base_model.model.classifier.{part}"]) for part in ("weight", "bias")]
     x = entering("/classifier/Gemm" + ("_MatMul_quant" if integer else ""))
-    producers["logits"].output[0] = "old logits"
+    made["logits"].output[0] = "old logits"
     added.append(helper.make_node("Gemm", [x, *head], ["logits"], transB=1))
     graph.output[0].type.tensor_type.shape.dim[1].dim_param = "labels"
-    # ONNX wants nodes in the order of computation.
-    nodes, known = [*graph.node, *added], {value.name for value in (*graph.input, *graph.initializer)} | {""}
-    del graph.node[:]
-    while nodes:
-        ready = [node for node in nodes if known.issuperset(node.input)]
-        graph.node.extend(ready)
-        known.update(output for node in ready for output in node.output)
-        nodes = [node for node in nodes if not known.issuperset(node.output)]
+    set_ordered(model, [*graph.node, *added])
     onnx.checker.check_model(model)
     return model
 
 
 def run(model, feeds=FEEDS, optimise=True):
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
-    source = str(HERE / f"{model}.onnx") if isinstance(model, str) else model.SerializeToString()
-    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    wanted = {value.name for value in session.get_inputs()}
-    return session.run(None, {key: value.numpy() for key, value in feeds.items() if key in wanted})[0]
+    return answer_of(HERE / f"{model}.onnx" if isinstance(model, str) else model, feeds, optimise)
 
 
 def quantised(name):
@@ -479,7 +385,7 @@ outputs = {
     "mlp": answers(tasks("adapters-mlp"), make=MLP, state=mlp),
     "twice": answers(tasks("adapters-mlp"), make=Twice, state=mlp),
     "f16": answers(tasks("adapters"), state=f16),
-    "q4": answers(tasks("adapters"), state=dequantised(load("q4"))),
+    "q4": answers(tasks("adapters"), state=with_weights_of(load("q4"))),
     "int8": quantised("int8"),
     "qdq": quantised("qdq"),
 }
@@ -502,25 +408,6 @@ for name, key in models.items():
         assert np.abs(run(name, other) - answer(feeds=other)).max() < 1e-4
 assert np.abs(run("branches", {"x": X, "deep": ~DEEP}) - outputs["twice"]["base"]).max() < 1e-4
 
-
-def lines(value, indent=""):
-    """JSON with a line per name and array."""
-    if isinstance(value, dict):
-        inner = f"{indent} "
-        return "{\n" + ",\n".join(f'{inner}"{k}": {lines(v, inner)}' for k, v in value.items()) + f"\n{indent}}}"
-    if isinstance(value, str):
-        return json.dumps(value)
-    digits = lambda v: [digits(x) for x in v] if isinstance(v, list) else v if isinstance(v, int) else float(f"{v:.9g}")
-    return json.dumps(digits(value.tolist()), separators=(",", ":"))
-
-
 (HERE / "goldens.json").write_text(lines({"feeds": FEEDS | {"x": X, "deep": DEEP}, "models": models, "outputs": outputs}) + "\n")
-total = 0
-for path in sorted(HERE.rglob("*")):
-    if path.is_file():
-        total += path.stat().st_size
-        print(f"{path.stat().st_size:8} {path.relative_to(HERE)}")
-        if path.name not in ("make.py", "README.md"):
-            assert not re.search(rb"site-packages|/tmp/|/home/|\.py\b", path.read_bytes()), path
-print(f"{total:8} in all")
+report(HERE)
 shutil.rmtree(SCRATCH)

@@ -13,7 +13,7 @@ import { join } from "node:path";
 import { fileURLToPath, pathToFileURL } from "node:url";
 import { parseArgs } from "node:util";
 import { isMainThread, Worker } from "node:worker_threads";
-import { align, blobOf, joined, msgpack, packFile, tensor } from "../../vectors/format.js";
+import { align, blobOf, crc32c, joined, msgpack, packFile, taskFile, tensor } from "../../vectors/format.js";
 import { mainThread } from "./clock.js";
 
 // What makes files takes memory that is not the reader's.
@@ -32,9 +32,9 @@ const head = (code, n, ...rest) => Uint8Array.from([code, ...u32(n), ...rest]);
 const bytesOf = (...parts) => new Uint8Array(Buffer.concat(parts.map((part) => Uint8Array.from(part))));
 /** A piece, so many times. */
 const times = (piece, count) => new Uint8Array(Buffer.alloc(piece.length * count, Buffer.from(piece)));
-const array = (items, count) => bytesOf(head(0xdd, count), items);
-const map = (items, count) => bytesOf(head(0xdf, count), items);
-const _string = (length, byte) => bytesOf(head(0xdb, length), new Uint8Array(length).fill(byte));
+/** An array of so many different items, of bytes that go again and again, or made of strings. */
+const array = (count, item) =>
+  bytesOf(head(0xdd, count), typeof item === "function" ? numbered(count, item) : times(item, count));
 /** So many different strings of three letters and more. */
 const numbered = (count, make) =>
   new Uint8Array(
@@ -48,9 +48,11 @@ function noise(length) {
   return bytes;
 }
 
-/** A coded section of pieces: `[bytes, times]`. Repetitions are one copy. */
+/** Pieces, `[bytes, times]`, as bytes. */
+const plain = (pieces) => bytesOf(...pieces.map(([bytes, count = 1]) => times(bytes, count)));
+/** A coded section of pieces. Repetitions are one copy. */
 function codedOf(pieces) {
-  const section = bytesOf(...pieces.map(([bytes, count = 1]) => times(bytes, count)));
+  const section = plain(pieces);
   const repeated = [];
   let at = 0;
   for (const [bytes, count = 1] of pieces) {
@@ -83,17 +85,6 @@ const task = (id, more = {}) => ({
   header: [[[0, 1, 1, 1, 0, 0, null]], []],
   tensors: [f32(1), f32(1)],
 });
-
-const crcTable = Uint32Array.from({ length: 256 }, (_, i) => {
-  let c = i;
-  for (let bit = 0; bit < 8; bit++) c = c & 1 ? (c >>> 1) ^ 0x82f63b78 : c >>> 1;
-  return c >>> 0;
-});
-function crc32c(bytes) {
-  let c = 0xffffffff;
-  for (let i = 0; i < bytes.length; i++) c = crcTable[(c ^ bytes[i]) & 255] ^ (c >>> 8);
-  return (c ^ 0xffffffff) >>> 0;
-}
 
 /**
  * A pack of parts as they are.
@@ -132,7 +123,6 @@ function packOf({ description = [[msgpack(basis)]], list = [[msgpack([])]], blob
   ];
   const places = { free: free > 0, bases: 0, blobs: blobs.map(() => 0) };
   if (free > 0 && !coded) throw new Error("free sections need a coded directory");
-  const plain = (all) => bytesOf(...all.map(([bytes, count = 1]) => times(bytes, count)));
   const make = () => (coded ? codedOf(pieces(places)) : plain(pieces(places)));
   let directory = coded ? make() : new Uint8Array(16 + 32 * n + size(description) + size(list));
   // Free sections lie in front of the directory, the others behind it.
@@ -164,26 +154,24 @@ function packOf({ description = [[msgpack(basis)]], list = [[msgpack([])]], blob
   return file;
 }
 
-/** A basis description with one key more, of a value in pieces. @param padded bytes of noise, so that it may be coded */
-function described(key, pieces, padded) {
-  const bytes = msgpack(basis);
-  bytes[0] += padded ? 2 : 1;
+/** A map that begins at a byte and ends the bytes, with one key more, of a value in pieces. @param padded bytes of noise, so that it may be coded */
+function withKey(bytes, at, key, pieces, padded) {
+  bytes[at] += padded ? 2 : 1;
   const pad = padded ? [[bytesOf(short("x-pad"), head(0xdb, padded), noise(padded))]] : [];
   return [[bytes], ...pad, [short(key)], ...pieces];
 }
+const described = (key, pieces, padded) => withKey(msgpack(basis), 0, key, pieces, padded);
+/** In a map of metadata, under an empty key. */
+const inKey = (pieces) => inMetadata([[Uint8Array.of(0x81, 0xa0)], ...pieces]);
 const inHeader = (pieces, padded = 0) =>
   packOf({ description: described("header", pieces, padded), coded: padded > 0 });
 /** A task list of one task with metadata in pieces. */
 function inMetadata(pieces, padded = 0) {
-  const bytes = msgpack([task("a").entry]);
-  bytes[1] += padded ? 2 : 1;
-  const pad = padded ? [[bytesOf(short("x-pad"), head(0xdb, padded), noise(padded))]] : [];
-  return packOf({
-    list: [[bytes], ...pad, [short("metadata")], ...pieces],
-    blobs: [blobOf(task("a"))],
-    coded: padded > 0,
-  });
+  const list = withKey(msgpack([task("a").entry]), 1, "metadata", pieces, padded);
+  return packOf({ list, blobs: [blobOf(task("a"))], coded: padded > 0 });
 }
+/** A map that is said to have one key more than it has. */
+const open = (value) => msgpack(value).map((byte, i) => (i === 0 ? byte + 1 : byte));
 const EMPTY_MAPS = Uint8Array.of(0x81, 0xa0, 0x80);
 const TWO_BYTES = Uint8Array.of(0xa2, 0xc3, 0xa4);
 const nested = (inner, count) => [[head(0xdd, count)], [inner, count]];
@@ -216,42 +204,27 @@ const CASES = {
     inHeader(nested(Uint8Array.of(0x82, 0xa0, 0x01, 0xa1, 0x61, 0x80), 499_000), 300_000),
   ],
   "coded: as many values as are allowed": () => [inHeader(nested(TWO_BYTES, 1_999_000), 700_000)],
-  "as many maps in metadata as are allowed": () => [
-    inMetadata([[Uint8Array.of(0x81, 0xa0)], ...nested(EMPTY_MAPS, 349_000)]),
-  ],
-  "maps of different keys in metadata": () => [
-    inMetadata([
-      [Uint8Array.of(0x81, 0xa0)],
-      [
-        array(
-          numbered(149_000, (key) => bytesOf([0x81], short(key), [0xc0])),
-          149_000,
-        ),
-      ],
-    ]),
-  ],
+  "as many maps in metadata as are allowed": () => [inKey(nested(EMPTY_MAPS, 349_000))],
+  "maps of different keys in metadata": () => [inKey([[array(149_000, (key) => bytesOf([0x81], short(key), [0xc0]))]])],
   "60 MB of one string in `header`": () => [inHeader([[head(0xdb, 60_000_000)], [Uint8Array.of(97), 60_000_000]])],
   "60 MB of a string of two bytes a letter": () => [
     inHeader([[head(0xdb, 60_000_000)], [Uint8Array.of(0xc3, 0xa4), 30_000_000]]),
   ],
   "20 000 000 strings in `header`": () => [inHeader(nested(TWO_BYTES, 20_000_000))],
-  "60 000 000 nils in metadata": () => [
-    inMetadata([[Uint8Array.of(0x81, 0xa0)], ...nested(Uint8Array.of(0xc0), 60_000_000)]),
-  ],
+  "60 000 000 nils in metadata": () => [inKey(nested(Uint8Array.of(0xc0), 60_000_000))],
   "1 400 000 keys of a map": () => [
     inHeader([
       [
-        map(
+        bytesOf(
+          head(0xdf, 1_400_000),
           numbered(1_400_000, (key) => bytesOf(short(key), [0xc0])),
-          1_400_000,
         ),
       ],
     ]),
   ],
   "60 MB of a name": () => {
     const { producer, ...others } = basis;
-    const bytes = msgpack(others);
-    bytes[0]++;
+    const bytes = open(others);
     return [
       packOf({
         description: [[bytes], [short("producer")], [head(0xdb, 60_000_000)], [Uint8Array.of(97), 60_000_000]],
@@ -263,16 +236,13 @@ const CASES = {
     const tasks = Array.from({ length: 29 }, (_, i) => task(`task ${i}`));
     const names = numbered(64_000, (key) => short(`rows ${key}`));
     const entries = tasks.map(({ entry }) => {
-      const bytes = msgpack(entry);
-      bytes[0]++;
-      return bytesOf(bytes, short("brings"), head(0xdd, 64_000), names);
+      return bytesOf(open(entry), short("brings"), head(0xdd, 64_000), names);
     });
     return [packOf({ list: [[bytesOf([0xdc, 0, 29], ...entries)]], blobs: tasks.map(blobOf), coded: false })];
   },
   "2 000 tasks that share 65 536 names": () => {
     const tasks = Array.from({ length: 2000 }, (_, i) => task(`task ${i}`, i > 0 ? { brings: 0 } : {}));
-    const bytes = msgpack(tasks[0].entry);
-    bytes[0]++;
+    const bytes = open(tasks[0].entry);
     const names = numbered(65_536, (key) => short(`rows ${key}`));
     const entries = [
       bytesOf(bytes, short("brings"), head(0xdd, 65_536), names),
@@ -287,22 +257,15 @@ const CASES = {
     const modules = Array.from({ length: 65_536 }, (_, i) =>
       msgpack({ name: `${"x".repeat(200)}${i}`, out: 2, in: 2, layout: 0, "x-more": [1, 2, 3] }),
     );
-    const bytes = msgpack({ ...basis, modules: undefined });
-    bytes[0]++;
+    const bytes = open({ ...basis, modules: undefined });
     return [
       packOf({ description: [[bytesOf(bytes, short("modules"), head(0xdd, 65_536), ...modules)]], coded: false }),
     ];
   },
   "900 000 bases": () => {
-    const sides = array(times(msgpack({ kind: 1, K: 1, type: 0 }), 65_536), 65_536);
-    const module = (i) =>
-      bytesOf(
-        msgpack({ name: `m${i}`, out: 1, in: 1, layout: 0 }).map((b, j) => (j === 0 ? b + 1 : b)),
-        short("A"),
-        sides,
-      );
-    const bytes = msgpack({ ...basis, modules: undefined });
-    bytes[0]++;
+    const sides = array(65_536, msgpack({ kind: 1, K: 1, type: 0 }));
+    const module = (i) => bytesOf(open({ name: `m${i}`, out: 1, in: 1, layout: 0 }), short("A"), sides);
+    const bytes = open({ ...basis, modules: undefined });
     return [
       packOf({
         description: [[bytesOf(bytes, short("modules"), [0x9d], ...Array.from({ length: 13 }, (_, i) => module(i)))]],
@@ -315,14 +278,10 @@ const CASES = {
   ],
   "300 000 tasks": () => {
     const blob = blobOf(task(""));
-    const list = numbered(300_000, (key) => bytesOf([0x82], short("id"), short(key), short("adapterBytes"), [0]));
-    return [
-      packOf({ list: [[array(list, 300_000)]], blobs: Array.from({ length: 300_000 }, () => blob), coded: false }),
-    ];
+    const list = array(300_000, (key) => bytesOf([0x82], short("id"), short(key), short("adapterBytes"), [0]));
+    return [packOf({ list: [[list]], blobs: Array.from({ length: 300_000 }, () => blob), coded: false })];
   },
-  "60 MB of bases": () => {
-    return [bigPack(), "bases"];
-  },
+  "60 MB of bases": () => [bigPack(), "bases"],
   "header of 60 MB in a task file": () => [
     fileOf([
       [head(0xdd, 2)],
@@ -344,19 +303,8 @@ const CASES = {
     "add",
   ],
   "60 MB of maps in an entry": () => {
-    const bytes = msgpack({ id: "a", adapterBytes: 0 });
-    bytes[0]++;
-    return [
-      taskBytes(
-        bytesOf(
-          bytes,
-          short("x"),
-          ...nested(Uint8Array.of(0x81, 0xa0, 0x80), 19_000_000).map(([b, n = 1]) => times(b, n)),
-        ),
-        blobOf(task("a")),
-      ),
-      "add",
-    ];
+    const bytes = open({ id: "a", adapterBytes: 0 });
+    return [taskBytes(bytesOf(bytes, short("x"), plain(nested(EMPTY_MAPS, 19_000_000))), blobOf(task("a"))), "add"];
   },
   "safetensors: 60 MB of header": () => [
     safetensors(`{${Array.from({ length: 1_000_000 }, (_, i) => `"${i}":${empty}`).join(",")}}`),
@@ -385,33 +333,15 @@ const CASES = {
   "a listing of the Hub without end": () => [undefined, "endless-listing"],
 };
 
-/** A task file of parts as they are. */
-function taskBytes(entry, blob, basisId = packOf({ coded: false }).slice(16, 48)) {
-  const start = align(64 + entry.length, 64);
-  const bytes = new Uint8Array(start + blob.length);
-  const view = new DataView(bytes.buffer);
-  bytes.set([0x89, 0x45, 0x54, 0x41, 0x53, 0x4b, 0x0d, 0x0a]);
-  view.setUint32(8, 1, true);
-  view.setUint32(12, entry.length, true);
-  bytes.set(basisId, 16);
-  view.setUint32(48, blob.length, true);
-  view.setUint32(52, crc32c(entry), true);
-  view.setUint32(56, crc32c(blob), true);
-  view.setUint32(60, crc32c(bytes.subarray(0, 60)), true);
-  bytes.set(entry, 64);
-  bytes.set(blob, start);
-  return bytes;
-}
+/** A task file of an entry as it is. */
+const taskBytes = (entry, blob, basisId = packOf({ coded: false }).slice(16, 48)) => taskFile({ entry, basisId, blob });
 
 function fileOf(header) {
-  const length = header.reduce((sum, [bytes, count = 1]) => sum + bytes.length * count, 0);
+  const bytes = plain(header);
   const start = new Uint8Array(8);
   new DataView(start.buffer).setUint32(0, 0x4b534154, true);
-  new DataView(start.buffer).setUint32(4, length, true);
-  return taskBytes(
-    msgpack({ id: "a", adapterBytes: 0 }),
-    bytesOf(start, ...header.map(([b, n = 1]) => times(b, n)), new Uint8Array(4)),
-  );
+  new DataView(start.buffer).setUint32(4, bytes.length, true);
+  return taskBytes(msgpack({ id: "a", adapterBytes: 0 }), bytesOf(start, bytes, new Uint8Array(4)));
 }
 
 /** A pack with one basis of 60 MB. */
@@ -419,8 +349,7 @@ function bigPack() {
   const width = 15_000_000;
   const wide = { ...basis, modules: [{ name: "m", out: 2, in: width, layout: 0, A: side, B: side }] };
   const bases = bytesOf(new Uint8Array(Float32Array.from({ length: width }, () => 1).buffer), one);
-  const bytes = packFile({ basis: wide, tensors: [bases], tasks: [task("a")] });
-  return bytes;
+  return packFile({ basis: wide, tensors: [bases], tasks: [task("a")] });
 }
 
 /** The most megabytes that this process has held. On Linux `maxRSS` counts what its parent held too. */
