@@ -14,6 +14,7 @@
  * its diagonal. Such inputs of one width may come as one, one below the other. The usual x [batch, sequence, in] needs none of the
  * reshapes. Every node and every input costs: sessions take longer to create and to run.
  */
+import { transpose } from "../tensor/tensor-file.ts";
 import {
   type AdaptedBias,
   type AdaptedHead,
@@ -26,6 +27,7 @@ import {
   type GraphChanges,
   INT8,
   INT64,
+  joinedRows,
   type Site,
   UINT8,
 } from "./linear.ts";
@@ -65,8 +67,8 @@ export interface InjectOptions {
 
 /** Surgery next to what is no linear layer: forms.ts, which is loaded when it is needed. */
 export interface FormInjection {
-  addModule(tools: GraphTools, module: AdaptedLayer): void;
-  addVector(tools: GraphTools, vector: AdaptedVector): void;
+  addModule(tools: Injector, module: AdaptedLayer): void;
+  addVector(tools: Injector, vector: AdaptedVector): void;
 }
 
 /** An input that was added: f32, or int64 for `indices`. A string in `dims` is a free dimension. */
@@ -128,21 +130,35 @@ export function inject(
   return injector.finish(heads);
 }
 
-/** Task inputs, places to edit, and nodes in front of all others that every place shares. Knows no layers. */
-export class GraphTools extends NodeWriter {
+/** x·E_Aᵀ·core of a module, and the rows of x that it was made of. */
+interface Mixed {
+  readonly rows: string;
+  readonly value: string;
+}
+
+/** Names of the inputs of a layer's own. */
+type FactorInputs = { readonly [Kind in "A" | "B" | "scale"]: string | undefined };
+
+/** Task inputs, places to edit, and nodes in front of all others that every place shares. */
+export class Injector extends NodeWriter {
   readonly model: OnnxModel;
   readonly main: GraphProto;
   inputs: TaskInput[] = [];
   readonly added: Added[] = [];
   readonly edits: NodeEdits = new NodeEdits();
   readonly #ranks: Ranks;
+  readonly #products: ComponentProducts;
+  readonly #wantsProbe: boolean;
+  #probe: ProbeOutputs | undefined;
   #places = 0;
 
-  constructor(model: OnnxModel) {
+  constructor(model: OnnxModel, { integers = [], probe = true }: InjectOptions, layers: readonly AdaptedLayer[]) {
     super(new Constants(model.graph.proto, model.opset, PREFIX), `${PREFIX}/shared`);
     this.model = model;
     this.main = model.graph.proto;
     this.#ranks = new Ranks(model);
+    this.#products = new ComponentProducts(integers, this, layers);
+    this.#wantsProbe = probe;
   }
 
   /** A tensor that is added to the model, once. */
@@ -177,6 +193,34 @@ export class GraphTools extends NodeWriter {
     return place.reshape(value, this.concat([this.tasks(), [-1, width]], 0));
   }
 
+  /** Adds the inputs of a layer's own factors and of its rows' scale. */
+  factorInputs({ name, in: width, out, factors, rowScale, over }: AdaptedLayer): FactorInputs {
+    const A = this.#products.under(over?.A);
+    const B = this.#products.under(over?.B);
+    return {
+      A: factors ? this.input(name, "A", [A?.K ?? width, "q"], { over: A }) : undefined,
+      B: factors ? this.input(name, "B", ["q", B?.K ?? out], { over: B }) : undefined,
+      scale: rowScale ? this.input(name, "scale", [1, out]) : undefined,
+    };
+  }
+
+  /**
+   * Ends a place with y + term; with DoRA, with (y + term) · scale + bias, where y has no bias any more.
+   * @param shapes bring y into the shape of the term, and a sum back into that of y
+   */
+  endWith(
+    place: Place,
+    y: string,
+    term: string,
+    shapes: { byTask(y: string): string; asY(sum: string): string },
+    scale: string | undefined,
+    bias?: string,
+  ): void {
+    if (scale === undefined) return place.end(place.add(y, place.down(shapes.asY(term))));
+    const whole = shapes.asY(place.mul(place.add(shapes.byTask(place.up(y)), term), scale));
+    place.end(place.down(bias === undefined ? whole : place.add(whole, bias)));
+  }
+
   place(of: string, graph: GraphProto, node: NodeProto, type: number): Place {
     return new Place(this.edits, this.constants, graph, node, `${PREFIX}/${of}/${this.#places++}`, type);
   }
@@ -184,24 +228,6 @@ export class GraphTools extends NodeWriter {
   /** Rank of a value in the main graph; undefined elsewhere, and where it cannot be told. */
   rank(graph: GraphProto, value: string): number | undefined {
     return graph === this.main ? this.#ranks.of(value) : undefined;
-  }
-}
-
-/** x·E_Aᵀ·core of a module, and the rows of x that it was made of. */
-interface Mixed {
-  readonly rows: string;
-  readonly value: string;
-}
-
-class Injector extends GraphTools {
-  readonly #products: ComponentProducts;
-  readonly #wantsProbe: boolean;
-  #probe: ProbeOutputs | undefined;
-
-  constructor(model: OnnxModel, { integers = [], probe = true }: InjectOptions, layers: readonly AdaptedLayer[]) {
-    super(model);
-    this.#products = new ComponentProducts(integers, this, layers);
-    this.#wantsProbe = probe;
   }
 
   /**
@@ -225,15 +251,7 @@ class Injector extends GraphTools {
   /** Adds the terms of modules that share their x. @param members which all have components, or one module */
   terms(members: readonly AdaptedLayer[]): void {
     const core = members[0]!.components && this.#core(members);
-    const inputs = members.map(({ name, in: width, out, factors, over, rowScale }) => {
-      const A = this.#products.under(over?.A);
-      const B = this.#products.under(over?.B);
-      return {
-        A: factors ? this.input(name, "A", [A?.K ?? width, "q"], { over: A }) : undefined,
-        B: factors ? this.input(name, "B", ["q", B?.K ?? out], { over: B }) : undefined,
-        scale: rowScale ? this.input(name, "scale", [1, out]) : undefined,
-      };
-    });
+    const inputs = members.map((member) => this.factorInputs(member));
     for (const i of members[0]!.sites.keys()) {
       const sites = members.map((member) => member.sites[i]!);
       const mixed = core && this.#mix(members, sites, core);
@@ -265,7 +283,7 @@ class Injector extends GraphTools {
     const place = this.place(core.of, graph, first, type);
     const [, KA] = core.dims as [string, number];
     const { rows, byTask } = this.#rowsInto(place, graph, x);
-    const sides = members.map(({ components }) => components!.A);
+    const sides = joinedRows(members.map(({ components }) => components!.A));
     const projected = this.#products.project(place, rows, sides, `${PREFIX}/${core.of}/E_A`);
     const mixed = place.matMul(byTask(projected, KA), core.name);
     const widths = core.cores!.map(({ KB }) => KB);
@@ -277,7 +295,7 @@ class Injector extends GraphTools {
   #term(
     { name, in: inputs, out, components, over }: AdaptedLayer,
     site: Site,
-    { A, B, scale }: { A: string | undefined; B: string | undefined; scale: string | undefined },
+    { A, B, scale }: FactorInputs,
     mixed: Mixed | undefined,
   ): void {
     // The term comes behind the bias where possible: runtimes fuse a product with its bias. DoRA scales the value in front of it.
@@ -286,24 +304,19 @@ class Injector extends GraphTools {
     const { rank, rows, byTask } = this.#rowsInto(place, site.graph, site.x, mixed?.rows);
     const terms: string[] = [];
     if (A !== undefined && B !== undefined) {
-      const read = over?.A ? this.#products.project(place, rows, [over.A], `${PREFIX}/${name}/E_A`) : rows;
+      const read = over?.A ? this.#products.project(place, rows, over.A, `${PREFIX}/${name}/E_A`) : rows;
       const made = place.matMul(place.matMul(byTask(read, over?.A?.rows ?? inputs), A), B);
       terms.push(over?.B ? this.#products.expand(place, made, over.B, `${PREFIX}/${name}/E_B`) : made);
     }
     if (mixed) terms.push(this.#products.expand(place, mixed.value, components!.B, `${PREFIX}/${name}/E_B`));
     const term = terms.reduce((a, b) => place.add(a, b));
     if (this.#wantsProbe && site.graph === this.main) this.#probe ??= { module: name, x: rows, term };
-    const bias = scale && site.bias;
+    const bias = scale && site.bias && place.up(site.bias);
     // y without its bias: DoRA scales it.
     if (bias) site.node.input.length = 2;
     const y = place.begin();
-    if (scale === undefined) {
-      place.end(place.add(y, place.down(this.#asY(place, term, y, rank, out))));
-      return;
-    }
-    const scaled = place.mul(place.add(byTask(place.up(y), out), term), scale);
-    const whole = this.#asY(place, scaled, y, rank, out);
-    place.end(place.down(bias ? place.add(whole, place.up(bias)) : whole));
+    const asY = (sum: string): string => this.#asY(place, sum, y, rank, out);
+    this.endWith(place, y, term, { byTask: (value) => byTask(value, out), asY }, scale, bias);
   }
 
   /** A value [tasks, n / tasks, out] in the shape of y. */
@@ -440,13 +453,13 @@ type Format = "floats" | "bytes" | "nibbles";
  */
 class ComponentProducts {
   readonly #by: IntegerProducts;
-  readonly #tools: GraphTools;
+  readonly #tools: Injector;
   readonly #level: number;
   /** True if an operator of onnxruntime's own domain was used. */
   contributed = false;
 
   /** @param layers where the model rounds all of their inputs to 8 bits, products with 4 bits do the same */
-  constructor(by: IntegerProducts, tools: GraphTools, layers: readonly AdaptedLayer[]) {
+  constructor(by: IntegerProducts, tools: Injector, layers: readonly AdaptedLayer[]) {
     this.#by = by;
     this.#tools = tools;
     const levels = layers.flatMap(({ sites }) =>
@@ -473,36 +486,31 @@ class ComponentProducts {
     return rows && { K: rows.rows, scales: this.scalesOf(rows) };
   }
 
-  /** Product x [.., width] · Eᵀ with components of one form and width, one below the other: [.., Σ rows]. */
-  project(place: Place, x: string, factors: readonly ComponentRows[], name: string): string {
-    const rows = factors.reduce((sum, { rows }) => sum + rows, 0);
-    return this.#product(place, x, name, factors, factors[0]!.width, rows, true);
+  /** Product x [.., width] · Eᵀ: [.., rows]. */
+  project(place: Place, x: string, factor: ComponentRows, name: string): string {
+    return this.#product(place, x, name, factor, true);
   }
 
   /** Product x [.., rows] · E: [.., width]. */
   expand(place: Place, x: string, factor: ComponentRows, name: string): string {
-    return this.#product(place, x, name, [factor], factor.rows, factor.width, false);
+    return this.#product(place, x, name, factor, false);
   }
 
-  /** Product x [.., inner] · M. @param transposed true if the components, one below the other, are Mᵀ [outer, inner] */
-  #product(
-    place: Place,
-    x: string,
-    name: string,
-    factors: readonly ComponentRows[],
-    inner: number,
-    outer: number,
-    transposed: boolean,
-  ): string {
-    const format = this.formatOf(factors[0]!);
+  /** @param transposed true if the components are the product's other matrix transposed, [outer, inner] */
+  #product(place: Place, x: string, name: string, factor: ComponentRows, transposed: boolean): string {
+    const { rows, width } = factor;
+    const [inner, outer] = transposed ? [width, rows] : [rows, width];
+    const format = this.formatOf(factor);
     const tools = this.#tools;
     const asMatrix = <T extends Float32Array | Int8Array>(values: T): T =>
       transposed ? transpose(values, outer, inner) : values;
     if (format === "floats") {
-      const values = () => asMatrix(stacked(factors.map((factor) => factor.floats())));
-      return place.matMul(x, tools.tensor(name, FLOAT, [inner, outer], values));
+      return place.matMul(
+        x,
+        tools.tensor(name, FLOAT, [inner, outer], () => asMatrix(factor.floats())),
+      );
     }
-    const integers = (): Int8Array => stacked(factors.map((factor) => factor.integers!.values()));
+    const integers = (): Int8Array => factor.integers!.values();
     // Rounded inputs share a scale within a block: small ones keep what is rounded as exact as in the model's own layers.
     const block = this.#level === EIGHT_BITS ? 32 : blockOf(inner);
     const blocks = Math.ceil(inner / block);
@@ -512,7 +520,7 @@ class ComponentProducts {
     }
     const bits = format === "bytes" ? 8 : 4;
     const weight = tools.tensor(name, UINT8, [outer, blocks, (block * bits) / 8], () =>
-      packed(integers(), bits, inner, outer, blocks * block, transposed),
+      packed(transposed ? integers() : transpose(integers(), inner, outer), bits, inner, blocks * block),
     );
     this.contributed = true;
     const attributes = { K: inner, N: outer, bits, block_size: block, accuracy_level: this.#level };
@@ -537,27 +545,6 @@ class ComponentProducts {
 const F32 = 1;
 const EIGHT_BITS = 4;
 
-/** [rows, columns] → [columns, rows]. */
-export function transpose<T extends Float32Array | Int8Array>(values: T, rows: number, columns: number): T {
-  const out = values.slice() as T;
-  for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) out[c * rows + r] = values[r * columns + c]!;
-  return out;
-}
-
-/** Joins arrays, one behind the other. */
-function stacked<T extends Float32Array | Int8Array>(parts: readonly T[]): T {
-  const [first] = parts as [T];
-  if (parts.length === 1) return first;
-  const length = parts.reduce((sum, part) => sum + part.length, 0);
-  const out = new (first.constructor as new (length: number) => T)(length);
-  let at = 0;
-  for (const part of parts) {
-    out.set(part, at);
-    at += part.length;
-  }
-  return out;
-}
-
 /** Block size that wastes least, its f32 scale included; the largest of equals. */
 function blockOf(inner: number): number {
   const bytes = (block: number): number => Math.ceil(inner / block) * (block / 2 + 4);
@@ -565,22 +552,15 @@ function blockOf(inner: number): number {
 }
 
 /**
- * Integers as MatMulNBits needs them: rows [outer, width], padded with zeros, 2^(bits − 1) added to each; of 4 bits two in a byte, the
+ * Rows of `inner` integers as MatMulNBits needs them: each padded with zeros to `width`, 2^(bits − 1) added; of 4 bits two in a byte, the
  * first one low.
- * @param transposed true if they lie as [outer, inner]; otherwise as [inner, outer]
  */
-function packed(
-  values: Int8Array,
-  bits: 4 | 8,
-  inner: number,
-  outer: number,
-  width: number,
-  transposed: boolean,
-): Uint8Array {
+function packed(values: Int8Array, bits: 4 | 8, inner: number, width: number): Uint8Array {
+  const outer = values.length / inner;
   const out = new Uint8Array((outer * width * bits) / 8).fill(bits === 8 ? 0x80 : 0x88);
   for (let o = 0; o < outer; o++) {
     for (let i = 0; i < inner; i++) {
-      const value = values[transposed ? o * inner + i : i * outer + o]!;
+      const value = values[o * inner + i]!;
       const at = o * width + i;
       if (bits === 8) out[at] = value + 128;
       // Either half is 8 so far.

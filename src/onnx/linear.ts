@@ -50,6 +50,35 @@ export interface StoredIntegers {
   values(): Int8Array;
 }
 
+/** Components one below the other: integers of the widest type among theirs, floats where some are. */
+export function joinedRows(all: readonly ComponentRows[]): ComponentRows {
+  const [first, ...others] = all as [ComponentRows, ...ComponentRows[]];
+  if (others.length === 0) return first;
+  const rows = all.reduce((sum, part) => sum + part.rows, 0);
+  const joined = { rows, width: first.width, floats: () => joinedArrays(all.map((part) => part.floats())) };
+  const integers = all.flatMap((part) => part.integers ?? []);
+  if (integers.length < all.length) return joined;
+  return {
+    ...joined,
+    integers: {
+      bits: Math.max(...integers.map(({ bits }) => bits)) as StoredIntegers["bits"],
+      scales: joinedArrays(integers.map(({ scales }) => scales)),
+      values: () => joinedArrays(integers.map((part) => part.values())),
+    },
+  };
+}
+
+function joinedArrays<T extends Float32Array | Int8Array>(parts: readonly T[]): T {
+  const Typed = parts[0]!.constructor as new (length: number) => T;
+  const joined = new Typed(parts.reduce((sum, { length }) => sum + length, 0));
+  let at = 0;
+  for (const part of parts) {
+    joined.set(part, at);
+    at += part.length;
+  }
+  return joined;
+}
+
 export interface Components {
   readonly A: ComponentRows;
   readonly B: ComponentRows;

@@ -34,6 +34,7 @@ import {
   type Components,
   endOf,
   type GraphChanges,
+  joinedRows,
   linearsOf,
   rowsOf,
   type Site,
@@ -550,36 +551,6 @@ function componentsOf(module: PackModule, bases: Uint8Array): Components | undef
   if (A?.kind !== "column" || B?.kind !== "column") return undefined;
   if (A.tensor.rows === 0 || B.tensor.rows === 0) return undefined;
   return { A: componentRows(A.tensor, bases), B: componentRows(B.tensor, bases) };
-}
-
-/** Components one below the other: integers of the widest type among theirs, floats where some are. */
-function joinedRows(all: readonly ComponentRows[]): ComponentRows {
-  const [first, ...others] = all as [ComponentRows, ...ComponentRows[]];
-  if (others.length === 0) return first;
-  const { width } = first;
-  const rows = all.reduce((sum, part) => sum + part.rows, 0);
-  const floats = (): Float32Array => joinedArrays(all.map((part) => part.floats()));
-  const integers = all.flatMap((part) => part.integers ?? []);
-  if (integers.length < all.length) return { rows, width, floats };
-  return {
-    ...{ rows, width, floats },
-    integers: {
-      bits: Math.max(...integers.map(({ bits }) => bits)) as 3 | 4 | 8,
-      scales: joinedArrays(integers.map(({ scales }) => scales)),
-      values: () => joinedArrays(integers.map((part) => part.values())),
-    },
-  };
-}
-
-function joinedArrays<T extends Float32Array | Int8Array>(parts: readonly T[]): T {
-  const Typed = parts[0]!.constructor as new (length: number) => T;
-  const joined = new Typed(parts.reduce((sum, { length }) => sum + length, 0));
-  let at = 0;
-  for (const part of parts) {
-    joined.set(part, at);
-    at += part.length;
-  }
-  return joined;
 }
 
 function componentRows(tensor: TensorRef, bases: Uint8Array): ComponentRows {
