@@ -16,10 +16,7 @@ import { INTEGERS, readTensor } from "./tensors.ts";
 
 type Values = (i: number) => number;
 
-/**
- * @returns undefined when the weight is quantised in an unknown way
- * @throws FormatError when its tensors do not fit each other; SourceError when a file next to the model cannot be read
- */
+/** Values of a quantised weight; undefined where it is quantised in an unknown way. @throws FormatError, SourceError as `readTensor` */
 export async function readQuantizedWeight(
   file: ModelFile,
   parameter: Stored,
@@ -32,10 +29,7 @@ export async function readQuantizedWeight(
   return affine(read, file.model, parameter, use, parameter.layout === "in-out", out, inputs);
 }
 
-/**
- * Reads a vector as f32, stored as floats or behind a DequantizeLinear.
- * @throws FormatError, SourceError as `readLinearWeight`
- */
+/** Reads a vector as f32, stored as floats or behind a DequantizeLinear. @throws FormatError, SourceError as `readTensor` */
 export async function readVector(
   file: ModelFile,
   parameter: OnnxParameter,
@@ -109,9 +103,7 @@ function integers(view: DataView, bits: number, signed: boolean): Values {
   };
 }
 
-/**
- * Decodes B [N, blocks, block_size · bits / 8], scales [N · blocks], and zero points packed by row, 2^(bits - 1) where there are none.
- */
+/** Decodes B [N, blocks, block_size · bits / 8], scales [N · blocks], and zero points packed by row, 2^(bits − 1) by default. */
 async function nBits(read: Read, node: NodeProto): Promise<WeightAt | undefined> {
   const inputs = intOf(node, "K");
   const out = intOf(node, "N");

@@ -61,9 +61,7 @@ export function knownSizes({ graph }: OnnxModel, inputs: readonly ValueInfoProto
   return found;
 }
 
-/**
- * Name of each free dimension of inputs. Without a past, the present and the sum of past and present are equally long and get one name.
- */
+/** Names of free dimensions. Without a past, the present and the sum of past and present are equally long and get one name. */
 export function presentNames(inputs: readonly ValueInfoProto[]): (dimension: string) => string {
   const plain = inputs.flatMap((input) =>
     (dimsOf(input) ?? [])
@@ -103,9 +101,8 @@ export function feedsOfRows(
 
 /**
  * Makes the smallest feeds of a model.
- * @param known sizes of free dimensions, by name
- * @param size of any other free dimension, by name, or by place where it has none. Default: 2
- * @returns undefined when an input has a kind that cannot be guessed or an impossible dimension, or the inputs have too many elements
+ * @param size of free dimensions that are not `known`, by name, or by place where one has none. Default: 2
+ * @returns undefined for an input of an unknown kind, an impossible dimension, or too many elements
  */
 export function tinyFeeds(
   inputs: readonly ValueInfoProto[],

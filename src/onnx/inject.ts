@@ -48,10 +48,7 @@ import {
 } from "./nodes.ts";
 import type { GraphProto, NodeProto } from "./protobuf.ts";
 
-/**
- * Operators that a runtime has for products of floats and integers: MatMulNBits where 4 bits are fast, DequantizeLinear of bytes in front
- * of a product, and both where MatMulNBits takes bytes too.
- */
+/** Operators of a runtime for products with integers: MatMulNBits for 4 bits, DequantizeLinear for bytes, both for MatMulNBits of bytes too. */
 export type IntegerProducts = readonly ("MatMulNBits" | "DequantizeLinear")[];
 
 export interface InjectOptions {
@@ -230,10 +227,7 @@ export class Injector extends NodeWriter {
     return graph === this.main ? this.#ranks.of(value) : undefined;
   }
 
-  /**
-   * Groups modules with components by their common input (queries, keys and values; gate and up), in the same order. Other modules with
-   * terms stay alone: those without components, those whose components have another form, and those that are applied several times.
-   */
+  /** Groups modules with components of one form by their common input: queries, keys and values; gate and up. Others stay alone. */
   groupsOf(modules: readonly AdaptedLayer[]): AdaptedLayer[][] {
     const groups = new Map<unknown, AdaptedLayer[]>();
     const graphs = [...this.model.graph.scopes.keys()];
@@ -447,10 +441,7 @@ function joined([first = "", ...others]: readonly string[]): string {
 
 type Format = "floats" | "bytes" | "nibbles";
 
-/**
- * Adds products with a pack's components to a graph, in the smallest form that a runtime multiplies by. Integers enter the graph without
- * the scales of their rows: the core between the components contains these.
- */
+/** Products with components, in the smallest form that a runtime multiplies by. Scales of integers are in the core between them. */
 class ComponentProducts {
   readonly #by: IntegerProducts;
   readonly #tools: Injector;
@@ -527,10 +518,7 @@ class ComponentProducts {
     return place.op(`${CONTRIBUTED}.MatMulNBits`, x, weight, this.#ones(outer * blocks), attributes);
   }
 
-  /**
-   * True if a product with bytes is one operator, instead of unpacking them in each run. It rounds its inputs to 8 bits, so the model's
-   * layers must do so too; and few components must not grow much when they are padded to a block.
-   */
+  /** True if one operator multiplies by bytes. It rounds its inputs to 8 bits, as the model must, and components are padded to a block. */
   #multipliesBytes(inner: number, padded: number): boolean {
     return this.#level === EIGHT_BITS && this.#by.includes("MatMulNBits") && 2 * padded <= 3 * inner;
   }
@@ -551,10 +539,7 @@ function blockOf(inner: number): number {
   return [256, 128, 64, 32, 16].reduce((best, block) => (bytes(block) < bytes(best) ? block : best));
 }
 
-/**
- * Rows of `inner` integers as MatMulNBits needs them: each padded with zeros to `width`, 2^(bits − 1) added; of 4 bits two in a byte, the
- * first one low.
- */
+/** Rows of `inner` integers as MatMulNBits needs them: padded to `width`, 2^(bits − 1) added; of 4 bits two in a byte, the first low. */
 function packed(values: Int8Array, bits: 4 | 8, inner: number, width: number): Uint8Array {
   const outer = values.length / inner;
   const out = new Uint8Array((outer * width * bits) / 8).fill(bits === 8 ? 0x80 : 0x88);

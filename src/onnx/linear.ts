@@ -238,10 +238,7 @@ function together(parts: readonly (Site[] | string)[], sizes: readonly number[])
   });
 }
 
-/**
- * The DequantizeLinear of a QuantizeLinear → DequantizeLinear pair directly behind a node. Additions go behind it: the pair's range was
- * measured without a task and would clip one.
- */
+/** The DequantizeLinear of a QDQ pair behind a node. Additions go behind it: its range was measured without a task and would clip one. */
 export function requantized(model: OnnxModel, { node, graph }: Pick<Use, "node" | "graph">): NodeProto | undefined {
   const quantize = onlyConsumer(model, graph, node);
   const dequantize = quantize?.opType === "QuantizeLinear" ? onlyConsumer(model, graph, quantize) : undefined;
@@ -357,11 +354,7 @@ export function biasOf(model: OnnxModel, name: string, parameter: OnnxParameter)
   return { name, size, type: typeWhereUsed(parameter), places, ...(slice && { slice }) };
 }
 
-/**
- * Rows of a parameter that tasks replace.
- * @returns the reason where it is neither an embedding's table nor the weight of a linear layer
- * @throws BaseMismatchError for a layer with a bias
- */
+/** Rows of a parameter that tasks replace; the reason where it has none. @throws BaseMismatchError for a layer with a bias */
 export function rowsOf(model: OnnxModel, name: string, parameter: OnnxParameter): AdaptedRows | string {
   const { dtype, layout, shape, uses } = parameter;
   const type = typeWhereUsed(parameter);
@@ -405,9 +398,9 @@ function typeWhereUsed({ dtype, uses, initializer }: OnnxParameter): number {
 }
 
 /**
- * A bias that tasks have and the model lacks: the places where it would be added. torch's optimiser drops a bias of zeros.
+ * The places of a bias that the model lacks: torch's optimiser drops zeros.
  * @param weight of the same layer
- * @returns undefined where the weight is no linear layer's, or something is added to its result that may be the bias
+ * @returns undefined where that is no linear layer's, or what is added to its result may be the bias
  */
 export function droppedBias(model: OnnxModel, name: string, weight: OnnxParameter): AdaptedBias | undefined {
   const linears = linearsOf(model, weight);

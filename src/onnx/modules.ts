@@ -58,9 +58,9 @@ interface Rivals {
 }
 
 /**
- * The model's float parameters and quantised weights. One that was merged with others of equal values is listed under
- * each name, one whose name several claim under that of its initializer too.
- * @throws FormatError when an initializer's shape is impossible, or nested graphs multiply its uses
+ * The model's float parameters and quantised weights. One that was merged with others is listed under each name, one whose name several
+ * claim under that of its initializer too.
+ * @throws FormatError when a shape is impossible, or nested graphs multiply the uses
  */
 export function findParameters(model: OnnxModel): OnnxParameter[] {
   const { graph } = model;

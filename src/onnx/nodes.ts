@@ -439,8 +439,8 @@ export function readBy(node: NodeProto): string[] {
 const LEAST_OPSET = 11;
 
 /**
- * Checks that a model can take task inputs, before anything is added: afterwards, added names cannot be told from the file's own.
- * @throws FormatError when the model's opset is too old, it has task inputs already, or it uses names of ours
+ * Checks that a model can take task inputs, before added names cannot be told from its own.
+ * @throws FormatError when its opset is too old, it has task inputs already, or it uses names of ours
  */
 export function checkInjectable(model: OnnxModel): void {
   if (model.opset < LEAST_OPSET) {

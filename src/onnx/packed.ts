@@ -82,8 +82,7 @@ function joinParts(name: string, parts: readonly OnnxParameter[]): OnnxParameter
 }
 
 /**
- * A parameter that the model has in other pieces than the checkpoint: in the packed layer that holds it, or put together from the layers
- * that it has been divided into. Its name is what the model would call it.
+ * A parameter that lies in a packed layer, or is put together from the layers that it has been divided into, under a name as the model's.
  * @param find a parameter of the model by a name of the pack's, with its copies
  */
 export async function findPiece(
@@ -167,11 +166,7 @@ function integersOf({ rawData }: TensorProto): number[] {
   return Array.from({ length: Math.floor(rawData.byteLength / 8) }, (_, i) => Number(view.getBigInt64(8 * i, true)));
 }
 
-/**
- * Splits the results of packed layers and joins them again, so that terms can be added in between; and the other way round for divided
- * layers. Changes the graph.
- * @returns modules and biases, each with nodes that make its own result
- */
+/** Splits the results of packed layers and joins them again, or the other way round, so that each module and bias has nodes of its own. */
 export function takeApart(
   model: OnnxModel,
   modules: readonly AdaptedLayer[],

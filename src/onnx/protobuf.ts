@@ -262,10 +262,7 @@ function wireOf(type: string): number {
 /** Most messages inside each other, as in other readers of protocol buffers. */
 const DEEPEST = 100;
 
-/**
- * Reads a message. Its `bytes` fields are views of `bytes`.
- * @throws Error when the bytes are no such message
- */
+/** Reads a message, whose `bytes` fields are views of `bytes`. @throws Error when they are no such message */
 export function fromBinary<M extends Proto>(schema: Schema<M>, bytes: Uint8Array): M {
   return new Reader(bytes).message(schema, bytes.length, create(schema), 0) as M;
 }

@@ -44,9 +44,8 @@ const LEAST_APART = 2 ** 23;
 
 /**
  * Reads and parses a model.
- * @param options `weightsApart`: if the model is a file on disk, its weights stay there, for a runtime that reads them itself
- * @throws FormatError when the file is truncated or is no ONNX model
- * @throws SourceError when the file cannot be read
+ * @param options `weightsApart`: weights of a file on disk stay there, for a runtime that reads them itself
+ * @throws FormatError, SourceError when it is no ONNX model or cannot be read
  */
 export async function readModel(
   input: SourceInput,

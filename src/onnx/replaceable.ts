@@ -31,10 +31,7 @@ interface FilePlace {
   readonly width: number;
 }
 
-/**
- * Changes `model.proto`: the parameters' tensors point into the file.
- * @throws BaseMismatchError where tasks change a packed parameter as a whole and a part of it
- */
+/** Points the parameters' tensors into a file. @throws BaseMismatchError where tasks change a packed parameter and a part of it */
 export function replaceByFile(model: OnnxModel, parameters: readonly OnnxParameter[]): WeightFile {
   refuseOverlaps(parameters);
   const places = new Map<string, FilePlace>();
@@ -91,10 +88,7 @@ export interface WeightInput {
   readonly piece?: OnnxParameter;
 }
 
-/**
- * Changes `model.proto`: the parameters are inputs.
- * @throws BaseMismatchError for a bf16 parameter that the model uses as such
- */
+/** Makes the parameters inputs. @throws BaseMismatchError for a bf16 parameter that the model uses as such */
 export function replaceByInputs(model: OnnxModel, parameters: readonly OnnxParameter[]): WeightInput[] {
   refuseOverlaps(parameters);
   const wiring = new Wiring(model);
@@ -170,10 +164,7 @@ class Wiring {
     this.#model = model;
   }
 
-  /**
-   * @param to the new value, laid out as the initializer; copies that are transposed get it transposed
-   * @param cast true if it has been cast already
-   */
+  /** @param to the new value, laid out as the initializer @param cast true if it has been cast already */
   connect(parameter: OnnxParameter, to: string, cast = false): void {
     const { slice, joined } = parameter;
     const axis = outputAxis(parameter);
@@ -236,11 +227,7 @@ class Wiring {
   }
 }
 
-/**
- * Makes the content of the file.
- * @param value gives a parameter as the task has it
- * @throws BaseMismatchError when it has another shape than the model's
- */
+/** Makes the content of the file of `value` for each parameter. @throws BaseMismatchError when one has another shape than the model's */
 export async function fillWeightFile(
   { byteLength, places, pieces }: WeightFile,
   value: (name: string) => View | Promise<View>,

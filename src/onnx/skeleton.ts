@@ -27,7 +27,6 @@ interface Field {
 /**
  * @param location name under which tensors refer to the file
  * @returns undefined where the file is no such protobuf; reading it whole then reports the error
- * @throws SourceError when the file cannot be read
  */
 export async function skeletonOf(
   source: ByteSource,

@@ -22,10 +22,7 @@ export interface ReadWeight {
   readonly quantized: boolean;
 }
 
-/**
- * @throws FormatError when the quantisation is not supported, or its tensors do not fit each other
- * @throws SourceError when a file next to the model cannot be read
- */
+/** @throws FormatError, SourceError as `readTensor`; FormatError when the quantisation is not supported */
 export async function readLinearWeight(
   file: ModelFile,
   parameter: Stored & { readonly name: string },
@@ -105,7 +102,6 @@ export class Copies {
   /**
    * The parameter with its copies, each time the same object.
    * @throws BaseMismatchError when several weights have an equal claim to its name, and their values differ
-   * @throws FormatError, SourceError when a weight that may be a copy cannot be read
    */
   of(parameter: OnnxParameter): Promise<OnnxParameter> {
     const known = this.#found.get(parameter);

@@ -29,11 +29,7 @@ export const LEAST_DETACHED = 4096;
 const OWN_FILE = "eigenlora-model";
 const ADDED_FILE = "eigenlora-components";
 
-/**
- * Serialises a model without its weights. The tensors of `model.proto` keep their data.
- * @param supplied files that the caller provides itself
- * @throws SourceError when a file next to the model cannot be read
- */
+/** Serialises a model without its weights, which its tensors keep. @param options `supplied`: files that the caller provides itself */
 export async function detachWeights(
   file: ModelFile,
   added: readonly Added[],

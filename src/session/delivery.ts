@@ -70,8 +70,7 @@ export interface Placer {
 }
 
 /**
- * Modes "core" and "factors": one loaded model, whose extra inputs carry the active task.
- * @param bases of the pack
+ * Modes "core" and "factors": one loaded model with inputs for the active task.
  * @param placerOn makes a placer; undefined where the engine computes on no device
  * @throws BackendError when the engine refuses the model, or the probe finds that it computes something else
  */
@@ -166,10 +165,8 @@ type ProbeRun = (fetches: readonly string[], task: InputValues, more?: Tensors) 
 const TOLERANCE = 0.1;
 
 /**
- * Compares the term of the first adapted linear layer with plain arithmetic on what enters that layer. The first layer of each other
- * kind must change the outputs, and so must a task where no term is within reach.
- * @param base values of the task inputs without a task
- * @throws BackendError when the provider ignores the inputs or computes something else
+ * Compares the term of the first adapted linear layer with plain arithmetic on what enters it. The first layer of each other kind must
+ * change the outputs, and so must a task where no term is within reach.
  */
 async function probeParity(parts: SessionParts, model: LoadedModel, base: InputValues): Promise<ProbeReport> {
   const { modules, inputs, forms, probe } = parts.prepared;
@@ -208,10 +205,7 @@ async function compareTerm({ engine, prepared }: SessionParts, base: InputValues
   throw wrong(engine, `${off} (it may ignore inputs)`);
 }
 
-/**
- * Runs a probe on the caller's feeds or synthetic ones.
- * @param look compares results of the model
- */
+/** Runs a probe on the caller's feeds or synthetic ones. */
 export async function withFeeds(
   { engine, prepared, probe, idle }: SessionParts,
   model: LoadedModel,
@@ -243,11 +237,7 @@ export async function withFeeds(
 /** A task, and more feeds. */
 type Trial = readonly [task: InputValues, more?: Tensors];
 
-/**
- * Compares the first output of two runs that must not be the same.
- * @param when the output would be the same, for the message
- * @throws BackendError when it is
- */
+/** @param when two runs would have the same first output, for the message @throws BackendError when they have */
 export async function compareOutputs(
   { engine, prepared }: SessionParts,
   run: ProbeRun,
@@ -268,10 +258,7 @@ function wrong({ provider }: Engine, what: string): BackendError {
   });
 }
 
-/**
- * Changes a task by small values that differ everywhere, in all these inputs but rows of tables, which meet the model's own input.
- * @param base values without a task
- */
+/** Adds small values that differ everywhere to a task, in these inputs, except for rows of tables, which meet the model's own input. */
 export function syntheticTask(base: InputValues, inputs: readonly TaskInput[], size = 0.1): InputValues {
   const values = new Map(base);
   for (const input of inputs) {

@@ -31,8 +31,7 @@ import { type InputValues, inputNamesOf, stackValues, TaskEvaluator, toFeeds } f
 type Placed = DeviceTensor & { buffer: GPUBuffer };
 
 /**
- * Mode "folded" on a device.
- * @param file is closed: nothing of it stays in the CPU's memory
+ * Mode "folded" on a device. Closes the file: nothing of it stays in the CPU's memory.
  * @throws BackendError when the engine refuses the model, does not tell its device, or does not read the buffers
  */
 export async function deviceDelivery(
@@ -121,10 +120,7 @@ async function place(
   }
 }
 
-/**
- * @param before the active tasks, which come back where it fails
- * @throws BaseMismatchError when the task brings a parameter of another shape, which no input can take
- */
+/** @param before tasks that come back @throws BaseMismatchError when a parameter has another shape, which no input can take */
 async function foldInPlace(
   runtime: SessionRuntime,
   tasks: LoadedTasks,
@@ -231,11 +227,7 @@ export function devicePlacer(engine: Engine, handle: DeviceHandle, inputs: reado
   };
 }
 
-/**
- * Mode "folded" without a device.
- * @param file stays open: weights are folded from it
- * @throws BackendError when the engine refuses the model
- */
+/** Mode "folded" without a device. Keeps the file open: weights are folded from it. */
 export async function foldedDelivery(
   { engine, prepared, detached, load }: SessionParts,
   file: ModelFile,

@@ -54,10 +54,7 @@ export class ModelMatcher {
     this.#copies = new Copies(file, parameters, options);
   }
 
-  /**
-   * The weight of each module, in their order, with its copies.
-   * @throws BaseMismatchError when one is missing, ambiguous, of another shape, or that of two modules
-   */
+  /** The weights of modules, with copies. @throws BaseMismatchError when one is missing, ambiguous, of another shape, or that of two */
   async weights(modules: readonly PackModule[]): Promise<OnnxParameter[]> {
     const weights: OnnxParameter[] = [];
     for (const module of modules) weights.push(await this.#locate(module));
@@ -187,8 +184,7 @@ export class ModelMatcher {
   /**
    * The modules and parameters of a pack that live in this model, where it is one of several files: those whose fingerprint fits, those of
    * the whole name, and those whose names differ from such by the same segments in front.
-   * @param parameters that tasks bring, by the pack's names
-   * @returns by name, the reason why a module or parameter is not there; undefined where it is
+   * @returns by name, the reason why one is not there; undefined where it is
    */
   async residents(
     modules: readonly PackModule[],
@@ -234,10 +230,7 @@ export class ModelMatcher {
     return found;
   }
 
-  /**
-   * True if the pack's fingerprint of a module is the weight's; false where there is none to tell.
-   * @throws BaseMismatchError when it is another model's
-   */
+  /** True if the pack's fingerprint of a module is the weight's; false without one. @throws BaseMismatchError when it is another's */
   async confirms(module: PackModule, parameter: OnnxParameter, bases: Uint8Array): Promise<boolean> {
     const weight = module.layout === "conv" ? asMatrix(parameter) : parameter;
     if (module.fingerprint === undefined || (weight.shape.length !== 2 && weight.dtype !== "other")) return false;
@@ -302,10 +295,7 @@ export class ModelMatcher {
     );
   }
 
-  /**
-   * A bias that tasks bring and the exporter has dropped, where the model has the layer's weight.
-   * @throws BaseMismatchError when that may be any of several weights
-   */
+  /** A bias that tasks bring and the exporter has dropped. @throws BaseMismatchError when its layer may be any of several */
   async dropped(name: string): Promise<AdaptedBias | undefined> {
     const module = moduleOf(name);
     const mapped = this.#options.names?.has(module);

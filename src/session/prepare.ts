@@ -85,11 +85,7 @@ export interface PrepareOptions extends SessionOptions {
   readonly probeOutputs?: boolean | undefined;
 }
 
-/**
- * GraphChanges `file.model`.
- * @param bases of the pack, as `pack.bases()` gives them
- * @throws BaseMismatchError, FormatError as `planSession`
- */
+/** Plans, and changes `file.model`. @throws BaseMismatchError, FormatError as `planSession` */
 export async function prepareModel(
   file: ModelFile,
   pack: Pack,
@@ -517,10 +513,7 @@ export async function broughtBy(pack: PackView, options: SessionOptions): Promis
 /** Most components for which mode "core" costs a run at most 5 %; with more, factors are faster (`bench switch --live`). */
 const MOST_COMPONENTS = 48;
 
-/**
- * Components of each side that the factors of all tasks of a module can lie over: none brings whole rows of it, and none may later.
- * @param brings roles in which tasks bring the module
- */
+/** Components of each side that the factors of all tasks of a module can lie over: none brings whole rows of it, and none may later. */
 function componentsUnder(
   module: PackModule,
   brings: ReadonlySet<string>,
@@ -541,11 +534,7 @@ function componentsUnder(
   return A || B ? { ...(A && { A }), ...(B && { B }) } : undefined;
 }
 
-/**
- * The components of a module that a core lies between.
- * @param bases of the pack, which are read when the graph is made
- * @returns undefined for a module that no core can lie between
- */
+/** The components of a module that a core lies between; undefined where none can. Bytes are read when the graph is made. */
 function componentsOf(module: PackModule, bases: Uint8Array): Components | undefined {
   const { A, B } = sharedBases(module) ?? {};
   if (A?.kind !== "column" || B?.kind !== "column") return undefined;

@@ -56,11 +56,7 @@ export class RowTasks {
     return [...this.#last.values()].flatMap(({ values }) => [...values.inputs.values()].map(({ data }) => data));
   }
 
-  /**
-   * @param own feeds of the batch
-   * @returns feeds of the task inputs, and the valid columns of each row by head
-   * @throws TypeError, BackendError as `Session.run`
-   */
+  /** @returns feeds of the task inputs, and the valid columns of each row by head @throws TypeError, BackendError as `Session.run` */
   async feeds(
     tasks: readonly (string | null)[],
     own: Tensors,
@@ -91,10 +87,7 @@ export class RowTasks {
     return last?.entry === entry && last ? last : { entry, values: await this.#evaluator.read(task) };
   }
 
-  /**
-   * Verifies on synthetic feeds first, and on the batch itself where the model does not run on those.
-   * @throws BackendError when tasks are mixed, or no output tells
-   */
+  /** Verifies on synthetic feeds, or on the batch where the model does not run on those. @throws BackendError as `checkRows` */
   async #verify(own: Tensors, rows: number): Promise<void> {
     // Values of the base are computed again: all sessions would keep them, and few verify.
     const base = (await this.#evaluator.read(null)).inputs;
@@ -180,8 +173,7 @@ const VOCABULARY = 1024;
 
 /**
  * @param values of all rows without a task, with it, and with it in every second row
- * @param last dimension of the output, where rows share ranges: these change values too, so only the task's share of a vector of this
- *   length is compared
+ * @param last dimension of the output, where rows share ranges: these change values too, so the task's share of such vectors is compared
  */
 function compareRows(
   [without, alone, found]: readonly [ArrayLike<number>, ArrayLike<number>, ArrayLike<number>],

@@ -69,10 +69,7 @@ export interface FilesSurvey {
   readonly unmatched: string | null;
 }
 
-/**
- * @param file is closed; a plan changes nothing of it
- * @throws SourceError, FormatError when the pack cannot be read
- */
+/** Closes the file; a plan changes nothing of it. @throws SourceError, FormatError when the pack cannot be read */
 export async function surveyModel(file: ModelFile, pack: Pack, options: SessionOptions = {}): Promise<Survey> {
   let section: Awaited<ReturnType<Pack["bases"]>> | undefined;
   try {
@@ -113,11 +110,7 @@ export async function surveyModel(file: ModelFile, pack: Pack, options: SessionO
   }
 }
 
-/**
- * Surveys the files of one model: an encoder and a decoder, say.
- * @param open reads each anew, by names of your own
- * @throws as `surveyModel`
- */
+/** Surveys the files of one model, an encoder and a decoder, say. @param open reads each anew @throws as `surveyModel` */
 export async function surveyFiles(
   open: ReadonlyMap<string, () => Promise<ModelFile>>,
   pack: Pack,

@@ -123,8 +123,7 @@ export class TaskEvaluator {
   }
 
   /**
-   * Reads the tasks of a selection.
-   * @throws as `SessionRuntime.load`
+   * Reads the tasks of a selection. @throws as `SessionRuntime.load`
    * @throws BaseMismatchError when a task changes what the model was not prepared for
    * @throws TaskError when a task's labels are more or fewer than the rows of its head
    */
@@ -148,7 +147,7 @@ export class TaskEvaluator {
   }
 
   /**
-   * Computes the values of all inputs, in new memory: values of earlier switches may still be on their way into a run.
+   * Computes the values of all inputs, in new memory: earlier ones may be on their way into a run.
    * @param old values that nothing reads any more: cores and factors are written over them
    * @throws TaskError for heads that cannot be blended; the reason of `signal`, once it is aborted
    */
@@ -339,10 +338,7 @@ export function isTerm({ kind }: TaskInput): boolean {
   return kind === "core" || kind === "A" || kind === "B";
 }
 
-/**
- * Tensors of the inputs that carry tasks, for one task or one per row.
- * @returns also the bytes of their arrays; terms may fill theirs in part
- */
+/** Tensors of the inputs for one task or one per row, and the bytes of their arrays; terms may fill theirs in part. */
 export function toFeeds(
   engine: Engine,
   inputs: readonly TaskInput[],
