@@ -170,15 +170,6 @@ interface SavedHead {
   readonly adapted: readonly OnnxParameter[] | undefined;
 }
 
-/** Parameters that tasks bring and that are neither terms nor heads. */
-interface SingleParameters {
-  readonly biases: readonly AdaptedBias[];
-  readonly rows: readonly AdaptedRows[];
-  readonly vectors: readonly AdaptedVector[];
-  /** The model's parameters for all of it, but for biases that it lacks. */
-  readonly parameters: readonly OnnxParameter[];
-}
-
 /** Parameters and modules that tasks bring in a role. */
 function namesIn(brought: readonly Brought[], role: Brought["role"]): Set<string> {
   return new Set(brought.filter((entry) => entry.role === role).map(({ name }) => name));
@@ -226,9 +217,11 @@ export async function planSession(
   // An adapted weight is always folded: an input in its place would not get the terms of other tasks.
   const fed = isFolded ? heads.filter(({ adapted }) => !adapted) : heads;
   const { biases, rows, vectors } = singles;
+  // Of biases, folding leaves those that no weight of the model holds.
+  const biasNames = [...biases.map(({ name }) => name), ...heads.map(({ adapted, bias = "" }) => (adapted ? bias : ""))];
   const changes: GraphChanges = {
     ...(isFolded
-      ? { modules: [], biases: biasesWithoutWeight(heads, biases), rows: [], vectors: [] }
+      ? { modules: [], biases: biasNames.flatMap((name) => droppedBiases.get(name) ?? []), rows: [], vectors: [] }
       : { modules: layers.map((layer) => withComponents(layer, choice.mode)), biases, rows, vectors }),
     heads: fed.map(({ layer }) => layer),
   };
@@ -254,12 +247,6 @@ export async function planSession(
       .flatMap((head) => [`${head}.weight`, ...(matcher.has(`${head}.bias`) ? [`${head}.bias`] : [])]);
     const others = brought.filter(({ role, name }) => role !== "saved" || !reserved.includes(name));
     return [...reserved.map((name): Brought => ({ role: "saved", name })), ...others];
-  }
-
-  /** Biases of the model's own that no weight holds. */
-  function biasesWithoutWeight(heads: readonly SavedHead[], biases: readonly AdaptedBias[]): AdaptedBias[] {
-    const names = [...biases.map(({ name }) => name), ...heads.map(({ adapted, bias = "" }) => (adapted ? bias : ""))];
-    return names.flatMap((name) => droppedBiases.get(name) ?? []);
   }
 
   /** Saved linear layers: the weight and, where there is one, the bias behind it. */
@@ -306,8 +293,8 @@ export async function planSession(
     return [parameter, ...biases];
   }
 
-  /** Sorts biases, token rows and other vectors by how they can be added to. */
-  async function singleParameters(heads: readonly SavedHead[]): Promise<SingleParameters> {
+  /** Parameters that are neither terms nor heads, by how they can be added to; `parameters` are those that the model has. */
+  async function singleParameters(heads: readonly SavedHead[]) {
     const headNames = new Set(heads.flatMap(({ weight, bias }) => [weight, bias]));
     const biases = new Map<string, AdaptedBias>();
     const rows = new Map<OnnxParameter, AdaptedRows | undefined>();
