@@ -6,7 +6,6 @@
  */
 import type { DeviceHandle } from "../backends/backend.ts";
 import type { LoadedTasks, Selection } from "../core/selection.ts";
-import { createUnfolding, type SessionRuntime } from "../core/session-runtime.ts";
 import { BackendError } from "../errors.ts";
 import type { TaskInput } from "../onnx/inject.ts";
 import type { AdaptedLayer, ComponentRows } from "../onnx/linear.ts";
@@ -15,7 +14,15 @@ import { transpose } from "../tensor/tensor-file.ts";
 import type { CacheState } from "./caches.ts";
 import { dataOf, type Engine, type LoadedModel, type LoadOptions, type Tensors, toTensors } from "./engine.ts";
 import type { PreparedModel } from "./prepare.ts";
-import { CoreSpace, type InputValue, type InputValues, isTerm, TaskEvaluator, toFeeds } from "./values.ts";
+import {
+  CoreSpace,
+  type InputValue,
+  type InputValues,
+  isTerm,
+  type TaskEvaluator,
+  toFeeds,
+  unfoldingEvaluator,
+} from "./values.ts";
 
 /** A prepared model and the engine that is to run it. */
 export interface SessionParts {
@@ -80,22 +87,20 @@ export async function inputDelivery(
   placerOn: ((engine: Engine, device: DeviceHandle, inputs: readonly TaskInput[]) => Placer) | undefined,
 ): Promise<Delivery> {
   const { engine, prepared } = parts;
-  const { view, mode, base, modules, inputs } = prepared;
-  const expands = base.weights.size > 0 || modules.some((module) => module.expands);
-  const runtime = await createUnfolding(view, mode as "core" | "factors", expands ? bases : undefined, base);
+  const { inputs } = prepared;
+  const evaluator = await unfoldingEvaluator(prepared, bases);
   let model: LoadedModel | undefined;
   try {
-    const evaluator = new TaskEvaluator(prepared, runtime);
     model = await engine.load(parts.detached, parts.load);
     // Not every engine tells which device it has. Where one does, runs fail once it is lost.
     const device = (await engine.gpu?.device().catch(() => undefined))?.device;
     const withoutTask = (await evaluator.read(null)).inputs;
     const probe = await probeParity(parts, model, withoutTask);
     const placer = device && placerOn?.(engine, device, inputs);
-    return { ...deliver(engine, inputs, model, runtime, evaluator, withoutTask, placer), probe };
+    return { ...deliver(engine, inputs, model, evaluator, withoutTask, placer), probe };
   } catch (error) {
     if (model) await engine.release(model);
-    await runtime.close();
+    await evaluator.close();
     throw error;
   }
 }
@@ -106,7 +111,6 @@ function deliver(
   engine: Engine,
   inputs: PreparedModel["inputs"],
   model: LoadedModel,
-  runtime: SessionRuntime,
   evaluator: TaskEvaluator,
   base: InputValues,
   placer: Placer | undefined,
@@ -139,12 +143,12 @@ function deliver(
       return active(tasks.selection, (await evaluator.evaluate(tasks, signal, old)).inputs);
     },
     memory() {
-      const { scratch, pristine } = runtime.memory();
+      const { scratch, pristine } = evaluator.memory();
       return { scratch: scratch + room, pristine, active: placer?.byteLength ?? 0 };
     },
     async close() {
       placer?.close();
-      await runtime.close();
+      await evaluator.close();
     },
   };
 }

@@ -218,7 +218,10 @@ export async function planSession(
   const fed = isFolded ? heads.filter(({ adapted }) => !adapted) : heads;
   const { biases, rows, vectors } = singles;
   // Of biases, folding leaves those that no weight of the model holds.
-  const biasNames = [...biases.map(({ name }) => name), ...heads.map(({ adapted, bias = "" }) => (adapted ? bias : ""))];
+  const biasNames = [
+    ...biases.map(({ name }) => name),
+    ...heads.map(({ adapted, bias = "" }) => (adapted ? bias : "")),
+  ];
   const changes: GraphChanges = {
     ...(isFolded
       ? { modules: [], biases: biasNames.flatMap((name) => droppedBiases.get(name) ?? []), rows: [], vectors: [] }
