@@ -192,8 +192,10 @@ export class Injector extends NodeWriter {
 
   /** Adds the inputs of a layer's own factors and of its rows' scale. */
   factorInputs({ name, in: width, out, factors, rowScale, over }: AdaptedLayer): FactorInputs {
-    const A = this.#products.under(over?.A);
-    const B = this.#products.under(over?.B);
+    const under = (rows: ComponentRows | undefined): TaskInput["over"] =>
+      rows && { K: rows.rows, scales: this.#products.scalesOf(rows) };
+    const A = under(over?.A);
+    const B = under(over?.B);
     return {
       A: factors ? this.input(name, "A", [A?.K ?? width, "q"], { over: A }) : undefined,
       B: factors ? this.input(name, "B", ["q", B?.K ?? out], { over: B }) : undefined,
@@ -278,7 +280,7 @@ export class Injector extends NodeWriter {
     const [, KA] = core.dims as [string, number];
     const { rows, byTask } = this.#rowsInto(place, graph, x);
     const sides = joinedRows(members.map(({ components }) => components!.A));
-    const projected = this.#products.project(place, rows, sides, `${PREFIX}/${core.of}/E_A`);
+    const projected = this.#products.multiply(place, rows, sides, `${PREFIX}/${core.of}/E_A`, true);
     const mixed = place.matMul(byTask(projected, KA), core.name);
     const widths = core.cores!.map(({ KB }) => KB);
     const parts = widths.length === 1 ? [mixed] : place.split(mixed, -1, widths);
@@ -298,11 +300,11 @@ export class Injector extends NodeWriter {
     const { rank, rows, byTask } = this.#rowsInto(place, site.graph, site.x, mixed?.rows);
     const terms: string[] = [];
     if (A !== undefined && B !== undefined) {
-      const read = over?.A ? this.#products.project(place, rows, over.A, `${PREFIX}/${name}/E_A`) : rows;
+      const read = over?.A ? this.#products.multiply(place, rows, over.A, `${PREFIX}/${name}/E_A`, true) : rows;
       const made = place.matMul(place.matMul(byTask(read, over?.A?.rows ?? inputs), A), B);
-      terms.push(over?.B ? this.#products.expand(place, made, over.B, `${PREFIX}/${name}/E_B`) : made);
+      terms.push(over?.B ? this.#products.multiply(place, made, over.B, `${PREFIX}/${name}/E_B`) : made);
     }
-    if (mixed) terms.push(this.#products.expand(place, mixed.value, components!.B, `${PREFIX}/${name}/E_B`));
+    if (mixed) terms.push(this.#products.multiply(place, mixed.value, components!.B, `${PREFIX}/${name}/E_B`));
     const term = terms.reduce((a, b) => place.add(a, b));
     if (this.#wantsProbe && site.graph === this.main) this.#probe ??= { module: name, x: rows, term };
     const bias = scale && site.bias && place.up(site.bias);
@@ -470,31 +472,14 @@ class ComponentProducts {
     return this.formatOf(rows) === "floats" ? undefined : rows.integers!.scales;
   }
 
-  /** Facts of components for an input whose rows are coefficients over them. */
-  under(
-    rows: ComponentRows | undefined,
-  ): { readonly K: number; readonly scales: Float32Array | undefined } | undefined {
-    return rows && { K: rows.rows, scales: this.scalesOf(rows) };
-  }
-
-  /** Product x [.., width] · Eᵀ: [.., rows]. */
-  project(place: Place, x: string, factor: ComponentRows, name: string): string {
-    return this.#product(place, x, name, factor, true);
-  }
-
-  /** Product x [.., rows] · E: [.., width]. */
-  expand(place: Place, x: string, factor: ComponentRows, name: string): string {
-    return this.#product(place, x, name, factor, false);
-  }
-
-  /** @param transposed true if the components are the product's other matrix transposed, [outer, inner] */
-  #product(place: Place, x: string, name: string, factor: ComponentRows, transposed: boolean): string {
+  /** Product of x with components [rows, width]. @param turned true for x [.., width] · Eᵀ, false for x [.., rows] · E */
+  multiply(place: Place, x: string, factor: ComponentRows, name: string, turned = false): string {
     const { rows, width } = factor;
-    const [inner, outer] = transposed ? [width, rows] : [rows, width];
+    const [inner, outer] = turned ? [width, rows] : [rows, width];
     const format = this.formatOf(factor);
     const tools = this.#tools;
     const asMatrix = <T extends Float32Array | Int8Array>(values: T): T =>
-      transposed ? transpose(values, outer, inner) : values;
+      turned ? transpose(values, outer, inner) : values;
     if (format === "floats") {
       return place.matMul(
         x,
@@ -511,7 +496,7 @@ class ComponentProducts {
     }
     const bits = format === "bytes" ? 8 : 4;
     const weight = tools.tensor(name, UINT8, [outer, blocks, (block * bits) / 8], () =>
-      packed(transposed ? integers() : transpose(integers(), inner, outer), bits, inner, blocks * block),
+      packed(turned ? integers() : transpose(integers(), inner, outer), bits, inner, blocks * block),
     );
     this.contributed = true;
     const attributes = { K: inner, N: outer, bits, block_size: block, accuracy_level: this.#level };

@@ -101,7 +101,7 @@ export function replaceByInputs(model: OnnxModel, parameters: readonly OnnxParam
       [parameter, ...parameter.copies, ...(parameter.joined ?? [])].every(
         (stored) =>
           ("joined" in stored && stored.joined) ||
-          stored.uses.every((use) => castsFirst(model, use.graph, use.node.input[use.input]!, stored.initializer)),
+          stored.uses.every((use) => castsFirst(model, use, stored.initializer)),
       );
     const dtype = parameter.dtype === "f32" || cast ? "f32" : "f16";
     if (dtype === "f16" && parameter.dtype !== "f16") {
@@ -133,20 +133,24 @@ function withSiblings(parameters: readonly OnnxParameter[]): OnnxParameter[] {
   return all;
 }
 
-/** True if the first node behind an initializer, on the way to a value, is a Cast to f32. */
-function castsFirst(model: OnnxModel, graph: GraphProto, value: string, from: string, passed = 0): boolean {
-  if (value === from) return false;
-  const made = makerOf(model, graph, value, passed);
-  if (made.node.input[0] !== from) return castsFirst(model, made.graph, made.node.input[0]!, from, passed + 1);
-  return made.node.opType === "Cast" && intOf(made.node, "to") === FLOAT;
+/** True if the first node behind an initializer, on the way to a use, is a Cast to f32. */
+function castsFirst(model: OnnxModel, use: Use, from: string): boolean {
+  const [first] = chainOf(model, use, from);
+  return first?.node.opType === "Cast" && intOf(first.node, "to") === FLOAT;
 }
 
-/** The node between an initializer and its use that makes a value. @throws FormatError where names lead astray */
-function makerOf(model: OnnxModel, graph: GraphProto, value: string, passed: number): Pick<Use, "node" | "graph"> {
-  const made = passed > MOST_PASSED ? undefined : origin(model, graph, value);
-  if (made) return made;
-  const message = `there is no telling what "${value}" is made of: damaged, export the model again`;
-  throw new FormatError(message, { file: model.name, part: "graph" });
+/** Nodes between an initializer and its use, in their order. @throws FormatError where names lead astray */
+function chainOf(model: OnnxModel, { node, input, graph }: Use, from: string): Pick<Use, "node" | "graph">[] {
+  const chain: Pick<Use, "node" | "graph">[] = [];
+  for (let value = node.input[input]!; value !== from; value = chain[0]!.node.input[0]!) {
+    const made = chain.length > MOST_PASSED ? undefined : origin(model, chain[0]?.graph ?? graph, value);
+    if (!made) {
+      const message = `there is no telling what "${value}" is made of: damaged, export the model again`;
+      throw new FormatError(message, { file: model.name, part: "graph" });
+    }
+    chain.unshift(made);
+  }
+  return chain;
 }
 
 /** Connects the uses of parameters to other values. */
@@ -187,9 +191,7 @@ class Wiring {
     }
     for (const { initializer, layout, uses } of [parameter, ...parameter.copies]) {
       const own = layout === parameter.layout ? to : this.#turn(to);
-      for (const { node, input, graph } of uses) {
-        node.input[input] = this.#copyChain(graph, node.input[input]!, initializer, own, cast);
-      }
+      for (const use of uses) use.node.input[use.input] = this.#copyChain(use, initializer, own, cast);
     }
   }
 
@@ -202,17 +204,16 @@ class Wiring {
   }
 
   /** Copies the nodes between an initializer and its use for another value: equal weights are merged on export. */
-  #copyChain(graph: GraphProto, value: string, from: string, to: string, cast: boolean, passed = 0): string {
-    if (value === from) return to;
-    const { node, graph: home } = makerOf(this.#model, graph, value, passed);
-    if (cast && node.input[0] === from) return to;
-    const name = `${to}/${value}`;
-    if (!this.#isNew(home, name)) return name;
-    const before = this.#copyChain(home, node.input[0]!, from, to, cast, passed + 1);
-    const { opType, attribute, domain, input } = node;
-    const copy = { opType, domain, attribute, name, input: [before, ...input.slice(1)], output: [name] };
-    this.#edits.insert(home, node, [create(NodeProtoSchema, copy)]);
-    return name;
+  #copyChain(use: Use, from: string, to: string, cast: boolean): string {
+    let value = to;
+    for (const { node, graph } of chainOf(this.#model, use, from).slice(cast ? 1 : 0)) {
+      const { opType, attribute, domain, input, output } = node;
+      const name = `${to}/${output[0]}`;
+      const copy = { opType, domain, attribute, name, input: [value, ...input.slice(1)], output: [name] };
+      if (this.#isNew(graph, name)) this.#edits.insert(graph, node, [create(NodeProtoSchema, copy)]);
+      value = name;
+    }
+    return value;
   }
 
   #isNew(graph: GraphProto, name: string): boolean {

@@ -9,10 +9,10 @@ import type { DeviceHandle } from "../backends/backend.ts";
 import { byteLengthOf, type CpuView, type DeviceTensor, type View, viewValues } from "../core/base.ts";
 import type { LoadedTasks, Selection } from "../core/selection.ts";
 import { BaseMismatchError } from "../errors.ts";
-import { onnxHost } from "../onnx/host.ts";
 import type { TaskInput } from "../onnx/inject.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { fillWeightFile, type WeightFile, type WeightInput } from "../onnx/replaceable.ts";
+import { onnxHost } from "../onnx/weights.ts";
 import {
   type Active,
   compareOutputs,

@@ -176,7 +176,7 @@ export class ModelMatcher {
     return unconfirmed;
   }
 
-  /** As `confirms`. @param fronts takes the segments in front by which the model's name differs */
+  /** Checks a fingerprint. @param fronts takes the segments in front by which the model's name differs */
   async #confirm(module: PackModule, weight: OnnxParameter, bases: Uint8Array, fronts: Set<string>): Promise<boolean> {
     const isSame = await this.confirms(module, weight, bases);
     const name = `${module.name}.weight`;

@@ -217,7 +217,7 @@ export async function planSession(
   // An adapted weight is always folded: an input in its place would not get the terms of other tasks.
   const fed = isFolded ? heads.filter(({ adapted }) => !adapted) : heads;
   const { biases, rows, vectors } = singles;
-  // Of biases, folding leaves those that no weight of the model holds.
+  // Folding leaves the biases that no weight of the model holds.
   const biasNames = [
     ...biases.map(({ name }) => name),
     ...heads.map(({ adapted, bias = "" }) => (adapted ? bias : "")),
