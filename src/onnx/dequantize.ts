@@ -172,14 +172,6 @@ async function affine(
   };
 }
 
-interface Quantization {
-  scale: string | undefined;
-  zero: string | undefined;
-  axis: number;
-  /** Size of a block; 0: no blocks. */
-  block: number;
-}
-
 /** Indices of the inputs that hold scale and zero of a weight, and its axis, by operator. */
 const SCALES: ReadonlyMap<string, readonly [scale: number, zero: number, axis: number]> = new Map([
   ["QLinearConv", [4, 5, 0]],
@@ -187,9 +179,10 @@ const SCALES: ReadonlyMap<string, readonly [scale: number, zero: number, axis: n
   ["DynamicQuantizeMatMul", [2, 3, 1]],
 ]);
 
-function scalesOf(model: OnnxModel, initializer: string, use: Use | undefined): Quantization | undefined {
+/** Values that hold scale and zero of a quantised weight, their axis, and the size of a block; 0: no blocks. */
+function scalesOf(model: OnnxModel, initializer: string, use: Use | undefined) {
   const { graph } = model;
-  const take = ({ input }: NodeProto, scale: number, zero: number, axis: number, block = 0): Quantization => {
+  const take = ({ input }: NodeProto, scale: number, zero: number, axis: number, block = 0) => {
     return { scale: input[scale], zero: input[zero], axis: axis < 0 ? axis + 2 : axis, block };
   };
   const direct = dequantizeOf(model, initializer);

@@ -52,14 +52,14 @@ import type { GraphProto, NodeProto } from "./protobuf.ts";
 export type IntegerProducts = readonly ("MatMulNBits" | "DequantizeLinear")[];
 
 export interface InjectOptions {
-  /** Adds outputs for a probe. Default: true. */
-  readonly probe?: boolean | undefined;
+  /** Adds outputs for the parity probe. Default: true. */
+  readonly probeOutputs?: boolean | undefined;
   /** Operators for components that are integers. Default: none, they become floats. */
   readonly integers?: IntegerProducts | undefined;
   /** Needed for modules with a form, and for vectors. */
   readonly forms?: FormInjection | undefined;
   /** Joins cores to as few inputs as can be. Default: false: a split into many parts is more than some devices bind at once. */
-  readonly join?: boolean | undefined;
+  readonly joinCores?: boolean | undefined;
 }
 
 /** Surgery next to what is no linear layer: forms.ts, which is loaded when it is needed. */
@@ -123,15 +123,12 @@ export function inject(
   // Terms are added to what replaced rows make.
   for (const layer of rows) if (layer.sites.length > 0) injector.rowsOfLayer(layer);
   for (const head of heads) injector.head(head);
-  if (options.join) injector.joinCores();
+  if (options.joinCores) injector.joinCores();
   return injector.finish(heads);
 }
 
 /** x·E_Aᵀ·core of a module, and the rows of x that it was made of. */
-interface Mixed {
-  readonly rows: string;
-  readonly value: string;
-}
+type Mixed = { readonly [Value in "rows" | "value"]: string };
 
 /** Names of the inputs of a layer's own. */
 type FactorInputs = { readonly [Kind in "A" | "B" | "scale"]: string | undefined };
@@ -149,13 +146,17 @@ export class Injector extends NodeWriter {
   #probe: ProbeOutputs | undefined;
   #places = 0;
 
-  constructor(model: OnnxModel, { integers = [], probe = true }: InjectOptions, layers: readonly AdaptedLayer[]) {
+  constructor(
+    model: OnnxModel,
+    { integers = [], probeOutputs = true }: InjectOptions,
+    layers: readonly AdaptedLayer[],
+  ) {
     super(new Constants(model.graph.proto, model.opset, PREFIX), `${PREFIX}/shared`);
     this.model = model;
     this.main = model.graph.proto;
     this.#ranks = new Ranks(model);
     this.#products = new ComponentProducts(integers, this, layers);
-    this.#wantsProbe = probe;
+    this.#wantsProbe = probeOutputs;
   }
 
   /** A tensor that is added to the model, once. */

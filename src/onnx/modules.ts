@@ -354,9 +354,9 @@ class Claims {
     }
   }
 
-  /** Uses of an initializer, also behind operators that only pass it on. `name` is its own. */
-  #reach(initializer: string, name: string | undefined): Reached[] {
-    const reached: Reached[] = [];
+  /** Uses of an initializer, also behind operators that only pass it on, and the checkpoint's name, if it was kept. */
+  #reach(initializer: string, name: string | undefined) {
+    const reached: { readonly use: Use; readonly name: string | undefined; readonly transposed: boolean }[] = [];
     const values = [{ value: initializer, name, transposed: false, passed: 0 }];
     // Nested graphs may reuse a name of the graph around them, which would lead round in circles in a hostile file.
     const seen = new Set([initializer]);
@@ -414,13 +414,6 @@ class Claims {
       return own !== undefined && i < segments.length - 1 && (segment === own || unnumbered(segment) === own);
     });
   }
-}
-
-interface Reached {
-  use: Use;
-  /** The checkpoint's name, if it was kept. */
-  name: string | undefined;
-  transposed: boolean;
 }
 
 /** Paths of the modules that a path may be a call of: the path itself, and without the numbers of repeated calls. */

@@ -112,16 +112,10 @@ export function makeValue(name: string, elemType: number, dims?: readonly (numbe
   return create(ValueInfoProtoSchema, { name, type: { tensorType: { elemType, ...(dim && { shape: { dim } }) } } });
 }
 
-interface NodeEdit {
-  readonly before: NodeProto[];
-  readonly behind: NodeProto[];
-  removed: boolean;
-}
-
 /** Edits of the nodes of graphs, collected until `apply`: moving the end of a list for each edit would take quadratic time. */
 export class NodeEdits {
   readonly #graphs = new Set<GraphProto>();
-  readonly #edits = new Map<NodeProto, NodeEdit>();
+  readonly #edits = new Map<NodeProto, { before: NodeProto[]; behind: NodeProto[]; removed: boolean }>();
 
   /** Puts nodes directly behind one, in front of those that were put there before. */
   insert(graph: GraphProto, node: NodeProto, nodes: NodeProto[]): void {
@@ -137,7 +131,7 @@ export class NodeEdits {
     this.#of(graph, node).removed = true;
   }
 
-  #of(graph: GraphProto, node: NodeProto): NodeEdit {
+  #of(graph: GraphProto, node: NodeProto) {
     this.#graphs.add(graph);
     const edit = this.#edits.get(node) ?? { before: [], behind: [], removed: false };
     this.#edits.set(node, edit);

@@ -24,18 +24,8 @@ const PACKED: readonly (readonly [whole: string, ...parts: string[]])[] = [
   ["qkv", "q_proj", "k_proj", "v_proj"],
 ];
 
-/** Where a layer may lie in a packed one. */
-export interface PlaceInPacked {
-  /** Name of the packed layer, with and without the segments in front. */
-  readonly name: string;
-  readonly whole: string;
-  /** The layer's own last segments, its index among the parts, and their number. */
-  readonly part: string;
-  readonly index: number;
-  readonly count: number;
-}
-
-function packedNames(module: string): PlaceInPacked[] {
+/** Packed layers that a layer may lie in: their names, with and without the segments in front, and its place among their parts. */
+function packedNames(module: string) {
   return PACKED.flatMap(([whole, ...parts]) => {
     const index = parts.findIndex((part) => module === part || module.endsWith(`.${part}`));
     const part = parts[index];
@@ -57,7 +47,7 @@ function partOfPacked(
   model: OnnxModel,
   packed: OnnxParameter,
   name: string,
-  { index, count }: PlaceInPacked,
+  { index, count }: { readonly index: number; readonly count: number },
 ): OnnxParameter | undefined {
   const total = packed.shape.length === 1 ? packed.shape[0] : matrixShape(packed)?.[0];
   const sizes = total === undefined ? undefined : sizesOf(model.graph, packed, total, count);

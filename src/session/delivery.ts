@@ -310,25 +310,21 @@ function termOf(
     const scaleAt = (i: number): number => scales?.[kind === "A" ? Math.floor(i / columns) : i % columns] ?? 1;
     return { data: Float64Array.from(data as Float32Array, (number, i) => number / scaleAt(i)), columns };
   };
-  const products: (Matrix | undefined)[][] = [];
-  if (factors) products.push([over.A && down(over.A), factor("A"), factor("B"), over.B && up(over.B)]);
+  const product = (...matrices: readonly (Matrix | undefined)[]): ArrayLike<number> =>
+    matrices.reduce<Matrix>((left, right) => (right ? multiply(left, right) : left), { data: x, columns: width }).data;
+  const terms: ArrayLike<number>[] = [];
+  if (factors) terms.push(product(over.A && down(over.A), factor("A"), factor("B"), over.B && up(over.B)));
   if (components) {
     const { A, B } = components;
     const core = { data: Float64Array.from({ length: A.rows * B.rows }, (_, i) => wave(i)), columns: B.rows };
-    products.push([down(A), core, up(B)]);
+    terms.push(product(down(A), core, up(B)));
   }
-  const rows = x.length / width;
-  const term = new Float64Array(rows * out);
-  for (const matrices of products) {
-    let left: Matrix = { data: x, columns: width };
-    for (const right of matrices) if (right) left = multiply(left, right, rows);
-    for (let i = 0; i < term.length; i++) term[i]! += left.data[i]!;
-  }
-  return term;
+  return Float64Array.from(terms[0]!, (value, i) => value + (terms[1]?.[i] ?? 0));
 }
 
-function multiply(left: Matrix, { data, columns }: Matrix, rows: number): Matrix {
+function multiply(left: Matrix, { data, columns }: Matrix): Matrix {
   const inner = left.columns;
+  const rows = left.data.length / inner;
   const product = new Float64Array(rows * columns);
   for (let r = 0; r < rows; r++)
     for (let k = 0; k < inner; k++)

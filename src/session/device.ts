@@ -67,7 +67,17 @@ export async function deviceDelivery(
       async make(tasks, signal) {
         const { inputs } = await evaluator.evaluate(tasks, signal);
         // Runs that were asked for before are through by then, and none begins meanwhile.
-        await gpu.exclusive(() => foldInPlace(evaluator, tasks, before, signal, fed, tensors, own));
+        await gpu.exclusive(async () => {
+          await evaluator.fold(tasks, signal);
+          // A parameter of another shape has a buffer of its own, which no input can take.
+          const misfit = fed.find(({ name }) => tensors.get(name)?.buffer !== own.get(name));
+          if (!misfit) return;
+          const { name, shape } = misfit;
+          const found = tensors.get(name)?.shape ?? [];
+          await evaluator.fold(before);
+          const message = `a task brings "${name}" of [${found.join(", ")}], the model's needs [${shape.join(", ")}]`;
+          throw new BaseMismatchError(message, { module: name, expected: shape, found });
+        });
         before = tasks;
         return active(tasks.selection, inputs);
       },
@@ -109,26 +119,6 @@ async function place(
     tensors.set(name, { dtype, shape, buffer, ...(layout ? { layout } : {}) });
     device.queue.writeBuffer(buffer, 0, bytes);
   }
-}
-
-/** @param before tasks that come back @throws BaseMismatchError when a parameter has another shape, which no input can take */
-async function foldInPlace(
-  evaluator: TaskEvaluator,
-  tasks: LoadedTasks,
-  before: LoadedTasks,
-  signal: AbortSignal | undefined,
-  fed: readonly WeightInput[],
-  tensors: ReadonlyMap<string, Placed>,
-  own: ReadonlyMap<string, GPUBuffer>,
-): Promise<void> {
-  await evaluator.fold(tasks, signal);
-  const misfit = fed.find(({ name }) => tensors.get(name)?.buffer !== own.get(name));
-  if (!misfit) return;
-  const { name, shape } = misfit;
-  const found = tensors.get(name)?.shape ?? [];
-  await evaluator.fold(before);
-  const message = `a task brings "${name}" of [${found.join(", ")}], the model's needs [${shape.join(", ")}]`;
-  throw new BaseMismatchError(message, { module: name, expected: shape, found });
 }
 
 /** A tiny run on the base's weights and one on zeros: a provider that does not read the buffers gives the same twice. */

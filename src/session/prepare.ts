@@ -22,7 +22,7 @@ import {
   type TensorRef,
 } from "../format/format.ts";
 import { type Feed, feedsOfRows, knownSizes, plainInputs, tableRows, tinyFeeds } from "../onnx/feeds.ts";
-import { type Injected, type IntegerProducts, inject } from "../onnx/inject.ts";
+import { type Injected, type InjectOptions, inject } from "../onnx/inject.ts";
 import {
   type AdaptedBias,
   type AdaptedHead,
@@ -74,15 +74,9 @@ export interface PreparedModel extends Injected, Omit<Plan, "changes" | "folded"
   readonly folded: WeightFile | readonly WeightInput[] | undefined;
 }
 
-export interface PrepareOptions extends SessionOptions {
+export interface PrepareOptions extends SessionOptions, Omit<InjectOptions, "forms"> {
   /** Mode "folded": the weights that change become inputs, which an engine can take from a device. Default: false. */
   readonly foldedInputs?: boolean | undefined;
-  /** Operators of the model's runtime for integers: components that are integers stay so. Default: they become floats. */
-  readonly integers?: IntegerProducts | undefined;
-  /** Joins cores to as few inputs as can be. Default: one for each layer, or layers with one x. */
-  readonly joinCores?: boolean | undefined;
-  /** Gives the graph outputs for the parity probe. Default: true. */
-  readonly probeOutputs?: boolean | undefined;
 }
 
 /** Plans, and changes `file.model`. @throws BaseMismatchError, FormatError as `planSession` */
@@ -113,16 +107,9 @@ export async function prepareModel(
     ...changes.modules.flatMap(({ name, kind }) => (kind === "linear" ? [] : [[name, kind] as const])),
     ...changes.vectors.map(({ name }) => [name, "vector"] as const),
   ]);
-  const injected = inject(
-    file.model,
-    { ...changes, ...takeApart?.(file.model, changes.modules, changes.biases) },
-    {
-      probe: options.probeOutputs,
-      integers: options.integers,
-      join: options.joinCores,
-      forms: forms.size > 0 ? await import("../onnx/forms.ts") : undefined,
-    },
-  );
+  const apart = { ...changes, ...takeApart?.(file.model, changes.modules, changes.biases) };
+  const surgery = forms.size > 0 ? await import("../onnx/forms.ts") : undefined;
+  const injected = inject(file.model, apart, { ...options, forms: surgery });
   return {
     ...{ ...plan, ...injected, pack, view, keep, outputNames, folded, forms },
     inputNames: own.map(({ name }) => name),

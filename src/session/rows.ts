@@ -139,7 +139,7 @@ async function checkRows(
     throw mixed(`${none}, so there is no telling which row got which`);
   }
   const without = await numbersOf(results[output]!);
-  const look = async (group: readonly TaskInput[], size: number): Promise<Seen> => {
+  const look = async (group: readonly TaskInput[], size: number) => {
     const task = syntheticTask(base, group, size);
     const alone = (await run([task], [output]))[output]!;
     const mixture = Array.from({ length: rows }, (_, row) => (row % 2 === 0 ? task : base));
@@ -160,12 +160,6 @@ async function checkRows(
   return seen && (await differ(feeds, rows));
 }
 
-/** The effect of a synthetic task; `separate` if its rows are as they are alone, and the others as without it. */
-interface Seen {
-  readonly effect: number;
-  readonly separate: boolean;
-}
-
 /** Fewest values from which a task's share can be estimated despite other changes. */
 const MANY = 64;
 /** Outputs of this width and above are those of a vocabulary: each position is compared by itself. */
@@ -174,12 +168,13 @@ const VOCABULARY = 1024;
 /**
  * @param values of all rows without a task, with it, and with it in every second row
  * @param last dimension of the output, where rows share ranges: these change values too, so the task's share of such vectors is compared
+ * @returns the effect of the task; `separate` if its rows are as they are alone, and the others as without it
  */
 function compareRows(
   [without, alone, found]: readonly [ArrayLike<number>, ArrayLike<number>, ArrayLike<number>],
   rows: number,
   last: number | undefined,
-): Seen {
+) {
   const width = found.length / rows;
   let effect = 0;
   let off = 0;

@@ -500,18 +500,14 @@ export function toFeeds(
   return { feeds, bytes };
 }
 
-/** Memory for a core [K_A, K_B]: the index of its first number, and the distance of its rows. */
-interface CoreTarget {
-  readonly out: Float32Array;
-  readonly at: number;
-  readonly stride: number;
-}
-
 /** The value of an input for cores while it is filled: each core of a module has its place. */
 export class CoreSpace {
   readonly name: string;
-  /** Targets in the order of the blocks, with names of modules. */
-  readonly targets: readonly (readonly [module: string, target: CoreTarget])[];
+  /** By block, the module, and where its core lies: the index of the first number, and the distance of rows. */
+  readonly targets: readonly [
+    module: string,
+    { readonly out: Float32Array; readonly at: number; readonly stride: number },
+  ][];
   readonly #dims: readonly [height: number, width: number];
   readonly #data: Float32Array;
   readonly #blocks: readonly CoreBlock[];
