@@ -141,7 +141,11 @@ export class Injector extends NodeWriter {
   readonly added: Added[] = [];
   readonly edits: NodeEdits = new NodeEdits();
   readonly #ranks: Ranks;
-  readonly #products: ComponentProducts;
+  readonly #integers: IntegerProducts;
+  /** `accuracy_level` of products with components. */
+  readonly #level: number;
+  /** True if an operator of onnxruntime's own domain was used. */
+  #contributed = false;
   readonly #wantsProbe: boolean;
   #probe: ProbeOutputs | undefined;
   #places = 0;
@@ -155,7 +159,12 @@ export class Injector extends NodeWriter {
     this.model = model;
     this.main = model.graph.proto;
     this.#ranks = new Ranks(model);
-    this.#products = new ComponentProducts(integers, this, layers);
+    this.#integers = integers;
+    const levels = layers.flatMap(({ sites }) =>
+      sites.map(({ node, product = node }) => intOf(product, "accuracy_level")),
+    );
+    // Where the model rounds all of their inputs to 8 bits, products with components do the same.
+    this.#level = levels.length > 0 && levels.every((level) => level === EIGHT_BITS) ? EIGHT_BITS : F32;
     this.#wantsProbe = probeOutputs;
   }
 
@@ -194,7 +203,7 @@ export class Injector extends NodeWriter {
   /** Adds the inputs of a layer's own factors and of its rows' scale. */
   factorInputs({ name, in: width, out, factors, rowScale, over }: AdaptedLayer): FactorInputs {
     const under = (rows: ComponentRows | undefined): TaskInput["over"] =>
-      rows && { K: rows.rows, scales: this.#products.scalesOf(rows) };
+      rows && { K: rows.rows, scales: this.#scalesOf(rows) };
     const A = under(over?.A);
     const B = under(over?.B);
     return {
@@ -238,7 +247,7 @@ export class Injector extends NodeWriter {
       const [first, second] = module.sites;
       const key =
         first && !second && module.components
-          ? `${graphs.indexOf(first.graph)} ${first.type} ${this.#products.formatOf(module.components.A)} ${first.x}`
+          ? `${graphs.indexOf(first.graph)} ${first.type} ${this.#formatOf(module.components.A)} ${first.x}`
           : module;
       groups.set(key, [...(groups.get(key) ?? []), module]);
     }
@@ -261,8 +270,8 @@ export class Injector extends NodeWriter {
     let column = 0;
     const cores = members.map(({ name, components }): CoreBlock => {
       const { A, B } = components!;
-      const scalesA = this.#products.scalesOf(A);
-      const scalesB = this.#products.scalesOf(B);
+      const scalesA = this.#scalesOf(A);
+      const scalesB = this.#scalesOf(B);
       const block = { module: name, row, column, KA: A.rows, KB: B.rows, scalesA, scalesB };
       row += A.rows;
       column += B.rows;
@@ -281,7 +290,7 @@ export class Injector extends NodeWriter {
     const [, KA] = core.dims as [string, number];
     const { rows, byTask } = this.#rowsInto(place, graph, x);
     const sides = joinedRows(members.map(({ components }) => components!.A));
-    const projected = this.#products.multiply(place, rows, sides, `${PREFIX}/${core.of}/E_A`, true);
+    const projected = this.#multiply(place, rows, sides, `${PREFIX}/${core.of}/E_A`, true);
     const mixed = place.matMul(byTask(projected, KA), core.name);
     const widths = core.cores!.map(({ KB }) => KB);
     const parts = widths.length === 1 ? [mixed] : place.split(mixed, -1, widths);
@@ -301,11 +310,11 @@ export class Injector extends NodeWriter {
     const { rank, rows, byTask } = this.#rowsInto(place, site.graph, site.x, mixed?.rows);
     const terms: string[] = [];
     if (A !== undefined && B !== undefined) {
-      const read = over?.A ? this.#products.multiply(place, rows, over.A, `${PREFIX}/${name}/E_A`, true) : rows;
+      const read = over?.A ? this.#multiply(place, rows, over.A, `${PREFIX}/${name}/E_A`, true) : rows;
       const made = place.matMul(place.matMul(byTask(read, over?.A?.rows ?? inputs), A), B);
-      terms.push(over?.B ? this.#products.multiply(place, made, over.B, `${PREFIX}/${name}/E_B`) : made);
+      terms.push(over?.B ? this.#multiply(place, made, over.B, `${PREFIX}/${name}/E_B`) : made);
     }
-    if (mixed) terms.push(this.#products.multiply(place, mixed.value, components!.B, `${PREFIX}/${name}/E_B`));
+    if (mixed) terms.push(this.#multiply(place, mixed.value, components!.B, `${PREFIX}/${name}/E_B`));
     const term = terms.reduce((a, b) => place.add(a, b));
     if (this.#wantsProbe && site.graph === this.main) this.#probe ??= { module: name, x: rows, term };
     const bias = scale && site.bias && place.up(site.bias);
@@ -414,6 +423,59 @@ export class Injector extends NodeWriter {
     }
   }
 
+  // Products with components, in the smallest form that a runtime multiplies by. Scales of integers are in the core between them.
+
+  /** Form that these components take. Components of different forms do not share a product. */
+  #formatOf({ integers }: ComponentRows): Format {
+    if (integers && integers.bits <= 4 && this.#integers.includes("MatMulNBits")) return "nibbles";
+    return integers && this.#integers.includes("DequantizeLinear") ? "bytes" : "floats";
+  }
+
+  /** Factors that the core has to apply to the row of each component; undefined: none. */
+  #scalesOf(rows: ComponentRows): Float32Array | undefined {
+    return this.#formatOf(rows) === "floats" ? undefined : rows.integers!.scales;
+  }
+
+  /** Product of x with components [rows, width]. @param turned true for x [.., width] · Eᵀ, false for x [.., rows] · E */
+  #multiply(place: Place, x: string, factor: ComponentRows, name: string, turned = false): string {
+    const { rows, width } = factor;
+    const [inner, outer] = turned ? [width, rows] : [rows, width];
+    const format = this.#formatOf(factor);
+    const asMatrix = <T extends Float32Array | Int8Array>(values: T): T =>
+      turned ? transpose(values, outer, inner) : values;
+    if (format === "floats") {
+      return place.matMul(
+        x,
+        this.tensor(name, FLOAT, [inner, outer], () => asMatrix(factor.floats())),
+      );
+    }
+    const integers = (): Int8Array => factor.integers!.values();
+    // Rounded inputs share a scale within a block: small ones keep what is rounded as exact as in the model's own layers.
+    const block = this.#level === EIGHT_BITS ? 32 : blockOf(inner);
+    const blocks = Math.ceil(inner / block);
+    if (format === "bytes" && !this.#multipliesBytes(inner, blocks * block)) {
+      const bytes = this.tensor(name, INT8, [inner, outer], () => asMatrix(integers()));
+      return place.matMul(x, place.op("DequantizeLinear", bytes, this.#ones(1, [])));
+    }
+    const bits = format === "bytes" ? 8 : 4;
+    const weight = this.tensor(name, UINT8, [outer, blocks, (block * bits) / 8], () =>
+      packed(turned ? integers() : transpose(integers(), inner, outer), bits, inner, blocks * block),
+    );
+    this.#contributed = true;
+    const attributes = { K: inner, N: outer, bits, block_size: block, accuracy_level: this.#level };
+    return place.op(`${CONTRIBUTED}.MatMulNBits`, x, weight, this.#ones(outer * blocks), attributes);
+  }
+
+  /** True if one operator multiplies by bytes. It rounds its inputs to 8 bits, as the model must, and components are padded to a block. */
+  #multipliesBytes(inner: number, padded: number): boolean {
+    return this.#level === EIGHT_BITS && this.#integers.includes("MatMulNBits") && 2 * padded <= 3 * inner;
+  }
+
+  /** Scales of blocks, all 1; products of one shape share them. */
+  #ones(count: number, dims: readonly number[] = [count]): string {
+    return this.tensor(`${PREFIX}/scales/${dims.join()}`, FLOAT, dims, () => new Float32Array(count).fill(1));
+  }
+
   finish(heads: readonly AdaptedHead[]): Injected {
     const { main, inputs } = this;
     this.edits.apply();
@@ -426,7 +488,7 @@ export class Injector extends NodeWriter {
     for (const value of this.#probe ? [this.#probe.x, this.#probe.term] : []) main.output.push(makeValue(value, FLOAT));
     // Shapes written into the file hold the base's number of labels.
     if (heads.length > 0) freeLast(main, new Set(heads.map(({ out }) => BigInt(out))));
-    if (this.#products.contributed) importContributed(this.model);
+    if (this.#contributed) importContributed(this.model);
     // Replaced heads, and the weights that folding has given a place of their own.
     // Old exporters list initializers among the inputs; an input without its initializer would have to be fed.
     dropUnused(main, ({ name }) => !this.model.graph.initializers.has(name));
@@ -440,80 +502,7 @@ function joined([first = "", ...others]: readonly string[]): string {
   return [first, ...others.map((name) => (name.startsWith(parent) ? name.slice(parent.length) : name))].join("+");
 }
 
-// Products with components.
-
 type Format = "floats" | "bytes" | "nibbles";
-
-/** Products with components, in the smallest form that a runtime multiplies by. Scales of integers are in the core between them. */
-class ComponentProducts {
-  readonly #by: IntegerProducts;
-  readonly #tools: Injector;
-  readonly #level: number;
-  /** True if an operator of onnxruntime's own domain was used. */
-  contributed = false;
-
-  /** @param layers where the model rounds all of their inputs to 8 bits, products with 4 bits do the same */
-  constructor(by: IntegerProducts, tools: Injector, layers: readonly AdaptedLayer[]) {
-    this.#by = by;
-    this.#tools = tools;
-    const levels = layers.flatMap(({ sites }) =>
-      sites.map(({ node, product = node }) => intOf(product, "accuracy_level")),
-    );
-    this.#level = levels.length > 0 && levels.every((level) => level === EIGHT_BITS) ? EIGHT_BITS : F32;
-  }
-
-  /** Form that these components take. Components of different forms do not share a product. */
-  formatOf({ integers }: ComponentRows): Format {
-    if (integers && integers.bits <= 4 && this.#by.includes("MatMulNBits")) return "nibbles";
-    return integers && this.#by.includes("DequantizeLinear") ? "bytes" : "floats";
-  }
-
-  /** Factors that the core has to apply to the row of each component; undefined: none. */
-  scalesOf(rows: ComponentRows): Float32Array | undefined {
-    return this.formatOf(rows) === "floats" ? undefined : rows.integers!.scales;
-  }
-
-  /** Product of x with components [rows, width]. @param turned true for x [.., width] · Eᵀ, false for x [.., rows] · E */
-  multiply(place: Place, x: string, factor: ComponentRows, name: string, turned = false): string {
-    const { rows, width } = factor;
-    const [inner, outer] = turned ? [width, rows] : [rows, width];
-    const format = this.formatOf(factor);
-    const tools = this.#tools;
-    const asMatrix = <T extends Float32Array | Int8Array>(values: T): T =>
-      turned ? transpose(values, outer, inner) : values;
-    if (format === "floats") {
-      return place.matMul(
-        x,
-        tools.tensor(name, FLOAT, [inner, outer], () => asMatrix(factor.floats())),
-      );
-    }
-    const integers = (): Int8Array => factor.integers!.values();
-    // Rounded inputs share a scale within a block: small ones keep what is rounded as exact as in the model's own layers.
-    const block = this.#level === EIGHT_BITS ? 32 : blockOf(inner);
-    const blocks = Math.ceil(inner / block);
-    if (format === "bytes" && !this.#multipliesBytes(inner, blocks * block)) {
-      const bytes = tools.tensor(name, INT8, [inner, outer], () => asMatrix(integers()));
-      return place.matMul(x, place.op("DequantizeLinear", bytes, this.#ones(1, [])));
-    }
-    const bits = format === "bytes" ? 8 : 4;
-    const weight = tools.tensor(name, UINT8, [outer, blocks, (block * bits) / 8], () =>
-      packed(turned ? integers() : transpose(integers(), inner, outer), bits, inner, blocks * block),
-    );
-    this.contributed = true;
-    const attributes = { K: inner, N: outer, bits, block_size: block, accuracy_level: this.#level };
-    return place.op(`${CONTRIBUTED}.MatMulNBits`, x, weight, this.#ones(outer * blocks), attributes);
-  }
-
-  /** True if one operator multiplies by bytes. It rounds its inputs to 8 bits, as the model must, and components are padded to a block. */
-  #multipliesBytes(inner: number, padded: number): boolean {
-    return this.#level === EIGHT_BITS && this.#by.includes("MatMulNBits") && 2 * padded <= 3 * inner;
-  }
-
-  /** Scales of blocks, all 1; products of one shape share them. */
-  #ones(count: number, dims: readonly number[] = [count]): string {
-    return this.#tools.tensor(`${PREFIX}/scales/${dims.join()}`, FLOAT, dims, () => new Float32Array(count).fill(1));
-  }
-}
 
 /** `accuracy_level` of MatMulNBits: inputs are not rounded to integers first, or to 8 bits, which takes a third of the time. */
 const F32 = 1;

@@ -35,7 +35,7 @@ interface FilePlace {
 export function replaceByFile(model: OnnxModel, parameters: readonly OnnxParameter[]): WeightFile {
   refuseOverlaps(parameters);
   const places = new Map<string, FilePlace>();
-  const wiring = new Wiring(model);
+  const wiring = wiringOf(model);
   let end = 0;
   for (const parameter of parameters.flatMap((one) => one.joined ?? (one.slice ? wholeOf(one) : one))) {
     if (places.has(parameter.name)) continue;
@@ -91,7 +91,7 @@ export interface WeightInput {
 /** Makes the parameters inputs. @throws BaseMismatchError for a bf16 parameter that the model uses as such */
 export function replaceByInputs(model: OnnxModel, parameters: readonly OnnxParameter[]): WeightInput[] {
   refuseOverlaps(parameters);
-  const wiring = new Wiring(model);
+  const wiring = wiringOf(model);
   const inputs = withSiblings(parameters).map((parameter): WeightInput => {
     const { name } = parameter;
     const shape = pieceShape(parameter);
@@ -153,78 +153,70 @@ function chainOf(model: OnnxModel, { node, input, graph }: Use, from: string): P
   return chain;
 }
 
-/** Connects the uses of parameters to other values. */
-class Wiring {
-  readonly #model: OnnxModel;
-  readonly #edits = new NodeEdits();
+/** Connects the uses of parameters to other values, once it is finished. */
+function wiringOf(model: OnnxModel) {
+  const edits = new NodeEdits();
   /** Values that have been made, by graph: nested graphs may use the same names. */
-  readonly #made = new Map<GraphProto, Set<string>>();
+  const made = new Map<GraphProto, Set<string>>();
   /** Nodes that depend on the new values only. */
-  readonly #first: NodeProto[] = [];
+  const first: NodeProto[] = [];
   /** Parts of packed parameters that are connected so far. */
-  readonly #packed = new Map<string, string[]>();
-
-  constructor(model: OnnxModel) {
-    this.#model = model;
-  }
+  const packed = new Map<string, string[]>();
+  return {
+    connect,
+    finish(): void {
+      edits.apply();
+      model.graph.proto.node.unshift(...first);
+    },
+  };
 
   /** @param to the new value, laid out as the initializer @param cast true if it has been cast already */
-  connect(parameter: OnnxParameter, to: string, cast = false): void {
+  function connect(parameter: OnnxParameter, to: string, cast = false): void {
     const { slice, joined } = parameter;
     const axis = outputAxis(parameter);
     if (joined) {
       const parts = joined.map((_, i) => `${to}/${i}`);
-      this.#first.push(makeSplit(this.#model, `${to}/cut`, to, parts, joined.map(partSize), axis));
-      for (const [i, part] of joined.entries()) this.connect(part, parts[i]!, cast);
-      return;
-    }
-    if (slice) {
+      first.push(makeSplit(model, `${to}/cut`, to, parts, joined.map(partSize), axis));
+      for (const [i, part] of joined.entries()) connect(part, parts[i]!, cast);
+    } else if (slice) {
       const name = `${PREFIX}/folded/${slice.of}`;
-      const parts = this.#packed.get(name) ?? slice.sizes.map(() => "");
+      const parts = packed.get(name) ?? slice.sizes.map(() => "");
       parts[slice.index] = to;
-      this.#packed.set(name, parts);
-      if (!parts.includes("")) {
-        this.#first.push(makeNode("Concat", name, parts, name, { axis }));
-        this.connect(wholeOf(parameter), name, cast);
+      packed.set(name, parts);
+      if (parts.includes("")) return;
+      first.push(makeNode("Concat", name, parts, name, { axis }));
+      connect(wholeOf(parameter), name, cast);
+    } else {
+      for (const { initializer, layout, uses } of [parameter, ...parameter.copies]) {
+        const own = layout === parameter.layout ? to : turned(to);
+        for (const use of uses) use.node.input[use.input] = copyChain(use, initializer, own, cast);
       }
-      return;
-    }
-    for (const { initializer, layout, uses } of [parameter, ...parameter.copies]) {
-      const own = layout === parameter.layout ? to : this.#turn(to);
-      for (const use of uses) use.node.input[use.input] = this.#copyChain(use, initializer, own, cast);
     }
   }
 
-  #turn(value: string): string {
+  function turned(value: string): string {
     const name = `${value}/turned`;
-    if (this.#isNew(this.#model.graph.proto, name)) {
-      this.#first.push(makeNode("Transpose", name, [value], name, { perm: [1, 0] }));
-    }
+    if (isNew(model.graph.proto, name)) first.push(makeNode("Transpose", name, [value], name, { perm: [1, 0] }));
     return name;
   }
 
   /** Copies the nodes between an initializer and its use for another value: equal weights are merged on export. */
-  #copyChain(use: Use, from: string, to: string, cast: boolean): string {
+  function copyChain(use: Use, from: string, to: string, cast: boolean): string {
     let value = to;
-    for (const { node, graph } of chainOf(this.#model, use, from).slice(cast ? 1 : 0)) {
+    for (const { node, graph } of chainOf(model, use, from).slice(cast ? 1 : 0)) {
       const { opType, attribute, domain, input, output } = node;
       const name = `${to}/${output[0]}`;
       const copy = { opType, domain, attribute, name, input: [value, ...input.slice(1)], output: [name] };
-      if (this.#isNew(graph, name)) this.#edits.insert(graph, node, [create(NodeProtoSchema, copy)]);
+      if (isNew(graph, name)) edits.insert(graph, node, [create(NodeProtoSchema, copy)]);
       value = name;
     }
     return value;
   }
 
-  #isNew(graph: GraphProto, name: string): boolean {
-    const made = this.#made.get(graph) ?? new Set();
-    this.#made.set(graph, made);
-    return !made.has(name) && made.add(name).has(name);
-  }
-
-  finish(): void {
-    this.#edits.apply();
-    this.#model.graph.proto.node.unshift(...this.#first);
+  function isNew(graph: GraphProto, name: string): boolean {
+    const names = made.get(graph) ?? new Set();
+    made.set(graph, names);
+    return !names.has(name) && names.add(name).has(name);
   }
 }
 

@@ -97,7 +97,7 @@ export class Copies {
   readonly #open: boolean;
   readonly #found = new Map<OnnxParameter, Promise<OnnxParameter>>();
   /** Float weights of linear layers without a name, by type, shape and some values; made when first needed. */
-  #nameless: Promise<ReadonlyMap<string, readonly Stored[]>> | undefined;
+  #nameless: ReadonlyMap<string, readonly Stored[]> | undefined;
 
   /** @param parameters of the file, as `findParameters` gives them */
   constructor(file: ModelFile, parameters: readonly OnnxParameter[], options?: ReadOptions) {
@@ -186,12 +186,8 @@ export class Copies {
   /** Weights without a name that may have the same values. */
   async #alike(parameter: OnnxParameter): Promise<readonly Stored[]> {
     if (parameter.dtype === "other") return [];
-    this.#nameless ??= this.#findNameless();
-    const nameless = await this.#nameless.catch((error: unknown) => {
-      this.#nameless = undefined;
-      throw error;
-    });
-    return nameless.size === 0 ? [] : (nameless.get(await this.#keyOf(parameter)) ?? []);
+    this.#nameless ??= await this.#findNameless();
+    return this.#nameless.size === 0 ? [] : (this.#nameless.get(await this.#keyOf(parameter)) ?? []);
   }
 
   async #findNameless(): Promise<ReadonlyMap<string, readonly Stored[]>> {
