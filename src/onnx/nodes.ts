@@ -81,8 +81,7 @@ export function makeInts(
   values: readonly number[],
   dims: readonly number[] = [values.length],
 ): TensorProto {
-  const rawData = new Uint8Array(BigInt64Array.from(values, BigInt).buffer);
-  return create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: INT64, rawData });
+  return makeTensor({ name, type: INT64, dims, data: BigInt64Array.from(values, BigInt) });
 }
 
 /** Makes a Split. @param axis of the value. Default: the last */
@@ -102,8 +101,12 @@ export function makeSplit(
 }
 
 export function makeFloats(name: string, values: readonly number[], dims: readonly number[]): TensorProto {
-  const rawData = new Uint8Array(Float32Array.from(values).buffer);
-  return create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: FLOAT, rawData });
+  return makeTensor({ name, type: FLOAT, dims, data: Float32Array.from(values) });
+}
+
+export function makeTensor({ name, type, dims, data }: Omit<Added, "data"> & { data: ArrayBufferView }): TensorProto {
+  const rawData = new Uint8Array(data.buffer as ArrayBuffer, data.byteOffset, data.byteLength);
+  return create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: type, rawData });
 }
 
 /** Makes an input or output. A string in `dims` is a free dimension, "" one without a name; without `dims` any shape is allowed. */

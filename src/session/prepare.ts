@@ -402,42 +402,37 @@ export async function planSession(
 
   function choose(): { mode: Mode; reason: string } {
     const { mode = "auto" } = options;
-    const [unfoldedObstacle] = notUnfolded;
-    const [foldedObstacle] = notFolded;
-    const refuse = (obstacles: readonly Obstacle[], before: string, after: string): never => {
+    const [inGraph] = notUnfolded;
+    const [inWeights] = notFolded;
+    const refuse = (what: string, obstacles: readonly Obstacle[], advice: string): never => {
       const [{ module, why }, ...others] = obstacles as [Obstacle, ...Obstacle[]];
       const more = others.length > 0 ? ` (and ${others.length} more)` : "";
-      throw new BaseMismatchError(`${before}: ${why}${more}${after}`, { module });
+      throw new BaseMismatchError(`${what}: ${why}${more}; ${advice}`, { module });
     };
-    if (unfoldedObstacle && foldedObstacle) {
-      const neither = `; nor can they be folded: ${foldedObstacle.why}. Pass a float export of the model`;
-      refuse(notUnfolded, "no mode can bring these tasks to this model", neither);
+    if (inGraph && inWeights) {
+      const neither = `nor can they be folded: ${inWeights.why}. Pass a float export of the model`;
+      refuse("no mode can bring these tasks to this model", notUnfolded, neither);
     }
-    if (mode === "folded" && foldedObstacle) refuse(notFolded, 'mode "folded"', '; use mode "core" or "factors"');
-    if (mode !== "auto" && mode !== "folded" && unfoldedObstacle)
-      refuse(notUnfolded, `mode "${mode}"`, '; use mode "folded"');
+    if (mode === "folded" && inWeights) refuse('mode "folded"', notFolded, 'use mode "core" or "factors"');
+    if (mode !== "auto" && mode !== "folded" && inGraph) refuse(`mode "${mode}"`, notUnfolded, 'use mode "folded"');
     const K = modules.flatMap((module) => {
       const { A, B } = sharedBases(module) ?? {};
       return A?.kind === "column" && B?.kind === "column" ? [A.tensor.rows, B.tensor.rows] : [];
     });
     if (mode === "core" && K.length === 0) {
       const why = "tasks share no components on both sides of a layer";
-      refuse([{ module: "", why }], 'mode "core"', '; use mode "factors"');
+      refuse('mode "core"', [{ module: "", why }], 'use mode "factors"');
     }
     if (mode !== "auto") return { mode, reason: "asked for" };
-    if (unfoldedObstacle) return { mode: "folded", reason: unfoldedObstacle.why };
-    const folding = foldedObstacle ? `; ${foldedObstacle.why}, which rules folding out` : "";
-    if (K.length === 0)
-      return {
-        mode: "factors",
-        reason: `tasks share no components on both factors of a layer: a switch hands over the rest${folding}`,
-      };
+    if (inGraph) return { mode: "folded", reason: inGraph.why };
+    const folding = inWeights ? `; ${inWeights.why}, which rules folding out` : "";
+    const none = "tasks share no components on both factors of a layer: a switch hands over the rest";
+    if (K.length === 0) return { mode: "factors", reason: none + folding };
     const most = Math.max(...K);
-    const [chosen, why] =
-      most > MOST_COMPONENTS
-        ? (["factors", ", too many to mix in each run"] as const)
-        : (["core", ": a switch hands over how one mixes them"] as const);
-    return { mode: chosen, reason: `tasks share up to ${most} components a side${why}${folding}` };
+    const shared = `tasks share up to ${most} components a side`;
+    return most > MOST_COMPONENTS
+      ? { mode: "factors", reason: `${shared}, too many to mix in each run${folding}` }
+      : { mode: "core", reason: `${shared}: a switch hands over how one mixes them${folding}` };
   }
 
   async function baseValues(
