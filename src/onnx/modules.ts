@@ -41,7 +41,7 @@ export interface OnnxParameter extends Stored {
   readonly name: string;
   /** Initializers that may hold the same weight once more: their values tell. */
   readonly candidates: readonly Candidate[];
-  /** Initializers that hold the same weight, once `Copies` of copies.ts has compared values. */
+  /** Initializers that hold the same weight, once `Copies` of weights.ts has compared values. */
   readonly copies: readonly Stored[];
 }
 

@@ -49,7 +49,6 @@ import { decodeIntegers, decodeScales } from "../tensor/encode.ts";
 import { transpose } from "../tensor/tensor-file.ts";
 import { ModelMatcher } from "./match.ts";
 import type { Mode, SessionOptions } from "./options.ts";
-import type { BaseHead, BaseValues } from "./values.ts";
 
 /** A model with the inputs of a mode. Only `modules` refer to the model's file: objects that outlive creation must not hold those. */
 export interface PreparedModel extends Injected, Omit<Plan, "changes" | "folded"> {
@@ -139,6 +138,32 @@ export interface Plan {
   readonly dropped: readonly string[];
   /** Mode "folded": parameters that change inside the weights. */
   readonly folded: readonly OnnxParameter[];
+}
+
+/** A head as the base has it. */
+export interface BaseHead {
+  /** [in, labels]. */
+  readonly weight: Float32Array;
+  /** [labels]. */
+  readonly bias: Float32Array | undefined;
+  readonly labels: number;
+  /** True if other tasks adapt the layer: no task may give it another number of labels then. */
+  readonly adapted: boolean;
+}
+
+/** The model's own values, from which values of tasks are computed once it is loaded. Holds nothing of the graph or the file. */
+export interface BaseValues {
+  readonly heads: ReadonlyMap<string, BaseHead>;
+  /** Values of the biases that tasks change, by the pack's name of the parameter. */
+  readonly biases: ReadonlyMap<string, Float32Array>;
+  /** Float weights of modules with DoRA, f32 [out, in], by module name. */
+  readonly weights: ReadonlyMap<string, Float32Array>;
+  /** The pack's names of embeddings, by the parameters with inputs of their own that take their rows too. */
+  readonly tied: ReadonlyMap<string, string>;
+  /** Parameters that tasks may bring, by the pack's names: for these the model is prepared. */
+  readonly wanted: ReadonlySet<string>;
+  /** Parameters of tasks that are left out. */
+  readonly ignored: ReadonlySet<string>;
 }
 
 /** A task that a mode cannot bring. */

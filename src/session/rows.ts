@@ -6,28 +6,19 @@
 
 import type { Pack, TaskInfo } from "../core/pack.ts";
 import { BackendError } from "../errors.ts";
-import type { Feed } from "../onnx/feeds.ts";
 import type { TaskInput } from "../onnx/inject.ts";
 import { f16ToF32 } from "../tensor/dtypes.ts";
 import { syntheticTask } from "./delivery.ts";
 import { dataOf, type Engine, type EngineTensor, type LoadedModel, type Tensors, toTensors } from "./engine.ts";
+import type { PreparedModel } from "./prepare.ts";
 import { type InputValues, type TaskEvaluator, type TaskValues, toFeeds } from "./values.ts";
 
 /** A loaded model on which rows of a batch may have a task each. */
-export interface RowModel {
+export type RowModel = Pick<PreparedModel, "inputs" | "outputNames" | "forms" | "sharesRanges" | "feedsOfRows"> & {
   readonly engine: Engine;
   readonly model: LoadedModel;
-  readonly inputs: readonly TaskInput[];
-  readonly outputNames: readonly string[];
-  /** Values of inputs that are neither the model's own nor a task's. */
   readonly idle: Tensors;
-  /** Kinds of modules and vectors that are no linear layer, by name. */
-  readonly forms: ReadonlyMap<string, string>;
-  /** True if the input of some layer is quantised by a range that all rows share. */
-  readonly sharesRanges: boolean;
-  /** Feeds with rows that differ; undefined where there are no synthetic ones. */
-  readonly feedsOfRows: () => ReadonlyMap<string, Feed> | undefined;
-}
+};
 
 /** Values of a task, and its entry in the pack, which is an object of its own for each task that ever came. */
 interface RowValues {

@@ -14,8 +14,6 @@ import {
   writeCore,
 } from "../core/kernel-session.ts";
 import { type Merged, mergeAll } from "../core/merge.ts";
-import type { Pack } from "../core/pack.ts";
-import type { ModuleFilter, PackView } from "../core/part.ts";
 import type { Runtime, RuntimeOptions } from "../core/runtime.ts";
 import { type LoadedTasks, loadParts, memoryReport, type Selection, type SwitchOptions } from "../core/selection.ts";
 import type { PristineWeight } from "../core/terms.ts";
@@ -32,13 +30,12 @@ import {
   type TaskParameter,
 } from "../format/format.ts";
 import type { CoreBlock, TaskInput } from "../onnx/inject.ts";
-import type { AdaptedLayer } from "../onnx/linear.ts";
 import { paced, pacer, throwIfAborted } from "../pace.ts";
 import { Changes } from "../queue.ts";
 import { transpose } from "../tensor/tensor-file.ts";
 import type { Term } from "../tensor/term.ts";
 import type { Engine, Tensors } from "./engine.ts";
-import type { Mode } from "./options.ts";
+import type { PreparedModel } from "./prepare.ts";
 
 /** The value of one input for one task, without the leading dimension `tasks`. */
 export interface InputValue {
@@ -53,47 +50,6 @@ export interface TaskValues {
   readonly inputs: InputValues;
   /** Columns by module name. */
   readonly labels: ReadonlyMap<string, number>;
-}
-
-/** A head as the base has it. */
-export interface BaseHead {
-  /** [in, labels]. */
-  readonly weight: Float32Array;
-  /** [labels]. */
-  readonly bias: Float32Array | undefined;
-  readonly labels: number;
-  /** True if other tasks adapt the layer: no task may give it another number of labels then. */
-  readonly adapted: boolean;
-}
-
-/** The model's own values, from which values of tasks are computed once it is loaded. Holds nothing of the graph or the file. */
-export interface BaseValues {
-  readonly heads: ReadonlyMap<string, BaseHead>;
-  /** Values of the biases that tasks change, by the pack's name of the parameter. */
-  readonly biases: ReadonlyMap<string, Float32Array>;
-  /** Float weights of modules with DoRA, f32 [out, in], by module name. */
-  readonly weights: ReadonlyMap<string, Float32Array>;
-  /** The pack's names of embeddings, by the parameters with inputs of their own that take their rows too. */
-  readonly tied: ReadonlyMap<string, string>;
-  /** Parameters that tasks may bring, by the pack's names: for these the model is prepared. */
-  readonly wanted: ReadonlySet<string>;
-  /** Parameters of tasks that are left out. */
-  readonly ignored: ReadonlySet<string>;
-}
-
-interface EvaluatedModel {
-  readonly view: PackView;
-  readonly mode: Mode;
-  readonly base: BaseValues;
-  readonly modules: readonly Pick<AdaptedLayer, "name" | "components" | "expands">[];
-  readonly inputs: readonly TaskInput[];
-}
-
-/** A model whose weights are folded. */
-interface FoldedModel extends EvaluatedModel {
-  readonly pack: Pack;
-  readonly names: ReadonlyMap<string, string>;
-  readonly keep: ModuleFilter | undefined;
 }
 
 /** Modes "core" and "factors" have kernels; mode "folded" a runtime that writes weights, and parameters that are inputs all the same. */
@@ -115,7 +71,7 @@ interface Evaluation {
 const NO_LABEL = -3.4028234663852886e38;
 
 /** Entries of a task's `brings` that a model with these inputs is ready for: rows of a side need an input of whole rows. */
-function readyFor(inputs: readonly TaskInput[], modules: EvaluatedModel["modules"]): Set<string> {
+function readyFor(inputs: readonly TaskInput[], modules: PreparedModel["modules"]): Set<string> {
   const ready = new Set<string>();
   for (const { of, kind, over } of inputs) {
     if (kind === "scale") ready.add(`magnitude ${of}`);
@@ -133,7 +89,7 @@ function readyFor(inputs: readonly TaskInput[], modules: EvaluatedModel["modules
 
 /** Made by `unfoldingEvaluator` or `foldingEvaluator`. */
 export class TaskEvaluator {
-  readonly #model: Omit<EvaluatedModel, "modules">;
+  readonly #model: Pick<PreparedModel, "view" | "mode" | "base" | "inputs">;
   readonly #parts: Parts;
   /** The kernel session serves one selection at a time, and long work has pauses. */
   readonly #queue = new Changes();
@@ -142,7 +98,7 @@ export class TaskEvaluator {
   /** Sides of modules whose factors lie over components. */
   readonly #over: ReadonlyMap<string, ReadonlySet<"A" | "B">>;
 
-  constructor({ view, mode, base, modules, inputs }: EvaluatedModel, parts: Parts) {
+  constructor({ view, mode, base, modules, inputs }: PreparedModel, parts: Parts) {
     // Not all of the prepared model: its layers know the graph, and so the model's whole file.
     this.#model = { view, mode, base, inputs };
     this.#parts = parts;
@@ -390,7 +346,7 @@ export class TaskEvaluator {
 }
 
 /** Makes the evaluator of modes "core" and "factors". @param bases of the pack */
-export async function unfoldingEvaluator(model: EvaluatedModel, bases: Uint8Array): Promise<TaskEvaluator> {
+export async function unfoldingEvaluator(model: PreparedModel, bases: Uint8Array): Promise<TaskEvaluator> {
   // Cores consist of coefficients alone.
   const expands = model.base.weights.size > 0 || model.modules.some((module) => module.expands);
   const { backend } = await createBackend(expands ? { webgpu: false } : { backend: "js" });
@@ -404,7 +360,7 @@ export async function unfoldingEvaluator(model: EvaluatedModel, bases: Uint8Arra
 }
 
 /** Makes the evaluator of mode "folded". @param options base and device @throws as `createRuntime` */
-export async function foldingEvaluator(model: FoldedModel, options: RuntimeOptions): Promise<TaskEvaluator> {
+export async function foldingEvaluator(model: PreparedModel, options: RuntimeOptions): Promise<TaskEvaluator> {
   const { pack, names, keep, base } = model;
   const heads = [...base.heads.keys()].flatMap((head) => [`${head}.weight`, `${head}.bias`]);
   const inputs = new Set([...heads, ...base.biases.keys()]);
