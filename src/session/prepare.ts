@@ -21,7 +21,7 @@ import {
   sharedBases,
   type TensorRef,
 } from "../format/format.ts";
-import { type Feed, feedsOfRows, knownSizes, plainInputs, tableRows, tinyFeeds } from "../onnx/feeds.ts";
+import { type Feed, syntheticFeeds } from "../onnx/feeds.ts";
 import { type Injected, type InjectOptions, inject } from "../onnx/inject.ts";
 import {
   type AdaptedBias,
@@ -91,8 +91,7 @@ export async function prepareModel(
   const { proto, initializers, scopes } = file.model.graph;
   const graphs = [...scopes.keys()];
   const own = proto.input.filter(({ name }) => !initializers.has(name));
-  const known = knownSizes(file.model, own);
-  const rows = rowMaker(plainInputs(own), tableRows(file.model, own), known);
+  const feeds = syntheticFeeds(file.model, own);
   const outputNames = proto.output.map(({ name }) => name);
   let folded: PreparedModel["folded"];
   if (plan.mode === "folded") {
@@ -110,18 +109,11 @@ export async function prepareModel(
   const surgery = forms.size > 0 ? await import("../onnx/forms.ts") : undefined;
   const injected = inject(file.model, apart, { ...options, forms: surgery });
   return {
-    ...{ ...plan, ...injected, pack, view, keep, outputNames, folded, forms },
+    ...{ ...plan, ...injected, ...feeds, pack, view, keep, outputNames, folded, forms },
     inputNames: own.map(({ name }) => name),
     modules: changes.modules,
     sharesRanges: graphs.some(({ node }) => node.some(({ opType }) => opType.startsWith("DynamicQuantize"))),
-    feeds: tinyFeeds(own, known),
-    feedsOfRows: rows,
   };
-}
-
-// Made here, by a closure that knows the little it needs: not the file.
-function rowMaker(...of: Parameters<typeof feedsOfRows>): PreparedModel["feedsOfRows"] {
-  return () => feedsOfRows(...of);
 }
 
 export interface Plan {
