@@ -459,7 +459,7 @@ export function toFeeds(
 /** The value of an input for cores while it is filled: each core of a module has its place. */
 export class CoreSpace {
   readonly name: string;
-  /** By block, the module, and where its core lies: the index of the first number, and the distance of rows. */
+  /** Modules by block, and where the core of each lies: the index of its first number, and the distance of its rows. */
   readonly targets: readonly [
     module: string,
     { readonly out: Float32Array; readonly at: number; readonly stride: number },
