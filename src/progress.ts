@@ -66,8 +66,9 @@ export function watch(
     loaded += count;
     if (status !== "done" && count > 0 && total(loaded) !== undefined) enter("progress");
   };
+  // A file may be needed in part: a runtime reads weights by itself.
   const done = (): void => {
-    if (status !== "done") enter("done");
+    if (status !== "done") tell((status = "done"), loaded, Math.min(loaded, total(loaded) ?? loaded));
   };
   const reading = async (read: (options: ReadOptions) => Promise<Uint8Array>, options?: ReadOptions) => {
     if (status === "initiate") enter("download");
@@ -114,7 +115,7 @@ export function teller(
     throw new TypeError(`onProgress: expected a function, got ${described(onProgress)}`);
   return (status, arrived, total) => {
     const loaded = Math.min(arrived, total);
-    const progress = total === 0 ? 0 : (100 * loaded) / total;
+    const progress = status === "done" ? 100 : total === 0 ? 0 : (100 * loaded) / total;
     onProgress({ status, stage, ...placeOf(path), loaded, total, progress });
   };
 }

@@ -6,7 +6,6 @@
 
 import { basename, dirname, join } from "node:path";
 import type { Pack } from "../core/pack.ts";
-import { createUnfolding } from "../core/session-runtime.ts";
 import { BaseMismatchError, FormatError, SourceError } from "../errors.ts";
 import type { Injected, TaskInput } from "../onnx/inject.ts";
 import { PREFIX } from "../onnx/nodes.ts";
@@ -14,7 +13,7 @@ import { type ModelFile, readModel } from "../onnx/read.ts";
 import { externalFiles } from "../onnx/tensors.ts";
 import { embedWeights } from "../onnx/write.ts";
 import { type PreparedModel, prepareModel } from "../session/prepare.ts";
-import { stackValues, TaskEvaluator } from "../session/values.ts";
+import { stackValues, type TaskEvaluator, unfoldingEvaluator } from "../session/values.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors.ts";
 import { type Attach, command } from "./command.ts";
 import { checkTarget, realTarget, stat, writeTogether } from "./files.ts";
@@ -73,8 +72,7 @@ export const attach: Attach = command({
       [`${PREFIX}.mode`, chosen],
     ]);
     const model = serialise(file, prepared, marks, target);
-    const unfolding = await createUnfolding(pack, prepared.mode as "core" | "factors", bases, prepared.base);
-    const evaluator = new TaskEvaluator(prepared, run.closing(unfolding));
+    const evaluator = run.closing(await unfoldingEvaluator(prepared, bases));
     const values = (id: string | null) => valuesOf(pack, prepared.inputs, evaluator, marks, id);
     async function* reported(id: string, done: number) {
       yield* values(id);

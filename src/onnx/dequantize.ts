@@ -16,10 +16,7 @@ import { INTEGERS, readTensor } from "./tensors.ts";
 
 type Values = (i: number) => number;
 
-/**
- * @returns undefined when the weight is quantised in an unknown way
- * @throws FormatError when its tensors do not fit each other; SourceError when a file next to the model cannot be read
- */
+/** Values of a quantised weight; undefined where it is quantised in an unknown way. @throws FormatError, SourceError as `readTensor` */
 export async function readQuantizedWeight(
   file: ModelFile,
   parameter: Stored,
@@ -32,10 +29,7 @@ export async function readQuantizedWeight(
   return affine(read, file.model, parameter, use, parameter.layout === "in-out", out, inputs);
 }
 
-/**
- * Reads a vector as f32, stored as floats or behind a DequantizeLinear.
- * @throws FormatError, SourceError as `readLinearWeight`
- */
+/** Reads a vector as f32, stored as floats or behind a DequantizeLinear. @throws FormatError, SourceError as `readTensor` */
 export async function readVector(
   file: ModelFile,
   parameter: OnnxParameter,
@@ -45,7 +39,7 @@ export async function readVector(
   const { name, initializer } = parameter;
   const read = readerOf(file, options);
   const values = await read(initializer);
-  const node = model.graph.consumers.get(initializer)?.find((use) => use.node.opType === "DequantizeLinear")?.node;
+  const node = dequantizeOf(model, initializer);
   const scales = values?.integer ? await read(node?.input[1]) : undefined;
   const zeros = await read(node?.input[2]);
   const count = parameter.shape.length === 0 ? 1 : partSize(parameter);
@@ -87,7 +81,7 @@ function readerOf({ model, external }: ModelFile, options: ReadOptions | undefin
         part: `initializer ${name}`,
       });
     }
-    if (integer) return { at: integers(view, integer.bits, integer.signed), shape, bytes: data, integer: true };
+    if (integer) return { at: integersIn(data, integer.bits, integer.signed), shape, bytes: data, integer: true };
     if (dtype === "other") return undefined;
     const at: Values =
       dtype === "f32"
@@ -98,7 +92,8 @@ function readerOf({ model, external }: ModelFile, options: ReadOptions | undefin
 }
 
 /** Unpacks integers, low bits first. */
-function integers(view: DataView, bits: number, signed: boolean): Values {
+function integersIn(bytes: Uint8Array, bits: number, signed: boolean): Values {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   if (bits === 32) return (i) => view.getInt32(4 * i, true);
   if (bits === 16) return (i) => (signed ? view.getInt16(2 * i, true) : view.getUint16(2 * i, true));
   const half = 2 ** (bits - 1);
@@ -109,9 +104,7 @@ function integers(view: DataView, bits: number, signed: boolean): Values {
   };
 }
 
-/**
- * Decodes B [N, blocks, block_size · bits / 8], scales [N · blocks], and zero points packed by row, 2^(bits - 1) where there are none.
- */
+/** Decodes B [N, blocks, block_size · bits / 8], scales [N · blocks], and zero points packed by row, 2^(bits − 1) by default. */
 async function nBits(read: Read, node: NodeProto): Promise<WeightAt | undefined> {
   const inputs = intOf(node, "K");
   const out = intOf(node, "N");
@@ -122,32 +115,25 @@ async function nBits(read: Read, node: NodeProto): Promise<WeightAt | undefined>
   const zeros = await read(node.input[3]);
   if (!packed || !scales || ![2, 4, 8].includes(bits) || size < 16 || node.input[4]) return undefined;
   const blocks = Math.ceil(inputs / size);
-  const values = integers(viewOf(packed.bytes), bits, false);
+  const values = integersIn(packed.bytes, bits, false);
   // Each row of zero points is padded to whole bytes.
   const rowOfZeros = (Math.ceil((blocks * bits) / 8) * 8) / bits;
   const isWhole = packed.bytes.length * 8 >= out * blocks * size * bits && countOf(scales) >= out * blocks;
   const isBased =
     !zeros || (zeros.integer ? zeros.bytes.length * 8 >= out * rowOfZeros * bits : countOf(zeros) >= out * blocks);
   if (!isWhole || !isBased) return undefined;
-  const zeroValues = zeros?.integer ? integers(viewOf(zeros.bytes), bits, false) : undefined;
+  const packedZeros = zeros?.integer ? integersIn(zeros.bytes, bits, false) : undefined;
+  const zeroAt = (o: number, block: number): number =>
+    packedZeros?.(o * rowOfZeros + block) ?? zeros?.at(o * blocks + block) ?? 2 ** (bits - 1);
   return (o, n) => {
     const block = Math.floor(n / size);
-    const scale = scales.at(o * blocks + block);
-    const zero = zeroValues
-      ? zeroValues(o * rowOfZeros + block)
-      : zeros
-        ? zeros.at(o * blocks + block)
-        : 2 ** (bits - 1);
-    return (values((o * blocks + block) * size + (n % size)) - zero) * scale;
+    const at = o * blocks + block;
+    return (values(at * size + (n % size)) - zeroAt(o, block)) * scales.at(at);
   };
 }
 
 function countOf({ shape }: TensorValues): number {
   return shape.reduce((a, b) => a * b, 1);
-}
-
-function viewOf(bytes: Uint8Array): DataView {
-  return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
 }
 
 /** Decodes integers with scales and zero points: one for all, one for each column or row, or blocks along one axis. */
@@ -186,14 +172,6 @@ async function affine(
   };
 }
 
-interface Quantization {
-  scale: string | undefined;
-  zero: string | undefined;
-  axis: number;
-  /** Size of a block; 0: no blocks. */
-  block: number;
-}
-
 /** Indices of the inputs that hold scale and zero of a weight, and its axis, by operator. */
 const SCALES: ReadonlyMap<string, readonly [scale: number, zero: number, axis: number]> = new Map([
   ["QLinearConv", [4, 5, 0]],
@@ -201,12 +179,13 @@ const SCALES: ReadonlyMap<string, readonly [scale: number, zero: number, axis: n
   ["DynamicQuantizeMatMul", [2, 3, 1]],
 ]);
 
-function scalesOf(model: OnnxModel, initializer: string, use: Use | undefined): Quantization | undefined {
+/** Values that hold scale and zero of a quantised weight, their axis, and the size of a block; 0: no blocks. */
+function scalesOf(model: OnnxModel, initializer: string, use: Use | undefined) {
   const { graph } = model;
-  const take = ({ input }: NodeProto, scale: number, zero: number, axis: number, block = 0): Quantization => {
+  const take = ({ input }: NodeProto, scale: number, zero: number, axis: number, block = 0) => {
     return { scale: input[scale], zero: input[zero], axis: axis < 0 ? axis + 2 : axis, block };
   };
-  const direct = graph.consumers.get(initializer)?.find(({ node }) => node.opType === "DequantizeLinear")?.node;
+  const direct = dequantizeOf(model, initializer);
   if (direct) return take(direct, 1, 2, intOf(direct, "axis", 1), intOf(direct, "block_size"));
   if (!use) return undefined;
   const { node } = use;
@@ -230,6 +209,10 @@ function scalesOf(model: OnnxModel, initializer: string, use: Use | undefined): 
     default:
       return undefined;
   }
+}
+
+function dequantizeOf({ graph }: OnnxModel, initializer: string): NodeProto | undefined {
+  return graph.consumers.get(initializer)?.find(({ node }) => node.opType === "DequantizeLinear")?.node;
 }
 
 function nextOf({ consumers }: Graph, { output: [value = ""] }: NodeProto): NodeProto | undefined {

@@ -19,13 +19,22 @@ const INT32 = 6;
 /** Most elements of all inputs together: enough for a few images. A file may declare any size. */
 const MOST_ELEMENTS = 2 ** 23;
 
-/** Copies inputs with names, types and dimensions only, so that nothing else of the file stays in memory. */
-export function plainInputs(inputs: readonly ValueInfoProto[]): ValueInfoProto[] {
-  return inputs.map((input) => makeValue(input.name, input.type?.tensorType?.elemType ?? 0, dimsOf(input)));
+type Feeds = ReadonlyMap<string, Feed> | undefined;
+
+/** Synthetic values of inputs: the smallest, and others whose rows differ, made when they are needed. Undefined as by `tinyFeeds`. */
+export function syntheticFeeds(
+  model: OnnxModel,
+  inputs: readonly ValueInfoProto[],
+): { readonly feeds: Feeds; readonly feedsOfRows: () => Feeds } {
+  const known = knownSizes(model, inputs);
+  const tables = tableRows(model, inputs);
+  // Copies with names, types and dimensions only, so that nothing else of the file stays in memory.
+  const plain = inputs.map((input) => makeValue(input.name, input.type?.tensorType?.elemType ?? 0, dimsOf(input)));
+  return { feeds: tinyFeeds(inputs, known), feedsOfRows: () => feedsOfRows(plain, tables, known) };
 }
 
 /** Rows of the tables that inputs are indices into, by input. */
-export function tableRows({ graph }: OnnxModel, inputs: readonly ValueInfoProto[]): Map<string, number> {
+function tableRows({ graph }: OnnxModel, inputs: readonly ValueInfoProto[]): Map<string, number> {
   const found = new Map<string, number>();
   for (const { name } of inputs) {
     for (const { node, input } of graph.consumers.get(name) ?? []) {
@@ -61,9 +70,7 @@ export function knownSizes({ graph }: OnnxModel, inputs: readonly ValueInfoProto
   return found;
 }
 
-/**
- * Name of each free dimension of inputs. Without a past, the present and the sum of past and present are equally long and get one name.
- */
+/** Names of free dimensions. Without a past, the present and the sum of past and present are equally long and get one name. */
 export function presentNames(inputs: readonly ValueInfoProto[]): (dimension: string) => string {
   const plain = inputs.flatMap((input) =>
     (dimsOf(input) ?? [])
@@ -84,12 +91,12 @@ export function presentNames(inputs: readonly ValueInfoProto[]): (dimension: str
 const ROWS = 3;
 const LENGTH = 6;
 
-/** Makes feeds whose rows differ, with results of `tableRows` and `knownSizes`. @returns undefined as `tinyFeeds` */
-export function feedsOfRows(
+/** Makes feeds whose rows differ, with results of `tableRows` and `knownSizes`. */
+function feedsOfRows(
   inputs: readonly ValueInfoProto[],
   tables: ReadonlyMap<string, number>,
   known: ReadonlyMap<string, number>,
-): ReadonlyMap<string, Feed> | undefined {
+): Feeds {
   const leading = new Set(inputs.map((input) => dimsOf(input)?.[0] || "dimension 0"));
   const feeds = tinyFeeds(inputs, known, (dimension) => (leading.has(dimension) ? ROWS : LENGTH));
   for (const [name, rows] of tables) {
@@ -103,9 +110,8 @@ export function feedsOfRows(
 
 /**
  * Makes the smallest feeds of a model.
- * @param known sizes of free dimensions, by name
- * @param size of any other free dimension, by name, or by place where it has none. Default: 2
- * @returns undefined when an input has a kind that cannot be guessed or an impossible dimension, or the inputs have too many elements
+ * @param size of free dimensions that are not `known`, by name, or by place where one has none. Default: 2
+ * @returns undefined for an input of an unknown kind, an impossible dimension, or too many elements
  */
 export function tinyFeeds(
   inputs: readonly ValueInfoProto[],

@@ -14,7 +14,8 @@
  * A table: rows of E_Aᵀ [vocabulary, K_A] are looked up, then as in a linear layer. A normalisation: y' = y + x̂·(w − w_base), where x̂ is
  * what it makes with ones for its weight.
  */
-import { type GraphTools, transpose } from "./inject.ts";
+import { transpose } from "../tensor/tensor-file.ts";
+import type { Injector } from "./inject.ts";
 import {
   type AdaptedLayer,
   type AdaptedVector,
@@ -111,21 +112,23 @@ export function vectorOf(model: OnnxModel, name: string, { shape, uses }: OnnxPa
   return { name, size, places };
 }
 
-export function addModule(tools: GraphTools, module: AdaptedLayer): void {
+export function addModule(tools: Injector, module: AdaptedLayer): void {
   if (module.kind === "embedding") addTable(tools, module);
   else addConvolution(tools, module);
 }
 
 /** The inputs of a module, made once for all of its places. */
-function inputsOf(tools: GraphTools, { name, in: width, out, components, factors, rowScale }: AdaptedLayer) {
+function inputsOf(tools: Injector, module: AdaptedLayer) {
+  const { name, components } = module;
   const KA = components?.A.rows ?? 0;
   const KB = components?.B.rows ?? 0;
-  const block = { module: name, row: 0, column: 0, KA, KB };
-  const core = components && tools.input(name, "core", [KA, KB], { cores: [block] });
-  const A = factors ? tools.input(name, "A", [width, "q"]) : undefined;
-  const B = factors ? tools.input(name, "B", ["q", out]) : undefined;
-  const scale = rowScale ? tools.input(name, "scale", [1, out]) : undefined;
-  return { core, A, B, scale };
+  const cores = [{ module: name, row: 0, column: 0, KA, KB }];
+  const core = components && { ...components, KA, KB, input: tools.input(name, "core", [KA, KB], { cores }) };
+  return { core, ...tools.factorInputs(module) };
+}
+
+function sumOf(place: Place, terms: readonly string[]): string {
+  return terms.reduce((a, b) => place.add(a, b));
 }
 
 // ---- convolutions
@@ -134,7 +137,7 @@ function inputsOf(tools: GraphTools, { name, in: width, out, components, factors
 const GEOMETRY = /^(auto_pad|dilations|kernel_shape|pads|strides)$/;
 
 /** Reads values like y [n, channels, …], whose batch comes first. */
-function channelsOf(tools: GraphTools, place: Place, y: string, channels: number) {
+function channelsOf(tools: Injector, place: Place, y: string, channels: number) {
   const flat = place.shapeOf(place.reshape(y, [0, channels, -1]));
   const positions = place.slice(flat, 0, 2, 3);
   /** [n, channels, …] as [tasks, n / tasks, channels, S]. */
@@ -143,8 +146,8 @@ function channelsOf(tools: GraphTools, place: Place, y: string, channels: number
   return { flat, positions, byTask };
 }
 
-function addConvolution(tools: GraphTools, module: AdaptedLayer): void {
-  const { name, out, components, shape } = module;
+function addConvolution(tools: Injector, module: AdaptedLayer): void {
+  const { name, out, shape } = module;
   const kernel = shape!.slice(1);
   const { core, A, B, scale } = inputsOf(tools, module);
   const turned = (value: string): string => tools.transpose(value, [0, 2, 1]);
@@ -155,14 +158,11 @@ function addConvolution(tools: GraphTools, module: AdaptedLayer): void {
       B: tools.reshape(turned(B), [0, 1, out, -1]),
       q: tools.dims(A, 2, 3),
     };
-  const KA = components?.A.rows ?? 0;
-  const KB = components?.B.rows ?? 0;
-  const shared = core !== undefined &&
-    components && {
-      EA: tools.tensor(`${PREFIX}/${name}/E_A`, FLOAT, [KA, ...kernel], () => components.A.floats()),
-      EB: tools.tensor(`${PREFIX}/${name}/E_B`, FLOAT, [out, KB], () => transpose(components.B.floats(), KB, out)),
-      core: tools.reshape(turned(core), [0, 1, KB, KA]),
-    };
+  const shared = core && {
+    EA: tools.tensor(`${PREFIX}/${name}/E_A`, FLOAT, [core.KA, ...kernel], () => core.A.floats()),
+    EB: tools.tensor(`${PREFIX}/${name}/E_B`, FLOAT, [out, core.KB], () => transpose(core.B.floats(), core.KB, out)),
+    core: tools.reshape(turned(core.input), [0, 1, core.KB, core.KA]),
+  };
   for (const { graph, node, x, type, bias, product } of module.sites) {
     const op = product!;
     const geometry = op.attribute.filter((one) => GEOMETRY.test(one.name));
@@ -186,33 +186,27 @@ function addConvolution(tools: GraphTools, module: AdaptedLayer): void {
       terms.push(place.matMul(own.B, byTask(rows, own.q)));
     }
     if (shared) {
-      const mixed = place.matMul(shared.core, byTask(conv(shared.EA), [KA]));
+      const mixed = place.matMul(shared.core, byTask(conv(shared.EA), [core!.KA]));
       terms.push(place.matMul(shared.EB, mixed));
     }
-    const term = terms.reduce((a, b) => place.add(a, b));
-    const whole = place.shapeOf(y);
-    if (scales === undefined) place.end(place.add(y, place.down(place.reshape(term, whole))));
-    else {
-      const sum = place.add(byTask(place.up(y), [out]), term);
-      const result = place.reshape(place.mul(sum, scales), whole);
-      const column = [-1, ...kernel.slice(1).map(() => 1)];
-      place.end(place.down(apart ? place.add(result, place.reshape(place.up(bias), column)) : result));
-    }
+    const shapes = {
+      byTask: (value: string) => byTask(value, [out]),
+      asY: (sum: string) => place.reshape(sum, place.shapeOf(y)),
+    };
+    const added = apart ? place.reshape(place.up(bias), [-1, ...kernel.slice(1).map(() => 1)]) : undefined;
+    tools.endWith(place, y, sumOf(place, terms), shapes, scales, added);
   }
 }
 
 // ---- tables
 
-function addTable(tools: GraphTools, module: AdaptedLayer): void {
-  const { name, in: rows, out, components, sites } = module;
+function addTable(tools: Injector, module: AdaptedLayer): void {
+  const { name, in: rows, out, sites } = module;
   const { core, A, B, scale } = inputsOf(tools, module);
-  const KA = components?.A.rows ?? 0;
-  const KB = components?.B.rows ?? 0;
-  const shared = core !== undefined &&
-    components && {
-      EA: tools.tensor(`${PREFIX}/${name}/E_A`, FLOAT, [rows, KA], () => transpose(components.A.floats(), KA, rows)),
-      EB: tools.tensor(`${PREFIX}/${name}/E_B`, FLOAT, [KB, out], () => components.B.floats()),
-    };
+  const shared = core && {
+    EA: tools.tensor(`${PREFIX}/${name}/E_A`, FLOAT, [rows, core.KA], () => transpose(core.A.floats(), core.KA, rows)),
+    EB: tools.tensor(`${PREFIX}/${name}/E_B`, FLOAT, [core.KB, out], () => core.B.floats()),
+  };
   for (const { graph, node, x: ids, type } of sites) {
     const place = tools.place(name, graph, node, type);
     const y = place.begin();
@@ -222,21 +216,16 @@ function addTable(tools: GraphTools, module: AdaptedLayer): void {
     const terms: string[] = [];
     if (A !== undefined && B !== undefined) terms.push(place.matMul(ownRows(tools, place, A, ids, rows), B));
     if (shared) {
-      const found = byTask(place.gather(shared.EA, ids), KA);
-      terms.push(place.matMul(place.matMul(found, core!), shared.EB));
+      const found = byTask(place.gather(shared.EA, ids), core!.KA);
+      terms.push(place.matMul(place.matMul(found, core!.input), shared.EB));
     }
-    const term = terms.reduce((a, b) => place.add(a, b));
-    const asY = (value: string): string => (asIs ? value : place.reshape(value, place.shapeOf(y)));
-    if (scale === undefined) place.end(place.add(y, place.down(asY(term))));
-    else {
-      const sum = place.add(byTask(place.up(y), out), term);
-      place.end(place.down(asY(place.mul(sum, scale))));
-    }
+    const asY = (sum: string): string => (asIs ? sum : place.reshape(sum, place.shapeOf(y)));
+    tools.endWith(place, y, sumOf(place, terms), { byTask: (value) => byTask(value, out), asY }, scale);
   }
 }
 
 /** Rows of A [tasks, rows, q] as [tasks, ids / tasks, q], each of its own task. */
-function ownRows(tools: GraphTools, place: Place, A: string, ids: string, rows: number): string {
+function ownRows(tools: Injector, place: Place, A: string, ids: string, rows: number): string {
   const range = tools.range(tools.op("Squeeze", tools.tasks()));
   const first = tools.mul(tools.reshape(range, [-1, 1]), [rows]);
   const table = tools.reshape(A, tools.concat([[-1], tools.dims(A, 2, 3)], 0));
@@ -248,7 +237,7 @@ function ownRows(tools: GraphTools, place: Place, A: string, ids: string, rows: 
 
 // ---- vectors
 
-export function addVector(tools: GraphTools, { name, size, places }: AdaptedVector): void {
+export function addVector(tools: Injector, { name, size, places }: AdaptedVector): void {
   const change = tools.input(name, "bias", [1, size]);
   for (const found of places) {
     const place = tools.place(name, found.graph, found.node, found.type);
@@ -266,7 +255,7 @@ export function addVector(tools: GraphTools, { name, size, places }: AdaptedVect
 
 /** y + x̂ · (w − w_base): the base's own numbers are not touched, and a weight of zero can become another. */
 function scaleDifferently(
-  tools: GraphTools,
+  tools: Injector,
   place: Place,
   size: number,
   { graph, op, input }: VectorPlace,
@@ -282,7 +271,7 @@ function scaleDifferently(
 }
 
 /** The normalisation once more in f32, with ones for its weight and without what is added behind. */
-function normalised(tools: GraphTools, place: Place, op: NodeProto, input: number, size: number): string {
+function normalised(tools: Injector, place: Place, op: NodeProto, input: number, size: number): string {
   const ones = tools.tensor(`${PREFIX}/ones/${size}`, FLOAT, [size], () => new Float32Array(size).fill(1));
   const inputs = op.input.flatMap((value, i) => {
     if (i === input) return [ones];

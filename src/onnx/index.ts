@@ -3,5 +3,5 @@
  */
 
 export type { Parameter, View, WeightHost } from "../core/base.ts";
-export { openOnnxHost } from "./host.ts";
 export type { ModelOptions } from "./read.ts";
+export { openOnnxHost } from "./weights.ts";

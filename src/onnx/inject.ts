@@ -14,6 +14,7 @@
  * its diagonal. Such inputs of one width may come as one, one below the other. The usual x [batch, sequence, in] needs none of the
  * reshapes. Every node and every input costs: sessions take longer to create and to run.
  */
+import { transpose } from "../tensor/tensor-file.ts";
 import {
   type AdaptedBias,
   type AdaptedHead,
@@ -26,6 +27,7 @@ import {
   type GraphChanges,
   INT8,
   INT64,
+  joinedRows,
   type Site,
   UINT8,
 } from "./linear.ts";
@@ -46,27 +48,24 @@ import {
 } from "./nodes.ts";
 import type { GraphProto, NodeProto } from "./protobuf.ts";
 
-/**
- * Operators that a runtime has for products of floats and integers: MatMulNBits where 4 bits are fast, DequantizeLinear of bytes in front
- * of a product, and both where MatMulNBits takes bytes too.
- */
+/** Operators of a runtime for products with integers: MatMulNBits for 4 bits, DequantizeLinear for bytes, both for MatMulNBits of bytes too. */
 export type IntegerProducts = readonly ("MatMulNBits" | "DequantizeLinear")[];
 
 export interface InjectOptions {
-  /** Adds outputs for a probe. Default: true. */
-  readonly probe?: boolean | undefined;
+  /** Adds outputs for the parity probe. Default: true. */
+  readonly probeOutputs?: boolean | undefined;
   /** Operators for components that are integers. Default: none, they become floats. */
   readonly integers?: IntegerProducts | undefined;
   /** Needed for modules with a form, and for vectors. */
   readonly forms?: FormInjection | undefined;
   /** Joins cores to as few inputs as can be. Default: false: a split into many parts is more than some devices bind at once. */
-  readonly join?: boolean | undefined;
+  readonly joinCores?: boolean | undefined;
 }
 
 /** Surgery next to what is no linear layer: forms.ts, which is loaded when it is needed. */
 export interface FormInjection {
-  addModule(tools: GraphTools, module: AdaptedLayer): void;
-  addVector(tools: GraphTools, vector: AdaptedVector): void;
+  addModule(tools: Injector, module: AdaptedLayer): void;
+  addVector(tools: Injector, vector: AdaptedVector): void;
 }
 
 /** An input that was added: f32, or int64 for `indices`. A string in `dims` is a free dimension. */
@@ -124,25 +123,49 @@ export function inject(
   // Terms are added to what replaced rows make.
   for (const layer of rows) if (layer.sites.length > 0) injector.rowsOfLayer(layer);
   for (const head of heads) injector.head(head);
-  if (options.join) injector.joinCores();
+  if (options.joinCores) injector.joinCores();
   return injector.finish(heads);
 }
 
-/** Task inputs, places to edit, and nodes in front of all others that every place shares. Knows no layers. */
-export class GraphTools extends NodeWriter {
+/** x·E_Aᵀ·core of a module, and the rows of x that it was made of. */
+type Mixed = { readonly [Value in "rows" | "value"]: string };
+
+/** Names of the inputs of a layer's own. */
+type FactorInputs = { readonly [Kind in "A" | "B" | "scale"]: string | undefined };
+
+/** Task inputs, places to edit, and nodes in front of all others that every place shares. */
+export class Injector extends NodeWriter {
   readonly model: OnnxModel;
   readonly main: GraphProto;
   inputs: TaskInput[] = [];
   readonly added: Added[] = [];
   readonly edits: NodeEdits = new NodeEdits();
   readonly #ranks: Ranks;
+  readonly #integers: IntegerProducts;
+  /** `accuracy_level` of products with components. */
+  readonly #level: number;
+  /** True if an operator of onnxruntime's own domain was used. */
+  #contributed = false;
+  readonly #wantsProbe: boolean;
+  #probe: ProbeOutputs | undefined;
   #places = 0;
 
-  constructor(model: OnnxModel) {
+  constructor(
+    model: OnnxModel,
+    { integers = [], probeOutputs = true }: InjectOptions,
+    layers: readonly AdaptedLayer[],
+  ) {
     super(new Constants(model.graph.proto, model.opset, PREFIX), `${PREFIX}/shared`);
     this.model = model;
     this.main = model.graph.proto;
     this.#ranks = new Ranks(model);
+    this.#integers = integers;
+    const levels = layers.flatMap(({ sites }) =>
+      sites.map(({ node, product = node }) => intOf(product, "accuracy_level")),
+    );
+    // Where the model rounds all of their inputs to 8 bits, products with components do the same.
+    this.#level = levels.length > 0 && levels.every((level) => level === EIGHT_BITS) ? EIGHT_BITS : F32;
+    this.#wantsProbe = probeOutputs;
   }
 
   /** A tensor that is added to the model, once. */
@@ -177,6 +200,36 @@ export class GraphTools extends NodeWriter {
     return place.reshape(value, this.concat([this.tasks(), [-1, width]], 0));
   }
 
+  /** Adds the inputs of a layer's own factors and of its rows' scale. */
+  factorInputs({ name, in: width, out, factors, rowScale, over }: AdaptedLayer): FactorInputs {
+    const under = (rows: ComponentRows | undefined): TaskInput["over"] =>
+      rows && { K: rows.rows, scales: this.#scalesOf(rows) };
+    const A = under(over?.A);
+    const B = under(over?.B);
+    return {
+      A: factors ? this.input(name, "A", [A?.K ?? width, "q"], { over: A }) : undefined,
+      B: factors ? this.input(name, "B", ["q", B?.K ?? out], { over: B }) : undefined,
+      scale: rowScale ? this.input(name, "scale", [1, out]) : undefined,
+    };
+  }
+
+  /**
+   * Ends a place with y + term; with DoRA, with (y + term) · scale + bias, where y has no bias any more.
+   * @param shapes bring y into the shape of the term, and a sum back into that of y
+   */
+  endWith(
+    place: Place,
+    y: string,
+    term: string,
+    shapes: { byTask(y: string): string; asY(sum: string): string },
+    scale: string | undefined,
+    bias?: string,
+  ): void {
+    if (scale === undefined) return place.end(place.add(y, place.down(shapes.asY(term))));
+    const whole = shapes.asY(place.mul(place.add(shapes.byTask(place.up(y)), term), scale));
+    place.end(place.down(bias === undefined ? whole : place.add(whole, bias)));
+  }
+
   place(of: string, graph: GraphProto, node: NodeProto, type: number): Place {
     return new Place(this.edits, this.constants, graph, node, `${PREFIX}/${of}/${this.#places++}`, type);
   }
@@ -185,29 +238,8 @@ export class GraphTools extends NodeWriter {
   rank(graph: GraphProto, value: string): number | undefined {
     return graph === this.main ? this.#ranks.of(value) : undefined;
   }
-}
 
-/** x·E_Aᵀ·core of a module, and the rows of x that it was made of. */
-interface Mixed {
-  readonly rows: string;
-  readonly value: string;
-}
-
-class Injector extends GraphTools {
-  readonly #products: ComponentProducts;
-  readonly #wantsProbe: boolean;
-  #probe: ProbeOutputs | undefined;
-
-  constructor(model: OnnxModel, { integers = [], probe = true }: InjectOptions, layers: readonly AdaptedLayer[]) {
-    super(model);
-    this.#products = new ComponentProducts(integers, this, layers);
-    this.#wantsProbe = probe;
-  }
-
-  /**
-   * Groups modules with components by their common input (queries, keys and values; gate and up), in the same order. Other modules with
-   * terms stay alone: those without components, those whose components have another form, and those that are applied several times.
-   */
+  /** Groups modules with components of one form by their common input: queries, keys and values; gate and up. Others stay alone. */
   groupsOf(modules: readonly AdaptedLayer[]): AdaptedLayer[][] {
     const groups = new Map<unknown, AdaptedLayer[]>();
     const graphs = [...this.model.graph.scopes.keys()];
@@ -215,7 +247,7 @@ class Injector extends GraphTools {
       const [first, second] = module.sites;
       const key =
         first && !second && module.components
-          ? `${graphs.indexOf(first.graph)} ${first.type} ${this.#products.formatOf(module.components.A)} ${first.x}`
+          ? `${graphs.indexOf(first.graph)} ${first.type} ${this.#formatOf(module.components.A)} ${first.x}`
           : module;
       groups.set(key, [...(groups.get(key) ?? []), module]);
     }
@@ -225,15 +257,7 @@ class Injector extends GraphTools {
   /** Adds the terms of modules that share their x. @param members which all have components, or one module */
   terms(members: readonly AdaptedLayer[]): void {
     const core = members[0]!.components && this.#core(members);
-    const inputs = members.map(({ name, in: width, out, factors, over, rowScale }) => {
-      const A = this.#products.under(over?.A);
-      const B = this.#products.under(over?.B);
-      return {
-        A: factors ? this.input(name, "A", [A?.K ?? width, "q"], { over: A }) : undefined,
-        B: factors ? this.input(name, "B", ["q", B?.K ?? out], { over: B }) : undefined,
-        scale: rowScale ? this.input(name, "scale", [1, out]) : undefined,
-      };
-    });
+    const inputs = members.map((member) => this.factorInputs(member));
     for (const i of members[0]!.sites.keys()) {
       const sites = members.map((member) => member.sites[i]!);
       const mixed = core && this.#mix(members, sites, core);
@@ -246,8 +270,8 @@ class Injector extends GraphTools {
     let column = 0;
     const cores = members.map(({ name, components }): CoreBlock => {
       const { A, B } = components!;
-      const scalesA = this.#products.scalesOf(A);
-      const scalesB = this.#products.scalesOf(B);
+      const scalesA = this.#scalesOf(A);
+      const scalesB = this.#scalesOf(B);
       const block = { module: name, row, column, KA: A.rows, KB: B.rows, scalesA, scalesB };
       row += A.rows;
       column += B.rows;
@@ -265,8 +289,8 @@ class Injector extends GraphTools {
     const place = this.place(core.of, graph, first, type);
     const [, KA] = core.dims as [string, number];
     const { rows, byTask } = this.#rowsInto(place, graph, x);
-    const sides = members.map(({ components }) => components!.A);
-    const projected = this.#products.project(place, rows, sides, `${PREFIX}/${core.of}/E_A`);
+    const sides = joinedRows(members.map(({ components }) => components!.A));
+    const projected = this.#multiply(place, rows, sides, `${PREFIX}/${core.of}/E_A`, true);
     const mixed = place.matMul(byTask(projected, KA), core.name);
     const widths = core.cores!.map(({ KB }) => KB);
     const parts = widths.length === 1 ? [mixed] : place.split(mixed, -1, widths);
@@ -277,7 +301,7 @@ class Injector extends GraphTools {
   #term(
     { name, in: inputs, out, components, over }: AdaptedLayer,
     site: Site,
-    { A, B, scale }: { A: string | undefined; B: string | undefined; scale: string | undefined },
+    { A, B, scale }: FactorInputs,
     mixed: Mixed | undefined,
   ): void {
     // The term comes behind the bias where possible: runtimes fuse a product with its bias. DoRA scales the value in front of it.
@@ -286,24 +310,19 @@ class Injector extends GraphTools {
     const { rank, rows, byTask } = this.#rowsInto(place, site.graph, site.x, mixed?.rows);
     const terms: string[] = [];
     if (A !== undefined && B !== undefined) {
-      const read = over?.A ? this.#products.project(place, rows, [over.A], `${PREFIX}/${name}/E_A`) : rows;
+      const read = over?.A ? this.#multiply(place, rows, over.A, `${PREFIX}/${name}/E_A`, true) : rows;
       const made = place.matMul(place.matMul(byTask(read, over?.A?.rows ?? inputs), A), B);
-      terms.push(over?.B ? this.#products.expand(place, made, over.B, `${PREFIX}/${name}/E_B`) : made);
+      terms.push(over?.B ? this.#multiply(place, made, over.B, `${PREFIX}/${name}/E_B`) : made);
     }
-    if (mixed) terms.push(this.#products.expand(place, mixed.value, components!.B, `${PREFIX}/${name}/E_B`));
+    if (mixed) terms.push(this.#multiply(place, mixed.value, components!.B, `${PREFIX}/${name}/E_B`));
     const term = terms.reduce((a, b) => place.add(a, b));
     if (this.#wantsProbe && site.graph === this.main) this.#probe ??= { module: name, x: rows, term };
-    const bias = scale && site.bias;
+    const bias = scale && site.bias && place.up(site.bias);
     // y without its bias: DoRA scales it.
     if (bias) site.node.input.length = 2;
     const y = place.begin();
-    if (scale === undefined) {
-      place.end(place.add(y, place.down(this.#asY(place, term, y, rank, out))));
-      return;
-    }
-    const scaled = place.mul(place.add(byTask(place.up(y), out), term), scale);
-    const whole = this.#asY(place, scaled, y, rank, out);
-    place.end(place.down(bias ? place.add(whole, place.up(bias)) : whole));
+    const asY = (sum: string): string => this.#asY(place, sum, y, rank, out);
+    this.endWith(place, y, term, { byTask: (value) => byTask(value, out), asY }, scale, bias);
   }
 
   /** A value [tasks, n / tasks, out] in the shape of y. */
@@ -404,6 +423,59 @@ class Injector extends GraphTools {
     }
   }
 
+  // Products with components, in the smallest form that a runtime multiplies by. Scales of integers are in the core between them.
+
+  /** Form that these components take. Components of different forms do not share a product. */
+  #formatOf({ integers }: ComponentRows): Format {
+    if (integers && integers.bits <= 4 && this.#integers.includes("MatMulNBits")) return "nibbles";
+    return integers && this.#integers.includes("DequantizeLinear") ? "bytes" : "floats";
+  }
+
+  /** Factors that the core has to apply to the row of each component; undefined: none. */
+  #scalesOf(rows: ComponentRows): Float32Array | undefined {
+    return this.#formatOf(rows) === "floats" ? undefined : rows.integers!.scales;
+  }
+
+  /** Product of x with components [rows, width]. @param turned true for x [.., width] · Eᵀ, false for x [.., rows] · E */
+  #multiply(place: Place, x: string, factor: ComponentRows, name: string, turned = false): string {
+    const { rows, width } = factor;
+    const [inner, outer] = turned ? [width, rows] : [rows, width];
+    const format = this.#formatOf(factor);
+    const asMatrix = <T extends Float32Array | Int8Array>(values: T): T =>
+      turned ? transpose(values, outer, inner) : values;
+    if (format === "floats") {
+      return place.matMul(
+        x,
+        this.tensor(name, FLOAT, [inner, outer], () => asMatrix(factor.floats())),
+      );
+    }
+    const integers = (): Int8Array => factor.integers!.values();
+    // Rounded inputs share a scale within a block: small ones keep what is rounded as exact as in the model's own layers.
+    const block = this.#level === EIGHT_BITS ? 32 : blockOf(inner);
+    const blocks = Math.ceil(inner / block);
+    if (format === "bytes" && !this.#multipliesBytes(inner, blocks * block)) {
+      const bytes = this.tensor(name, INT8, [inner, outer], () => asMatrix(integers()));
+      return place.matMul(x, place.op("DequantizeLinear", bytes, this.#ones(1, [])));
+    }
+    const bits = format === "bytes" ? 8 : 4;
+    const weight = this.tensor(name, UINT8, [outer, blocks, (block * bits) / 8], () =>
+      packed(turned ? integers() : transpose(integers(), inner, outer), bits, inner, blocks * block),
+    );
+    this.#contributed = true;
+    const attributes = { K: inner, N: outer, bits, block_size: block, accuracy_level: this.#level };
+    return place.op(`${CONTRIBUTED}.MatMulNBits`, x, weight, this.#ones(outer * blocks), attributes);
+  }
+
+  /** True if one operator multiplies by bytes. It rounds its inputs to 8 bits, as the model must, and components are padded to a block. */
+  #multipliesBytes(inner: number, padded: number): boolean {
+    return this.#level === EIGHT_BITS && this.#integers.includes("MatMulNBits") && 2 * padded <= 3 * inner;
+  }
+
+  /** Scales of blocks, all 1; products of one shape share them. */
+  #ones(count: number, dims: readonly number[] = [count]): string {
+    return this.tensor(`${PREFIX}/scales/${dims.join()}`, FLOAT, dims, () => new Float32Array(count).fill(1));
+  }
+
   finish(heads: readonly AdaptedHead[]): Injected {
     const { main, inputs } = this;
     this.edits.apply();
@@ -416,7 +488,7 @@ class Injector extends GraphTools {
     for (const value of this.#probe ? [this.#probe.x, this.#probe.term] : []) main.output.push(makeValue(value, FLOAT));
     // Shapes written into the file hold the base's number of labels.
     if (heads.length > 0) freeLast(main, new Set(heads.map(({ out }) => BigInt(out))));
-    if (this.#products.contributed) importContributed(this.model);
+    if (this.#contributed) importContributed(this.model);
     // Replaced heads, and the weights that folding has given a place of their own.
     // Old exporters list initializers among the inputs; an input without its initializer would have to be fed.
     dropUnused(main, ({ name }) => !this.model.graph.initializers.has(name));
@@ -430,133 +502,11 @@ function joined([first = "", ...others]: readonly string[]): string {
   return [first, ...others.map((name) => (name.startsWith(parent) ? name.slice(parent.length) : name))].join("+");
 }
 
-// Products with components.
-
 type Format = "floats" | "bytes" | "nibbles";
-
-/**
- * Adds products with a pack's components to a graph, in the smallest form that a runtime multiplies by. Integers enter the graph without
- * the scales of their rows: the core between the components contains these.
- */
-class ComponentProducts {
-  readonly #by: IntegerProducts;
-  readonly #tools: GraphTools;
-  readonly #level: number;
-  /** True if an operator of onnxruntime's own domain was used. */
-  contributed = false;
-
-  /** @param layers where the model rounds all of their inputs to 8 bits, products with 4 bits do the same */
-  constructor(by: IntegerProducts, tools: GraphTools, layers: readonly AdaptedLayer[]) {
-    this.#by = by;
-    this.#tools = tools;
-    const levels = layers.flatMap(({ sites }) =>
-      sites.map(({ node, product = node }) => intOf(product, "accuracy_level")),
-    );
-    this.#level = levels.length > 0 && levels.every((level) => level === EIGHT_BITS) ? EIGHT_BITS : F32;
-  }
-
-  /** Form that these components take. Components of different forms do not share a product. */
-  formatOf({ integers }: ComponentRows): Format {
-    if (integers && integers.bits <= 4 && this.#by.includes("MatMulNBits")) return "nibbles";
-    return integers && this.#by.includes("DequantizeLinear") ? "bytes" : "floats";
-  }
-
-  /** Factors that the core has to apply to the row of each component; undefined: none. */
-  scalesOf(rows: ComponentRows): Float32Array | undefined {
-    return this.formatOf(rows) === "floats" ? undefined : rows.integers!.scales;
-  }
-
-  /** Facts of components for an input whose rows are coefficients over them. */
-  under(
-    rows: ComponentRows | undefined,
-  ): { readonly K: number; readonly scales: Float32Array | undefined } | undefined {
-    return rows && { K: rows.rows, scales: this.scalesOf(rows) };
-  }
-
-  /** Product x [.., width] · Eᵀ with components of one form and width, one below the other: [.., Σ rows]. */
-  project(place: Place, x: string, factors: readonly ComponentRows[], name: string): string {
-    const rows = factors.reduce((sum, { rows }) => sum + rows, 0);
-    return this.#product(place, x, name, factors, factors[0]!.width, rows, true);
-  }
-
-  /** Product x [.., rows] · E: [.., width]. */
-  expand(place: Place, x: string, factor: ComponentRows, name: string): string {
-    return this.#product(place, x, name, [factor], factor.rows, factor.width, false);
-  }
-
-  /** Product x [.., inner] · M. @param transposed true if the components, one below the other, are Mᵀ [outer, inner] */
-  #product(
-    place: Place,
-    x: string,
-    name: string,
-    factors: readonly ComponentRows[],
-    inner: number,
-    outer: number,
-    transposed: boolean,
-  ): string {
-    const format = this.formatOf(factors[0]!);
-    const tools = this.#tools;
-    const asMatrix = <T extends Float32Array | Int8Array>(values: T): T =>
-      transposed ? transpose(values, outer, inner) : values;
-    if (format === "floats") {
-      const values = () => asMatrix(stacked(factors.map((factor) => factor.floats())));
-      return place.matMul(x, tools.tensor(name, FLOAT, [inner, outer], values));
-    }
-    const integers = (): Int8Array => stacked(factors.map((factor) => factor.integers!.values()));
-    // Rounded inputs share a scale within a block: small ones keep what is rounded as exact as in the model's own layers.
-    const block = this.#level === EIGHT_BITS ? 32 : blockOf(inner);
-    const blocks = Math.ceil(inner / block);
-    if (format === "bytes" && !this.#multipliesBytes(inner, blocks * block)) {
-      const bytes = tools.tensor(name, INT8, [inner, outer], () => asMatrix(integers()));
-      return place.matMul(x, place.op("DequantizeLinear", bytes, this.#ones(1, [])));
-    }
-    const bits = format === "bytes" ? 8 : 4;
-    const weight = tools.tensor(name, UINT8, [outer, blocks, (block * bits) / 8], () =>
-      packed(integers(), bits, inner, outer, blocks * block, transposed),
-    );
-    this.contributed = true;
-    const attributes = { K: inner, N: outer, bits, block_size: block, accuracy_level: this.#level };
-    return place.op(`${CONTRIBUTED}.MatMulNBits`, x, weight, this.#ones(outer * blocks), attributes);
-  }
-
-  /**
-   * True if a product with bytes is one operator, instead of unpacking them in each run. It rounds its inputs to 8 bits, so the model's
-   * layers must do so too; and few components must not grow much when they are padded to a block.
-   */
-  #multipliesBytes(inner: number, padded: number): boolean {
-    return this.#level === EIGHT_BITS && this.#by.includes("MatMulNBits") && 2 * padded <= 3 * inner;
-  }
-
-  /** Scales of blocks, all 1; products of one shape share them. */
-  #ones(count: number, dims: readonly number[] = [count]): string {
-    return this.#tools.tensor(`${PREFIX}/scales/${dims.join()}`, FLOAT, dims, () => new Float32Array(count).fill(1));
-  }
-}
 
 /** `accuracy_level` of MatMulNBits: inputs are not rounded to integers first, or to 8 bits, which takes a third of the time. */
 const F32 = 1;
 const EIGHT_BITS = 4;
-
-/** [rows, columns] → [columns, rows]. */
-export function transpose<T extends Float32Array | Int8Array>(values: T, rows: number, columns: number): T {
-  const out = values.slice() as T;
-  for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) out[c * rows + r] = values[r * columns + c]!;
-  return out;
-}
-
-/** Joins arrays, one behind the other. */
-function stacked<T extends Float32Array | Int8Array>(parts: readonly T[]): T {
-  const [first] = parts as [T];
-  if (parts.length === 1) return first;
-  const length = parts.reduce((sum, part) => sum + part.length, 0);
-  const out = new (first.constructor as new (length: number) => T)(length);
-  let at = 0;
-  for (const part of parts) {
-    out.set(part, at);
-    at += part.length;
-  }
-  return out;
-}
 
 /** Block size that wastes least, its f32 scale included; the largest of equals. */
 function blockOf(inner: number): number {
@@ -564,23 +514,13 @@ function blockOf(inner: number): number {
   return [256, 128, 64, 32, 16].reduce((best, block) => (bytes(block) < bytes(best) ? block : best));
 }
 
-/**
- * Integers as MatMulNBits needs them: rows [outer, width], padded with zeros, 2^(bits − 1) added to each; of 4 bits two in a byte, the
- * first one low.
- * @param transposed true if they lie as [outer, inner]; otherwise as [inner, outer]
- */
-function packed(
-  values: Int8Array,
-  bits: 4 | 8,
-  inner: number,
-  outer: number,
-  width: number,
-  transposed: boolean,
-): Uint8Array {
+/** Rows of `inner` integers as MatMulNBits needs them: padded to `width`, 2^(bits − 1) added; of 4 bits two in a byte, the first low. */
+function packed(values: Int8Array, bits: 4 | 8, inner: number, width: number): Uint8Array {
+  const outer = values.length / inner;
   const out = new Uint8Array((outer * width * bits) / 8).fill(bits === 8 ? 0x80 : 0x88);
   for (let o = 0; o < outer; o++) {
     for (let i = 0; i < inner; i++) {
-      const value = values[transposed ? o * inner + i : i * outer + o]!;
+      const value = values[o * inner + i]!;
       const at = o * width + i;
       if (bits === 8) out[at] = value + 128;
       // Either half is 8 so far.

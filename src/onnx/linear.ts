@@ -50,6 +50,35 @@ export interface StoredIntegers {
   values(): Int8Array;
 }
 
+/** Components one below the other: integers of the widest type among theirs, floats where some are. */
+export function joinedRows(all: readonly ComponentRows[]): ComponentRows {
+  const [first, ...others] = all as [ComponentRows, ...ComponentRows[]];
+  if (others.length === 0) return first;
+  const rows = all.reduce((sum, part) => sum + part.rows, 0);
+  const joined = { rows, width: first.width, floats: () => joinedArrays(all.map((part) => part.floats())) };
+  const integers = all.flatMap((part) => part.integers ?? []);
+  if (integers.length < all.length) return joined;
+  return {
+    ...joined,
+    integers: {
+      bits: Math.max(...integers.map(({ bits }) => bits)) as StoredIntegers["bits"],
+      scales: joinedArrays(integers.map(({ scales }) => scales)),
+      values: () => joinedArrays(integers.map((part) => part.values())),
+    },
+  };
+}
+
+function joinedArrays<T extends Float32Array | Int8Array>(parts: readonly T[]): T {
+  const Typed = parts[0]!.constructor as new (length: number) => T;
+  const joined = new Typed(parts.reduce((sum, { length }) => sum + length, 0));
+  let at = 0;
+  for (const part of parts) {
+    joined.set(part, at);
+    at += part.length;
+  }
+  return joined;
+}
+
 export interface Components {
   readonly A: ComponentRows;
   readonly B: ComponentRows;
@@ -209,10 +238,7 @@ function together(parts: readonly (Site[] | string)[], sizes: readonly number[])
   });
 }
 
-/**
- * The DequantizeLinear of a QuantizeLinear → DequantizeLinear pair directly behind a node. Additions go behind it: the pair's range was
- * measured without a task and would clip one.
- */
+/** The DequantizeLinear of a QDQ pair behind a node. Additions go behind it: its range was measured without a task and would clip one. */
 export function requantized(model: OnnxModel, { node, graph }: Pick<Use, "node" | "graph">): NodeProto | undefined {
   const quantize = onlyConsumer(model, graph, node);
   const dequantize = quantize?.opType === "QuantizeLinear" ? onlyConsumer(model, graph, quantize) : undefined;
@@ -328,11 +354,7 @@ export function biasOf(model: OnnxModel, name: string, parameter: OnnxParameter)
   return { name, size, type: typeWhereUsed(parameter), places, ...(slice && { slice }) };
 }
 
-/**
- * Rows of a parameter that tasks replace.
- * @returns the reason where it is neither an embedding's table nor the weight of a linear layer
- * @throws BaseMismatchError for a layer with a bias
- */
+/** Rows of a parameter that tasks replace; the reason where it has none. @throws BaseMismatchError for a layer with a bias */
 export function rowsOf(model: OnnxModel, name: string, parameter: OnnxParameter): AdaptedRows | string {
   const { dtype, layout, shape, uses } = parameter;
   const type = typeWhereUsed(parameter);
@@ -376,9 +398,9 @@ function typeWhereUsed({ dtype, uses, initializer }: OnnxParameter): number {
 }
 
 /**
- * A bias that tasks have and the model lacks: the places where it would be added. torch's optimiser drops a bias of zeros.
+ * The places of a bias that the model lacks: torch's optimiser drops zeros.
  * @param weight of the same layer
- * @returns undefined where the weight is no linear layer's, or something is added to its result that may be the bias
+ * @returns undefined where that is no linear layer's, or what is added to its result may be the bias
  */
 export function droppedBias(model: OnnxModel, name: string, weight: OnnxParameter): AdaptedBias | undefined {
   const linears = linearsOf(model, weight);

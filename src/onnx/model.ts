@@ -47,11 +47,7 @@ export interface OnnxModel {
   readonly opset: number;
 }
 
-/**
- * Parses a model. `bytes` stay in use: tensors with embedded data are views of them.
- * @param name of the file, for messages
- * @throws FormatError when the bytes are truncated, are no ONNX model, or the model lacks mandatory parts
- */
+/** Parses a model, whose tensors are views of `bytes`. @throws FormatError where they are truncated or no model with all mandatory parts */
 export function parseModel(bytes: Uint8Array, name: string): OnnxModel {
   let proto: ModelProto;
   try {
@@ -141,11 +137,7 @@ export function floatOf(node: NodeProto | undefined, name: string, otherwise: nu
   return attribute(node, name)?.f ?? otherwise;
 }
 
-/**
- * Visits an item behind all that it needs, each once. A loop rather than recursion: models are thousands of nodes deep. Circles, which
- * only damaged files have, are cut.
- * @param done has what was visited, or need not be
- */
+/** Visits an item behind all that it needs, each once, without recursion: models are thousands of nodes deep. Circles are cut. */
 export function inOrder<T>(
   first: T,
   done: { has(item: T): boolean },

@@ -41,7 +41,7 @@ export interface OnnxParameter extends Stored {
   readonly name: string;
   /** Initializers that may hold the same weight once more: their values tell. */
   readonly candidates: readonly Candidate[];
-  /** Initializers that hold the same weight, once `Copies` of copies.ts has compared values. */
+  /** Initializers that hold the same weight, once `Copies` of weights.ts has compared values. */
   readonly copies: readonly Stored[];
 }
 
@@ -58,9 +58,9 @@ interface Rivals {
 }
 
 /**
- * The model's float parameters and quantised weights. One that was merged with others of equal values is listed under
- * each name, one whose name several claim under that of its initializer too.
- * @throws FormatError when an initializer's shape is impossible, or nested graphs multiply its uses
+ * The model's float parameters and quantised weights. One that was merged with others is listed under each name, one whose name several
+ * claim under that of its initializer too.
+ * @throws FormatError when a shape is impossible, or nested graphs multiply the uses
  */
 export function findParameters(model: OnnxModel): OnnxParameter[] {
   const { graph } = model;
@@ -354,9 +354,9 @@ class Claims {
     }
   }
 
-  /** Uses of an initializer, also behind operators that only pass it on. `name` is its own. */
-  #reach(initializer: string, name: string | undefined): Reached[] {
-    const reached: Reached[] = [];
+  /** Uses of an initializer, also behind operators that only pass it on, and the checkpoint's name, if it was kept. */
+  #reach(initializer: string, name: string | undefined) {
+    const reached: { readonly use: Use; readonly name: string | undefined; readonly transposed: boolean }[] = [];
     const values = [{ value: initializer, name, transposed: false, passed: 0 }];
     // Nested graphs may reuse a name of the graph around them, which would lead round in circles in a hostile file.
     const seen = new Set([initializer]);
@@ -414,13 +414,6 @@ class Claims {
       return own !== undefined && i < segments.length - 1 && (segment === own || unnumbered(segment) === own);
     });
   }
-}
-
-interface Reached {
-  use: Use;
-  /** The checkpoint's name, if it was kept. */
-  name: string | undefined;
-  transposed: boolean;
 }
 
 /** Paths of the modules that a path may be a call of: the path itself, and without the numbers of repeated calls. */

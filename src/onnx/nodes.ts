@@ -81,8 +81,7 @@ export function makeInts(
   values: readonly number[],
   dims: readonly number[] = [values.length],
 ): TensorProto {
-  const rawData = new Uint8Array(BigInt64Array.from(values, BigInt).buffer);
-  return create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: INT64, rawData });
+  return makeTensor({ name, type: INT64, dims, data: BigInt64Array.from(values, BigInt) });
 }
 
 /** Makes a Split. @param axis of the value. Default: the last */
@@ -102,8 +101,12 @@ export function makeSplit(
 }
 
 export function makeFloats(name: string, values: readonly number[], dims: readonly number[]): TensorProto {
-  const rawData = new Uint8Array(Float32Array.from(values).buffer);
-  return create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: FLOAT, rawData });
+  return makeTensor({ name, type: FLOAT, dims, data: Float32Array.from(values) });
+}
+
+export function makeTensor({ name, type, dims, data }: Omit<Added, "data"> & { data: ArrayBufferView }): TensorProto {
+  const rawData = new Uint8Array(data.buffer as ArrayBuffer, data.byteOffset, data.byteLength);
+  return create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: type, rawData });
 }
 
 /** Makes an input or output. A string in `dims` is a free dimension, "" one without a name; without `dims` any shape is allowed. */
@@ -112,16 +115,10 @@ export function makeValue(name: string, elemType: number, dims?: readonly (numbe
   return create(ValueInfoProtoSchema, { name, type: { tensorType: { elemType, ...(dim && { shape: { dim } }) } } });
 }
 
-interface NodeEdit {
-  readonly before: NodeProto[];
-  readonly behind: NodeProto[];
-  removed: boolean;
-}
-
 /** Edits of the nodes of graphs, collected until `apply`: moving the end of a list for each edit would take quadratic time. */
 export class NodeEdits {
   readonly #graphs = new Set<GraphProto>();
-  readonly #edits = new Map<NodeProto, NodeEdit>();
+  readonly #edits = new Map<NodeProto, { before: NodeProto[]; behind: NodeProto[]; removed: boolean }>();
 
   /** Puts nodes directly behind one, in front of those that were put there before. */
   insert(graph: GraphProto, node: NodeProto, nodes: NodeProto[]): void {
@@ -137,7 +134,7 @@ export class NodeEdits {
     this.#of(graph, node).removed = true;
   }
 
-  #of(graph: GraphProto, node: NodeProto): NodeEdit {
+  #of(graph: GraphProto, node: NodeProto) {
     this.#graphs.add(graph);
     const edit = this.#edits.get(node) ?? { before: [], behind: [], removed: false };
     this.#edits.set(node, edit);
@@ -439,8 +436,8 @@ export function readBy(node: NodeProto): string[] {
 const LEAST_OPSET = 11;
 
 /**
- * Checks that a model can take task inputs, before anything is added: afterwards, added names cannot be told from the file's own.
- * @throws FormatError when the model's opset is too old, it has task inputs already, or it uses names of ours
+ * Checks that a model can take task inputs, before added names cannot be told from its own.
+ * @throws FormatError when its opset is too old, it has task inputs already, or it uses names of ours
  */
 export function checkInjectable(model: OnnxModel): void {
   if (model.opset < LEAST_OPSET) {

@@ -24,18 +24,8 @@ const PACKED: readonly (readonly [whole: string, ...parts: string[]])[] = [
   ["qkv", "q_proj", "k_proj", "v_proj"],
 ];
 
-/** Where a layer may lie in a packed one. */
-export interface PlaceInPacked {
-  /** Name of the packed layer, with and without the segments in front. */
-  readonly name: string;
-  readonly whole: string;
-  /** The layer's own last segments, its index among the parts, and their number. */
-  readonly part: string;
-  readonly index: number;
-  readonly count: number;
-}
-
-function packedNames(module: string): PlaceInPacked[] {
+/** Packed layers that a layer may lie in: their names, with and without the segments in front, and its place among their parts. */
+function packedNames(module: string) {
   return PACKED.flatMap(([whole, ...parts]) => {
     const index = parts.findIndex((part) => module === part || module.endsWith(`.${part}`));
     const part = parts[index];
@@ -57,7 +47,7 @@ function partOfPacked(
   model: OnnxModel,
   packed: OnnxParameter,
   name: string,
-  { index, count }: PlaceInPacked,
+  { index, count }: { readonly index: number; readonly count: number },
 ): OnnxParameter | undefined {
   const total = packed.shape.length === 1 ? packed.shape[0] : matrixShape(packed)?.[0];
   const sizes = total === undefined ? undefined : sizesOf(model.graph, packed, total, count);
@@ -82,8 +72,7 @@ function joinParts(name: string, parts: readonly OnnxParameter[]): OnnxParameter
 }
 
 /**
- * A parameter that the model has in other pieces than the checkpoint: in the packed layer that holds it, or put together from the layers
- * that it has been divided into. Its name is what the model would call it.
+ * A parameter that lies in a packed layer, or is put together from the layers that it has been divided into, under a name as the model's.
  * @param find a parameter of the model by a name of the pack's, with its copies
  */
 export async function findPiece(
@@ -167,11 +156,7 @@ function integersOf({ rawData }: TensorProto): number[] {
   return Array.from({ length: Math.floor(rawData.byteLength / 8) }, (_, i) => Number(view.getBigInt64(8 * i, true)));
 }
 
-/**
- * Splits the results of packed layers and joins them again, so that terms can be added in between; and the other way round for divided
- * layers. Changes the graph.
- * @returns modules and biases, each with nodes that make its own result
- */
+/** Splits the results of packed layers and joins them again, or the other way round, so that each module and bias has nodes of its own. */
 export function takeApart(
   model: OnnxModel,
   modules: readonly AdaptedLayer[],
@@ -308,7 +293,7 @@ function isAttention({ domain, opType }: NodeProto): boolean {
 export function unfuse(model: OnnxModel): OnnxModel {
   const { proto } = model.graph;
   const edits = new NodeEdits();
-  const masks = new Masks(model);
+  const masks = masksOf(model);
   for (const node of proto.node) {
     if (!isAttention(node)) continue;
     const sizes = attentionSizes(model, node);
@@ -348,7 +333,12 @@ function attentionSizes({ graph }: OnnxModel, node: NodeProto): readonly number[
   return sizes;
 }
 
-function unfused(model: OnnxModel, node: NodeProto, sizes: readonly number[], masks: Masks): NodeProto[] {
+function unfused(
+  model: OnnxModel,
+  node: NodeProto,
+  sizes: readonly number[],
+  masks: ReturnType<typeof masksOf>,
+): NodeProto[] {
   const [out] = node.output as [string];
   // The name has no slash in front, except for the product's: names of modules are read from that one only.
   const name = `${node.name || "Attention"}/${out}`.replace(/^\/+/, "");
@@ -368,60 +358,48 @@ function unfused(model: OnnxModel, node: NodeProto, sizes: readonly number[], ma
   heads.domain = node.domain;
   heads.attribute = node.attribute.filter((one) => SHARED.has(one.name));
   // The remaining inputs of MultiHeadAttention: an empty bias, which is added already; the mask; the addition to the scores.
-  const mask = masks.of(node, nodes);
-  heads.input.push(...trimmed(["", mask.padding, mask.scores]));
+  const mask = masks(node, nodes);
+  heads.input.push(...["", mask.padding, mask.scores].slice(0, mask.scores ? 3 : mask.padding ? 2 : 0));
   return [...nodes, heads];
 }
 
 /**
  * Turns masks into additions to the scores, which is how an attention uses them: on WebGPU `MultiHeadAttention` takes no other masks. A
  * mask stays as it is where the file does not tell its form.
+ * @returns a function that gives mask and addition of a node, and adds nodes to those that go in front of it
  */
-class Masks {
-  readonly #model: OnnxModel;
-  readonly #ranks: Ranks;
-  readonly #made = new Map<string, string>();
-
-  constructor(model: OnnxModel) {
-    this.#model = model;
-    this.#ranks = new Ranks(model);
-  }
-
-  /** Mask and addition to the scores of a node. @param nodes that go in front of it; some are added */
-  of(node: NodeProto, nodes: NodeProto[]): { padding: string; scores: string } {
+function masksOf(model: OnnxModel) {
+  const { initializers, producers, proto } = model.graph;
+  const ranks = new Ranks(model);
+  const known = new Map<string, string>();
+  return (node: NodeProto, nodes: NodeProto[]): { padding: string; scores: string } => {
     const [padding = "", scores = ""] = [node.input[MASK], node.input[SCORES]];
-    const rank = padding === "" ? undefined : this.#rankOf(padding);
-    if (rank !== 1 && rank !== 2) return { padding, scores };
-    const type = Number(this.#model.graph.initializers.get(node.input[WEIGHT]!)!.dataType);
+    const rank = padding === "" ? undefined : rankOf(padding);
+    if (rank === undefined) return { padding, scores };
+    const type = Number(initializers.get(node.input[WEIGHT]!)!.dataType);
     const least = floatOf(node, "mask_filter_value", -10000);
     // Another input may have as many rows of another length.
     const key = `${padding}/${node.input[X]}/${least}`;
-    let added = this.#made.get(key);
-    if (added === undefined) {
-      added = this.#add(rank, node, type === FLOAT16 ? Math.max(least, -65504) : least, type, nodes);
-      this.#made.set(key, added);
-    }
+    const added = known.get(key) ?? add(rank, node, type === FLOAT16 ? Math.max(least, -65504) : least, type, nodes);
+    known.set(key, added);
     if (scores === "") return { padding: "", scores: added };
     const sum = `${node.output[0]}/scores`;
     nodes.push(makeNode("Add", sum, [scores, added], sum));
     return { padding: "", scores: sum };
-  }
+  };
 
-  /** Rank of a mask. 1: lengths of rows; 2: a mask of rows. */
-  #rankOf(mask: string): number | undefined {
-    const { producers } = this.#model.graph;
+  /** Rank of a mask. 1: lengths of rows; 2: a mask of rows. Other vectors are ambiguous: ends of rows, or starts and ends. */
+  function rankOf(mask: string): 1 | 2 | undefined {
     const made = producers.get(mask);
     if (made?.opType === "EmbedLayerNormalization") return made.output[1] === mask ? 1 : undefined;
     if (made?.opType === "ReduceSum") return intOf(made, "keepdims", 1) === 0 ? 1 : undefined;
-    // Vectors of other lengths are ambiguous: ends of rows, or starts and ends.
-    const rank = this.#ranks.of(mask);
-    return rank === 2 ? 2 : undefined;
+    return ranks.of(mask) === 2 ? 2 : undefined;
   }
 
   /** Makes [batch, 1, length, length]: 0, or the least score where a position is masked. */
-  #add(rank: number, node: NodeProto, least: number, type: number, nodes: NodeProto[]): string {
+  function add(rank: 1 | 2, node: NodeProto, least: number, type: number, nodes: NodeProto[]): string {
     const name = `${node.output[0]}/mask`;
-    const write = new NodeWriter(new Constants(this.#model.graph.proto, this.#model.opset, name), name);
+    const write = new NodeWriter(new Constants(proto, model.opset, name), name);
     // The length of rows, [1].
     const length = write.slice(write.shapeOf(node.input[X]!), 0, 1, 2);
     const mask = write.cast(node.input[MASK]!, INT64);
@@ -453,9 +431,4 @@ function packedModule({ graph }: OnnxModel, node: NodeProto): string | undefined
   });
   const [path] = paths;
   return path === undefined ? undefined : `${path.replace(/\.(output\.dense|[^.]+)$/, "")}.qkv`.replaceAll(".", "/");
-}
-
-function trimmed(inputs: string[]): string[] {
-  while (inputs.length > 0 && inputs.at(-1) === "") inputs.pop();
-  return inputs;
 }

@@ -93,79 +93,25 @@ export interface StringStringEntryProto extends Proto {
   value: string;
 }
 
-/** Members of a `oneof` are optional fields. */
+/** Fields of each message: number, type and name. Members of a `oneof` are optional fields. */
 const SCHEMA = `
-message ModelProto {
-  int64 ir_version = 1;
-  string producer_name = 2;
-  GraphProto graph = 7;
-  repeated OperatorSetIdProto opset_import = 8;
-  repeated StringStringEntryProto metadata_props = 14;
-}
-message GraphProto {
-  repeated NodeProto node = 1;
-  string name = 2;
-  repeated TensorProto initializer = 5;
-  repeated ValueInfoProto input = 11;
-  repeated ValueInfoProto output = 12;
-  repeated ValueInfoProto value_info = 13;
-}
-message NodeProto {
-  repeated string input = 1;
-  repeated string output = 2;
-  string name = 3;
-  string op_type = 4;
-  repeated AttributeProto attribute = 5;
-  string domain = 7;
-  repeated StringStringEntryProto metadata_props = 9;
-}
-message AttributeProto {
-  string name = 1;
-  float f = 2;
-  int64 i = 3;
-  bytes s = 4;
-  TensorProto t = 5;
-  GraphProto g = 6;
-  repeated int64 ints = 8;
-  repeated GraphProto graphs = 11;
-  int32 type = 20;
-}
-message TensorProto {
-  repeated int64 dims = 1;
-  int32 data_type = 2;
-  packed float float_data = 4;
-  packed int32 int32_data = 5;
-  string name = 8;
-  bytes raw_data = 9;
-  repeated StringStringEntryProto external_data = 13;
-  int32 data_location = 14;
-}
-message ValueInfoProto {
-  string name = 1;
-  TypeProto type = 2;
-}
-message TypeProto {
-  Tensor tensor_type = 1;
-}
-message Tensor {
-  int32 elem_type = 1;
-  TensorShapeProto shape = 2;
-}
-message TensorShapeProto {
-  repeated Dimension dim = 1;
-}
-message Dimension {
-  optional int64 dim_value = 1;
-  optional string dim_param = 2;
-}
-message OperatorSetIdProto {
-  string domain = 1;
-  int64 version = 2;
-}
-message StringStringEntryProto {
-  string key = 1;
-  string value = 2;
-}`;
+ModelProto { 1 int64 irVersion, 2 string producerName, 7 GraphProto graph,
+  8 repeated OperatorSetIdProto opsetImport, 14 repeated StringStringEntryProto metadataProps }
+GraphProto { 1 repeated NodeProto node, 2 string name, 5 repeated TensorProto initializer,
+  11 repeated ValueInfoProto input, 12 repeated ValueInfoProto output, 13 repeated ValueInfoProto valueInfo }
+NodeProto { 1 repeated string input, 2 repeated string output, 3 string name, 4 string opType,
+  5 repeated AttributeProto attribute, 7 string domain, 9 repeated StringStringEntryProto metadataProps }
+AttributeProto { 1 string name, 2 float f, 3 int64 i, 4 bytes s, 5 TensorProto t, 6 GraphProto g,
+  8 repeated int64 ints, 11 repeated GraphProto graphs, 20 int32 type }
+TensorProto { 1 repeated int64 dims, 2 int32 dataType, 4 packed float floatData, 5 packed int32 int32Data,
+  8 string name, 9 bytes rawData, 13 repeated StringStringEntryProto externalData, 14 int32 dataLocation }
+ValueInfoProto { 1 string name, 2 TypeProto type }
+TypeProto { 1 Tensor tensorType }
+Tensor { 1 int32 elemType, 2 TensorShapeProto shape }
+TensorShapeProto { 1 repeated Dimension dim }
+Dimension { 1 optional int64 dimValue, 2 optional string dimParam }
+OperatorSetIdProto { 1 string domain, 2 int64 version }
+StringStringEntryProto { 1 string key, 2 string value }`;
 
 interface Field {
   readonly number: number;
@@ -186,17 +132,19 @@ export interface Schema<M extends Proto = Proto> {
 }
 
 const SCALARS: Readonly<Record<string, unknown>> = {
-  ...{ int32: 0, int64: 0n, float: 0, string: "" },
+  int32: 0,
+  int64: 0n,
+  float: 0,
+  string: "",
   bytes: new Uint8Array(0),
 };
 
 const SCHEMAS: ReadonlyMap<string, Schema> = new Map(
-  [...SCHEMA.matchAll(/message (\w+) \{([^}]*)\}/g)].map(([, message, body]) => {
-    const lines = [...body!.matchAll(/(?:(repeated|packed|optional) )?(\w+) (\w+) = (\d+);/g)];
-    const fields = lines.map(([, kind = "", type, name, number]) => {
-      const camel = name!.replace(/_(\w)/g, (_, letter: string) => letter.toUpperCase());
-      return { number: Number(number), name: camel, type: type!, kind } as Field;
-    });
+  [...SCHEMA.matchAll(/(\w+) \{([^}]*)\}/g)].map(([, message, body]) => {
+    const found = [...body!.matchAll(/(\d+) (?:(repeated|packed|optional) )?(\w+) (\w+)/g)];
+    const fields = found.map(
+      ([, number, kind = "", type, name]) => ({ number: Number(number), name, type, kind }) as Field,
+    );
     const defaults: Record<string, unknown> = {};
     for (const { name, type, kind } of fields) if (kind === "" && type in SCALARS) defaults[name] = SCALARS[type];
     return [message!, { fields, byNumber: new Map(fields.map((field) => [field.number, field])), defaults }];
@@ -262,10 +210,7 @@ function wireOf(type: string): number {
 /** Most messages inside each other, as in other readers of protocol buffers. */
 const DEEPEST = 100;
 
-/**
- * Reads a message. Its `bytes` fields are views of `bytes`.
- * @throws Error when the bytes are no such message
- */
+/** Reads a message, whose `bytes` fields are views of `bytes`. @throws Error when they are no such message */
 export function fromBinary<M extends Proto>(schema: Schema<M>, bytes: Uint8Array): M {
   return new Reader(bytes).message(schema, bytes.length, create(schema), 0) as M;
 }

@@ -44,25 +44,34 @@ const LEAST_APART = 2 ** 23;
 
 /**
  * Reads and parses a model.
- * @param options `weightsApart`: if the model is a file on disk, its weights stay there, for a runtime that reads them itself
- * @throws FormatError when the file is truncated or is no ONNX model
- * @throws SourceError when the file cannot be read
+ * @param options `weightsApart`: weights of a file on disk stay there, for a runtime that reads them itself
+ * @throws FormatError, SourceError when it is no ONNX model or cannot be read
  */
 export async function readModel(
   input: SourceInput,
   options: ModelOptions & { readonly weightsApart?: boolean | undefined } = {},
 ): Promise<ModelFile> {
-  const source = await openTold(input, options, "model");
-  const locate = options.external ?? siblingsOf(input, source.name);
+  const { onProgress } = options;
+  const opened = await openSource(input, options, "model");
+  const locate = options.external ?? siblingsOf(input, opened.name);
   const apart =
-    options.weightsApart === true && !options.external && locate !== undefined && source.folder !== undefined;
+    options.weightsApart === true && !options.external && locate !== undefined && opened.folder !== undefined;
+  // The runtime reads the weights: there is no telling how many bytes are needed here.
+  const total = apart ? (): undefined => undefined : undefined;
+  const told = async (source: ByteSource): Promise<ByteSource> =>
+    (await watchedOf(source, "model", onProgress, total)) ?? source;
+  const source = await told(opened);
   const bytes = await readBytes(source, options, apart).finally(() => source.close?.());
   const model = await parsed(bytes, source.name);
   const files = new Map<string, Promise<ByteSource>>();
   const external = (location: string): Promise<ByteSource> => {
     let file = files.get(location);
     if (!file) {
-      file = Promise.resolve(locate!(location)).then((found) => openTold(found, options, "external"));
+      file = Promise.resolve(locate!(location)).then(async (found) => {
+        const opened = await openSource(found, options, "external");
+        // Weights that were left in the model's own file: that is told already.
+        return opened.name === source.name ? opened : told(opened);
+      });
       files.set(location, file);
       // A failure is not kept: the next read may find the file.
       file.catch(() => files.delete(location));
@@ -75,16 +84,11 @@ export async function readModel(
     folder: apart ? source.folder : undefined,
     external: locate && external,
     async close() {
-      const opened = await Promise.allSettled(files.values());
+      const settled = await Promise.allSettled(files.values());
       files.clear();
-      await Promise.all(opened.map((file) => file.status === "fulfilled" && file.value.close?.()));
+      await Promise.all(settled.map((file) => file.status === "fulfilled" && file.value.close?.()));
     },
   };
-}
-
-async function openTold(input: SourceInput, options: ModelOptions, where: string): Promise<ByteSource> {
-  const source = await openSource(input, options, where);
-  return (await watchedOf(source, "model", options.onProgress)) ?? source;
 }
 
 async function readBytes(source: ByteSource, options: ReadOptions, apart: boolean): Promise<Uint8Array> {

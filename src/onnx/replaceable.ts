@@ -31,14 +31,11 @@ interface FilePlace {
   readonly width: number;
 }
 
-/**
- * Changes `model.proto`: the parameters' tensors point into the file.
- * @throws BaseMismatchError where tasks change a packed parameter as a whole and a part of it
- */
+/** Points the parameters' tensors into a file. @throws BaseMismatchError where tasks change a packed parameter and a part of it */
 export function replaceByFile(model: OnnxModel, parameters: readonly OnnxParameter[]): WeightFile {
   refuseOverlaps(parameters);
   const places = new Map<string, FilePlace>();
-  const wiring = new Wiring(model);
+  const wiring = wiringOf(model);
   let end = 0;
   for (const parameter of parameters.flatMap((one) => one.joined ?? (one.slice ? wholeOf(one) : one))) {
     if (places.has(parameter.name)) continue;
@@ -91,13 +88,10 @@ export interface WeightInput {
   readonly piece?: OnnxParameter;
 }
 
-/**
- * Changes `model.proto`: the parameters are inputs.
- * @throws BaseMismatchError for a bf16 parameter that the model uses as such
- */
+/** Makes the parameters inputs. @throws BaseMismatchError for a bf16 parameter that the model uses as such */
 export function replaceByInputs(model: OnnxModel, parameters: readonly OnnxParameter[]): WeightInput[] {
   refuseOverlaps(parameters);
-  const wiring = new Wiring(model);
+  const wiring = wiringOf(model);
   const inputs = withSiblings(parameters).map((parameter): WeightInput => {
     const { name } = parameter;
     const shape = pieceShape(parameter);
@@ -107,7 +101,7 @@ export function replaceByInputs(model: OnnxModel, parameters: readonly OnnxParam
       [parameter, ...parameter.copies, ...(parameter.joined ?? [])].every(
         (stored) =>
           ("joined" in stored && stored.joined) ||
-          stored.uses.every((use) => castsFirst(model, use.graph, use.node.input[use.input]!, stored.initializer)),
+          stored.uses.every((use) => castsFirst(model, use, stored.initializer)),
       );
     const dtype = parameter.dtype === "f32" || cast ? "f32" : "f16";
     if (dtype === "f16" && parameter.dtype !== "f16") {
@@ -139,108 +133,94 @@ function withSiblings(parameters: readonly OnnxParameter[]): OnnxParameter[] {
   return all;
 }
 
-/** True if the first node behind an initializer, on the way to a value, is a Cast to f32. */
-function castsFirst(model: OnnxModel, graph: GraphProto, value: string, from: string, passed = 0): boolean {
-  if (value === from) return false;
-  const made = makerOf(model, graph, value, passed);
-  if (made.node.input[0] !== from) return castsFirst(model, made.graph, made.node.input[0]!, from, passed + 1);
-  return made.node.opType === "Cast" && intOf(made.node, "to") === FLOAT;
+/** True if the first node behind an initializer, on the way to a use, is a Cast to f32. */
+function castsFirst(model: OnnxModel, use: Use, from: string): boolean {
+  const [first] = chainOf(model, use, from);
+  return first?.node.opType === "Cast" && intOf(first.node, "to") === FLOAT;
 }
 
-/** The node between an initializer and its use that makes a value. @throws FormatError where names lead astray */
-function makerOf(model: OnnxModel, graph: GraphProto, value: string, passed: number): Pick<Use, "node" | "graph"> {
-  const made = passed > MOST_PASSED ? undefined : origin(model, graph, value);
-  if (made) return made;
-  const message = `there is no telling what "${value}" is made of: damaged, export the model again`;
-  throw new FormatError(message, { file: model.name, part: "graph" });
-}
-
-/** Connects the uses of parameters to other values. */
-class Wiring {
-  readonly #model: OnnxModel;
-  readonly #edits = new NodeEdits();
-  /** Values that have been made, by graph: nested graphs may use the same names. */
-  readonly #made = new Map<GraphProto, Set<string>>();
-  /** Nodes that depend on the new values only. */
-  readonly #first: NodeProto[] = [];
-  /** Parts of packed parameters that are connected so far. */
-  readonly #packed = new Map<string, string[]>();
-
-  constructor(model: OnnxModel) {
-    this.#model = model;
+/** Nodes between an initializer and its use, in their order. @throws FormatError where names lead astray */
+function chainOf(model: OnnxModel, { node, input, graph }: Use, from: string): Pick<Use, "node" | "graph">[] {
+  const chain: Pick<Use, "node" | "graph">[] = [];
+  for (let value = node.input[input]!; value !== from; value = chain[0]!.node.input[0]!) {
+    const made = chain.length > MOST_PASSED ? undefined : origin(model, chain[0]?.graph ?? graph, value);
+    if (!made) {
+      const message = `there is no telling what "${value}" is made of: damaged, export the model again`;
+      throw new FormatError(message, { file: model.name, part: "graph" });
+    }
+    chain.unshift(made);
   }
+  return chain;
+}
 
-  /**
-   * @param to the new value, laid out as the initializer; copies that are transposed get it transposed
-   * @param cast true if it has been cast already
-   */
-  connect(parameter: OnnxParameter, to: string, cast = false): void {
+/** Connects the uses of parameters to other values, once it is finished. */
+function wiringOf(model: OnnxModel) {
+  const edits = new NodeEdits();
+  /** Values that have been made, by graph: nested graphs may use the same names. */
+  const made = new Map<GraphProto, Set<string>>();
+  /** Nodes that depend on the new values only. */
+  const first: NodeProto[] = [];
+  /** Parts of packed parameters that are connected so far. */
+  const packed = new Map<string, string[]>();
+  return {
+    connect,
+    finish(): void {
+      edits.apply();
+      model.graph.proto.node.unshift(...first);
+    },
+  };
+
+  /** @param to the new value, laid out as the initializer @param cast true if it has been cast already */
+  function connect(parameter: OnnxParameter, to: string, cast = false): void {
     const { slice, joined } = parameter;
     const axis = outputAxis(parameter);
     if (joined) {
       const parts = joined.map((_, i) => `${to}/${i}`);
-      this.#first.push(makeSplit(this.#model, `${to}/cut`, to, parts, joined.map(partSize), axis));
-      for (const [i, part] of joined.entries()) this.connect(part, parts[i]!, cast);
-      return;
-    }
-    if (slice) {
+      first.push(makeSplit(model, `${to}/cut`, to, parts, joined.map(partSize), axis));
+      for (const [i, part] of joined.entries()) connect(part, parts[i]!, cast);
+    } else if (slice) {
       const name = `${PREFIX}/folded/${slice.of}`;
-      const parts = this.#packed.get(name) ?? slice.sizes.map(() => "");
+      const parts = packed.get(name) ?? slice.sizes.map(() => "");
       parts[slice.index] = to;
-      this.#packed.set(name, parts);
-      if (!parts.includes("")) {
-        this.#first.push(makeNode("Concat", name, parts, name, { axis }));
-        this.connect(wholeOf(parameter), name, cast);
-      }
-      return;
-    }
-    for (const { initializer, layout, uses } of [parameter, ...parameter.copies]) {
-      const own = layout === parameter.layout ? to : this.#turn(to);
-      for (const { node, input, graph } of uses) {
-        node.input[input] = this.#copyChain(graph, node.input[input]!, initializer, own, cast);
+      packed.set(name, parts);
+      if (parts.includes("")) return;
+      first.push(makeNode("Concat", name, parts, name, { axis }));
+      connect(wholeOf(parameter), name, cast);
+    } else {
+      for (const { initializer, layout, uses } of [parameter, ...parameter.copies]) {
+        const own = layout === parameter.layout ? to : turned(to);
+        for (const use of uses) use.node.input[use.input] = copyChain(use, initializer, own, cast);
       }
     }
   }
 
-  #turn(value: string): string {
+  function turned(value: string): string {
     const name = `${value}/turned`;
-    if (this.#isNew(this.#model.graph.proto, name)) {
-      this.#first.push(makeNode("Transpose", name, [value], name, { perm: [1, 0] }));
-    }
+    if (isNew(model.graph.proto, name)) first.push(makeNode("Transpose", name, [value], name, { perm: [1, 0] }));
     return name;
   }
 
   /** Copies the nodes between an initializer and its use for another value: equal weights are merged on export. */
-  #copyChain(graph: GraphProto, value: string, from: string, to: string, cast: boolean, passed = 0): string {
-    if (value === from) return to;
-    const { node, graph: home } = makerOf(this.#model, graph, value, passed);
-    if (cast && node.input[0] === from) return to;
-    const name = `${to}/${value}`;
-    if (!this.#isNew(home, name)) return name;
-    const before = this.#copyChain(home, node.input[0]!, from, to, cast, passed + 1);
-    const { opType, attribute, domain, input } = node;
-    const copy = { opType, domain, attribute, name, input: [before, ...input.slice(1)], output: [name] };
-    this.#edits.insert(home, node, [create(NodeProtoSchema, copy)]);
-    return name;
+  function copyChain(use: Use, from: string, to: string, cast: boolean): string {
+    let value = to;
+    for (const { node, graph } of chainOf(model, use, from).slice(cast ? 1 : 0)) {
+      const { opType, attribute, domain, input, output } = node;
+      const name = `${to}/${output[0]}`;
+      const copy = { opType, domain, attribute, name, input: [value, ...input.slice(1)], output: [name] };
+      if (isNew(graph, name)) edits.insert(graph, node, [create(NodeProtoSchema, copy)]);
+      value = name;
+    }
+    return value;
   }
 
-  #isNew(graph: GraphProto, name: string): boolean {
-    const made = this.#made.get(graph) ?? new Set();
-    this.#made.set(graph, made);
-    return !made.has(name) && made.add(name).has(name);
-  }
-
-  finish(): void {
-    this.#edits.apply();
-    this.#model.graph.proto.node.unshift(...this.#first);
+  function isNew(graph: GraphProto, name: string): boolean {
+    const names = made.get(graph) ?? new Set();
+    made.set(graph, names);
+    return !names.has(name) && names.add(name).has(name);
   }
 }
 
-/**
- * Makes the content of the file.
- * @param value gives a parameter as the task has it
- * @throws BaseMismatchError when it has another shape than the model's
- */
+/** Makes the content of the file of `value` for each parameter. @throws BaseMismatchError when one has another shape than the model's */
 export async function fillWeightFile(
   { byteLength, places, pieces }: WeightFile,
   value: (name: string) => View | Promise<View>,

@@ -2,7 +2,7 @@
  * Makes a model's file without its weights, for runtimes that read these from the original file: large tensors of the main graph point to
  * their place in the file. Reads only the bytes between the weights.
  */
-import type { ByteSource, ReadOptions } from "../source.ts";
+import { type ByteSource, joined, type ReadOptions } from "../source.ts";
 import { BYTES, FIXED32, FIXED64, VARINT } from "./protobuf.ts";
 
 /** Tensors below this size stay in the protobuf. */
@@ -14,9 +14,6 @@ const PATH = { graph: 7, initializer: 5, rawData: 9 };
 const FIELDS: readonly number[] = Object.values(PATH);
 const EXTERNAL_DATA = 13;
 const DATA_LOCATION = 14;
-
-/** A range of the file, or new bytes. */
-type Piece = readonly [start: number, end: number] | Uint8Array;
 
 /** A field of a message: `at` its tag, `body` its content. */
 interface Field {
@@ -30,7 +27,6 @@ interface Field {
 /**
  * @param location name under which tensors refer to the file
  * @returns undefined where the file is no such protobuf; reading it whole then reports the error
- * @throws SourceError when the file cannot be read
  */
 export async function skeletonOf(
   source: ByteSource,
@@ -39,69 +35,44 @@ export async function skeletonOf(
 ): Promise<Uint8Array | undefined> {
   const reader = new FieldReader(source, options);
   /** @param depth of the message on the way to a tensor's bytes */
-  const piecesOf = async (start: number, end: number, depth: number): Promise<Piece[]> => {
-    const pieces: Piece[] = [];
+  const piecesOf = async (start: number, end: number, depth: number): Promise<Uint8Array[]> => {
+    const pieces: Uint8Array[] = [];
     // The last place that is given counts.
-    let place: Piece[] = [];
+    let place: Uint8Array[] = [];
     for await (const { number, wire, at, body, end: stop } of reader.fields(start, end)) {
       const isLarge = number === FIELDS[depth] && wire === BYTES && stop - body > LEAST_BYTES;
-      if (!isLarge) pieces.push([at, stop]);
+      if (!isLarge) pieces.push(await reader.bytes(at, stop));
       else if (number !== PATH.rawData) pieces.push(...message(number, await piecesOf(body, stop, depth + 1)));
       else place = pointer(location, body, stop - body);
     }
     return [...pieces, ...place];
   };
   const pieces = await piecesOf(0, source.byteLength!, 0);
-  return reader.damaged ? undefined : assembled(source, pieces, options);
+  return reader.damaged ? undefined : joined(pieces);
 }
 
 /** Fields of a tensor whose bytes lie in a file. */
-function pointer(location: string, offset: number, length: number): Piece[] {
+function pointer(location: string, offset: number, length: number): Uint8Array[] {
   const utf8 = new TextEncoder();
   const entries = Object.entries({ location, offset: String(offset), length: String(length) });
-  return [
-    ...entries.flatMap((entry) =>
-      message(
-        EXTERNAL_DATA,
-        entry.flatMap((text, i) => message(i + 1, [utf8.encode(text)])),
-      ),
+  const place = entries.flatMap((entry) =>
+    message(
+      EXTERNAL_DATA,
+      entry.flatMap((text, i) => message(i + 1, [utf8.encode(text)])),
     ),
-    Uint8Array.from([...varint(DATA_LOCATION * 8 + VARINT), 1]),
-  ];
+  );
+  return [...place, Uint8Array.from([...varint(DATA_LOCATION * 8 + VARINT), 1])];
 }
 
-function message(number: number, content: readonly Piece[]): Piece[] {
-  const length = content.reduce((sum, piece) => sum + lengthOf(piece), 0);
+function message(number: number, content: readonly Uint8Array[]): Uint8Array[] {
+  const length = content.reduce((sum, piece) => sum + piece.length, 0);
   return [Uint8Array.from([...varint(number * 8 + BYTES), ...varint(length)]), ...content];
-}
-
-function lengthOf(piece: Piece): number {
-  return piece instanceof Uint8Array ? piece.length : piece[1] - piece[0];
 }
 
 function varint(value: number): number[] {
   const bytes = [];
   for (; value > 127; value = Math.floor(value / 128)) bytes.push((value % 128) + 128);
   return [...bytes, value];
-}
-
-async function assembled(source: ByteSource, pieces: readonly Piece[], options: ReadOptions): Promise<Uint8Array> {
-  const out = new Uint8Array(pieces.reduce((sum, piece) => sum + lengthOf(piece), 0));
-  let at = 0;
-  for (let i = 0; i < pieces.length; ) {
-    const piece = pieces[i++]!;
-    if (piece instanceof Uint8Array) {
-      out.set(piece, at);
-      at += piece.length;
-      continue;
-    }
-    let [start, end] = piece;
-    for (let next = pieces[i]; next && !(next instanceof Uint8Array) && next[0] === end; next = pieces[++i])
-      end = next[1];
-    out.set(await source.read(start, end - start, options), at);
-    at += end - start;
-  }
-  return out;
 }
 
 /** Reads the fields of messages, a window at a time. */
@@ -154,5 +125,11 @@ class FieldReader {
       this.#start = at;
     }
     return this.#window[at - this.#start]!;
+  }
+
+  async bytes(at: number, end: number): Promise<Uint8Array> {
+    const from = at - this.#start;
+    if (from >= 0 && end - this.#start <= this.#window.length) return this.#window.subarray(from, end - this.#start);
+    return this.#source.read(at, end - at, this.#options);
   }
 }

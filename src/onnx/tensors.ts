@@ -31,10 +31,7 @@ export const INTEGERS: ReadonlyMap<number, { bits: number; signed: boolean }> = 
 /** `TensorProto.DataLocation.EXTERNAL`. */
 export const EXTERNAL = 1;
 
-/**
- * Files next to the model that initializers lie in, by the model's names of them: the last byte that is used.
- * @throws FormatError when an initializer does not say where
- */
+/** Files next to the model, by its names of them: the last byte that is used. @throws FormatError when a tensor does not say where it is */
 export function externalFiles({ name: file, graph }: OnnxModel): Map<string, number> {
   const found = new Map<string, number>();
   for (const tensor of [...graph.scopes.keys()].flatMap(({ initializer }) => initializer)) {
@@ -77,9 +74,7 @@ export function tensorType(tensor: TensorProto, file: string): OnnxTensorType {
 
 /**
  * Reads an initializer's bytes. Their number is not checked for "other" types.
- * @param external opens a file next to the model
- * @throws FormatError when there are more or fewer bytes than the shape needs, or an "other" type lies in a typed list
- * @throws SourceError when the external file is missing or too short
+ * @throws FormatError, SourceError when there are more or fewer than the shape needs, a type is not read, or a file is missing
  */
 export async function readTensor(
   tensor: TensorProto,

@@ -1,20 +1,28 @@
 /**
- * Values of a model's weights. The reader of quantised weights is loaded only for models that have some.
+ * Values of a model's weights, which weights a model has twice, and a model as a base for a runtime: read-only, since changes of a task
+ * reach a model through what runs it. The reader of quantised weights is loaded only for models that have some.
  */
+import { checkOptions } from "../arguments.ts";
+import type { CpuView, View, WeightHost } from "../core/base.ts";
 import { fingerprint, type Matrix, sameValues, type WeightAt, weightAt } from "../core/mismatch.ts";
-import { BaseMismatchError, FormatError } from "../errors.ts";
-import type { ReadOptions } from "../source.ts";
+import { BaseMismatchError, FormatError, SourceError } from "../errors.ts";
+import { FETCH_OPTIONS, type ReadOptions, type SourceInput } from "../source.ts";
+import type { FloatDtype } from "../tensor/dtypes.ts";
 import {
   asMatrix,
   type Candidate,
+  findParameters,
   isMatrix,
   isNameless,
   matrixShape,
   type OnnxParameter,
+  outputAxis,
   partStart,
+  partsOf,
+  pieceShape,
   type Stored,
 } from "./modules.ts";
-import type { ModelFile } from "./read.ts";
+import { type ModelFile, type ModelOptions, readModel } from "./read.ts";
 import { readTensor } from "./tensors.ts";
 
 export interface ReadWeight {
@@ -22,10 +30,7 @@ export interface ReadWeight {
   readonly quantized: boolean;
 }
 
-/**
- * @throws FormatError when the quantisation is not supported, or its tensors do not fit each other
- * @throws SourceError when a file next to the model cannot be read
- */
+/** @throws FormatError, SourceError as `readTensor`; FormatError when the quantisation is not supported */
 export async function readLinearWeight(
   file: ModelFile,
   parameter: Stored & { readonly name: string },
@@ -92,7 +97,7 @@ export class Copies {
   readonly #open: boolean;
   readonly #found = new Map<OnnxParameter, Promise<OnnxParameter>>();
   /** Float weights of linear layers without a name, by type, shape and some values; made when first needed. */
-  #nameless: Promise<ReadonlyMap<string, readonly Stored[]>> | undefined;
+  #nameless: ReadonlyMap<string, readonly Stored[]> | undefined;
 
   /** @param parameters of the file, as `findParameters` gives them */
   constructor(file: ModelFile, parameters: readonly OnnxParameter[], options?: ReadOptions) {
@@ -105,7 +110,6 @@ export class Copies {
   /**
    * The parameter with its copies, each time the same object.
    * @throws BaseMismatchError when several weights have an equal claim to its name, and their values differ
-   * @throws FormatError, SourceError when a weight that may be a copy cannot be read
    */
   of(parameter: OnnxParameter): Promise<OnnxParameter> {
     const known = this.#found.get(parameter);
@@ -182,12 +186,8 @@ export class Copies {
   /** Weights without a name that may have the same values. */
   async #alike(parameter: OnnxParameter): Promise<readonly Stored[]> {
     if (parameter.dtype === "other") return [];
-    this.#nameless ??= this.#findNameless();
-    const nameless = await this.#nameless.catch((error: unknown) => {
-      this.#nameless = undefined;
-      throw error;
-    });
-    return nameless.size === 0 ? [] : (nameless.get(await this.#keyOf(parameter)) ?? []);
+    this.#nameless ??= await this.#findNameless();
+    return this.#nameless.size === 0 ? [] : (this.#nameless.get(await this.#keyOf(parameter)) ?? []);
   }
 
   async #findNameless(): Promise<ReadonlyMap<string, readonly Stored[]>> {
@@ -227,4 +227,74 @@ function ambiguous({ model }: ModelFile, parameter: OnnxParameter): BaseMismatch
       `${equal.slice(0, TOLD).map(told).join("; ")}${more}. Say which with the option \`names\``,
     { module: parameter.name, candidates: equal.slice(0, TOLD).map(({ initializer }) => initializer) },
   );
+}
+
+// A model as a base.
+
+/**
+ * Opens a model and finds its parameters. The file is read whole and stays in memory; files next to it are read when a weight in them is.
+ * Closing the host releases those.
+ *
+ * @example
+ * const base = await openOnnxHost("model.onnx");
+ * const runtime = await createRuntime(pack, { base });
+ *
+ * @throws FormatError when the file is truncated or is no ONNX model
+ * @throws SourceError when the file cannot be read; `read` throws it also for missing external files, and BaseMismatchError
+ *   for a name that several weights of different values have
+ */
+export async function openOnnxHost(input: SourceInput, options: ModelOptions = {}): Promise<WeightHost> {
+  checkOptions("openOnnxHost", options, ["onProgress", "external", "signal", ...FETCH_OPTIONS]);
+  return onnxHost(await readModel(input, options));
+}
+
+/** The float parameters of a model in memory. Read-only. @param pieces parts of packed parameters, or made of several */
+export function onnxHost(file: ModelFile, pieces: readonly OnnxParameter[] = []): WeightHost {
+  const { model, external, close } = file;
+  const all = findParameters(model);
+  const copies = new Copies(file, all);
+  const floats = [...all, ...pieces].flatMap((parameter) => {
+    const { dtype } = parameter;
+    return dtype === "other" ? [] : [[parameter.name, { ...parameter, dtype }] as const];
+  });
+  const parameters = new Map(floats);
+  return {
+    *list() {
+      for (const parameter of parameters.values()) {
+        const { name, dtype, layout } = parameter;
+        yield { name, shape: pieceShape(parameter), dtype, ...(layout ? { layout } : {}) };
+      }
+    },
+    async read(name, into, options): Promise<View> {
+      const parameter = parameters.get(name);
+      if (!parameter) throw new SourceError(`has no float parameter "${name}"`, { file: model.name });
+      const { dtype, slice, joined, candidates, initializer } = parameter;
+      if (candidates.some(({ equal }) => equal)) await copies.of(parameter);
+      const { shape, data } =
+        slice || joined
+          ? await readPiece(file, parameter, options)
+          : await readTensor(model.graph.initializers.get(initializer)!, model.name, external, options);
+      into?.set(data);
+      return { dtype, shape, data: into ?? data, byteOffset: 0 };
+    },
+    close,
+  };
+}
+
+/** Reads a parameter that is a part, or made of parts. @throws FormatError, SourceError as `readTensor` */
+async function readPiece(
+  { model, external }: ModelFile,
+  parameter: OnnxParameter & { readonly dtype: FloatDtype },
+  options?: ReadOptions,
+): Promise<Pick<CpuView, "shape" | "data">> {
+  const { copyPart } = await import("./packed.ts");
+  const axis = outputAxis(parameter);
+  const shape = pieceShape(parameter);
+  const width = parameter.dtype === "f32" ? 4 : 2;
+  const data = new Uint8Array(shape.reduce((a, b) => a * b, width));
+  for (const { initializer, at, from, count } of partsOf(parameter)) {
+    const whole = await readTensor(model.graph.initializers.get(initializer)!, model.name, external, options);
+    copyPart({ ...whole, start: at }, { data, shape, start: from }, axis, count, width);
+  }
+  return { shape, data };
 }

@@ -5,8 +5,8 @@
 import { FormatError } from "../errors.ts";
 import { type ReadOptions, readAll } from "../source.ts";
 import type { OnnxModel } from "./model.ts";
-import type { Added } from "./nodes.ts";
-import { create, ModelProtoSchema, type TensorProto, TensorProtoSchema, toBinary } from "./protobuf.ts";
+import { type Added, makeTensor } from "./nodes.ts";
+import { ModelProtoSchema, type TensorProto, toBinary } from "./protobuf.ts";
 import type { ModelFile } from "./read.ts";
 import { EXTERNAL, externalFiles } from "./tensors.ts";
 
@@ -29,11 +29,7 @@ export const LEAST_DETACHED = 4096;
 const OWN_FILE = "eigenlora-model";
 const ADDED_FILE = "eigenlora-components";
 
-/**
- * Serialises a model without its weights. The tensors of `model.proto` keep their data.
- * @param supplied files that the caller provides itself
- * @throws SourceError when a file next to the model cannot be read
- */
+/** Serialises a model without its weights, which its tensors keep. @param options `supplied`: files that the caller provides itself */
 export async function detachWeights(
   file: ModelFile,
   added: readonly Added[],
@@ -86,12 +82,7 @@ async function allIn(folder: string, { model, external }: ModelFile): Promise<bo
 
 /** Serialises a model with its embedded and its added tensors inside. */
 export function embedWeights({ model }: ModelFile, added: readonly Added[]): Uint8Array {
-  return withInitializers(model, added.map(tensorOf));
-}
-
-function tensorOf({ name, type, dims, data }: Added): TensorProto {
-  const rawData = new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
-  return create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: type, rawData });
+  return withInitializers(model, added.map(makeTensor));
 }
 
 /** Serialises a model with more initializers, which it does not keep. */
@@ -117,7 +108,7 @@ export function point(tensor: TensorProto, location: string, offset: number, len
 /** Makes one file of all added tensors, each at a multiple of 64 bytes, since some runtimes map them. */
 function pointAll(added: readonly Added[]): { tensors: TensorProto[]; data: Uint8Array } {
   let end = 0;
-  const tensors = added.map(tensorOf);
+  const tensors = added.map(makeTensor);
   const places = tensors.map(({ rawData }) => {
     const at = Math.ceil(end / 64) * 64;
     end = at + rawData.length;

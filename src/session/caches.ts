@@ -26,10 +26,7 @@ export interface CacheState {
 
 const BASE: CacheState = { key: "", entries: [], name: "the base", task: "" };
 
-/**
- * States of rows, or one for all of them, by tensors and memory that hold caches. Shared by all sessions, since one file may make
- * the cache that another one goes on with.
- */
+/** States of rows by tensors and memory that hold caches, for all sessions: one file makes the cache that another goes on with. */
 const makers = new WeakMap<object, readonly CacheState[]>();
 
 export class CacheWatch {
@@ -64,8 +61,7 @@ export class CacheWatch {
   }
 
   /**
-   * @param active state of the session; undefined for the base that it begins with
-   * @param tasks of the rows, where they have tasks of their own
+   * @param active state of the session. Default: the base, with which it begins
    * @param keep true if this run takes caches of any other state
    * @returns a function to call with the results of the run, and with its fetches
    * @throws TaskError when a cache among the feeds was made under another state

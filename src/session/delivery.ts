@@ -6,7 +6,6 @@
  */
 import type { DeviceHandle } from "../backends/backend.ts";
 import type { LoadedTasks, Selection } from "../core/selection.ts";
-import { createUnfolding, type SessionRuntime } from "../core/session-runtime.ts";
 import { BackendError } from "../errors.ts";
 import type { TaskInput } from "../onnx/inject.ts";
 import type { AdaptedLayer, ComponentRows } from "../onnx/linear.ts";
@@ -15,7 +14,15 @@ import { transpose } from "../tensor/tensor-file.ts";
 import type { CacheState } from "./caches.ts";
 import { dataOf, type Engine, type LoadedModel, type LoadOptions, type Tensors, toTensors } from "./engine.ts";
 import type { PreparedModel } from "./prepare.ts";
-import { CoreSpace, type InputValue, type InputValues, isTerm, TaskEvaluator, toFeeds } from "./values.ts";
+import {
+  CoreSpace,
+  type InputValue,
+  type InputValues,
+  isTerm,
+  type TaskEvaluator,
+  toFeeds,
+  unfoldingEvaluator,
+} from "./values.ts";
 
 /** A prepared model and the engine that is to run it. */
 export interface SessionParts {
@@ -70,8 +77,7 @@ export interface Placer {
 }
 
 /**
- * Modes "core" and "factors": one loaded model, whose extra inputs carry the active task.
- * @param bases of the pack
+ * Modes "core" and "factors": one loaded model with inputs for the active task.
  * @param placerOn makes a placer; undefined where the engine computes on no device
  * @throws BackendError when the engine refuses the model, or the probe finds that it computes something else
  */
@@ -81,22 +87,20 @@ export async function inputDelivery(
   placerOn: ((engine: Engine, device: DeviceHandle, inputs: readonly TaskInput[]) => Placer) | undefined,
 ): Promise<Delivery> {
   const { engine, prepared } = parts;
-  const { view, mode, base, modules, inputs } = prepared;
-  const expands = base.weights.size > 0 || modules.some((module) => module.expands);
-  const runtime = await createUnfolding(view, mode as "core" | "factors", expands ? bases : undefined, base);
+  const { inputs } = prepared;
+  const evaluator = await unfoldingEvaluator(prepared, bases);
   let model: LoadedModel | undefined;
   try {
-    const evaluator = new TaskEvaluator(prepared, runtime);
     model = await engine.load(parts.detached, parts.load);
     // Not every engine tells which device it has. Where one does, runs fail once it is lost.
     const device = (await engine.gpu?.device().catch(() => undefined))?.device;
     const withoutTask = (await evaluator.read(null)).inputs;
     const probe = await probeParity(parts, model, withoutTask);
     const placer = device && placerOn?.(engine, device, inputs);
-    return { ...deliver(engine, inputs, model, runtime, evaluator, withoutTask, placer), probe };
+    return { ...deliver(engine, inputs, model, evaluator, withoutTask, placer), probe };
   } catch (error) {
     if (model) await engine.release(model);
-    await runtime.close();
+    await evaluator.close();
     throw error;
   }
 }
@@ -107,7 +111,6 @@ function deliver(
   engine: Engine,
   inputs: PreparedModel["inputs"],
   model: LoadedModel,
-  runtime: SessionRuntime,
   evaluator: TaskEvaluator,
   base: InputValues,
   placer: Placer | undefined,
@@ -140,12 +143,12 @@ function deliver(
       return active(tasks.selection, (await evaluator.evaluate(tasks, signal, old)).inputs);
     },
     memory() {
-      const { scratch, pristine } = runtime.memory();
+      const { scratch, pristine } = evaluator.memory();
       return { scratch: scratch + room, pristine, active: placer?.byteLength ?? 0 };
     },
     async close() {
       placer?.close();
-      await runtime.close();
+      await evaluator.close();
     },
   };
 }
@@ -166,10 +169,8 @@ type ProbeRun = (fetches: readonly string[], task: InputValues, more?: Tensors) 
 const TOLERANCE = 0.1;
 
 /**
- * Compares the term of the first adapted linear layer with plain arithmetic on what enters that layer. The first layer of each other
- * kind must change the outputs, and so must a task where no term is within reach.
- * @param base values of the task inputs without a task
- * @throws BackendError when the provider ignores the inputs or computes something else
+ * Compares the term of the first adapted linear layer with plain arithmetic on what enters it. The first layer of each other kind must
+ * change the outputs, and so must a task where no term is within reach.
  */
 async function probeParity(parts: SessionParts, model: LoadedModel, base: InputValues): Promise<ProbeReport> {
   const { modules, inputs, forms, probe } = parts.prepared;
@@ -208,10 +209,7 @@ async function compareTerm({ engine, prepared }: SessionParts, base: InputValues
   throw wrong(engine, `${off} (it may ignore inputs)`);
 }
 
-/**
- * Runs a probe on the caller's feeds or synthetic ones.
- * @param look compares results of the model
- */
+/** Runs a probe on the caller's feeds or synthetic ones. */
 export async function withFeeds(
   { engine, prepared, probe, idle }: SessionParts,
   model: LoadedModel,
@@ -243,11 +241,7 @@ export async function withFeeds(
 /** A task, and more feeds. */
 type Trial = readonly [task: InputValues, more?: Tensors];
 
-/**
- * Compares the first output of two runs that must not be the same.
- * @param when the output would be the same, for the message
- * @throws BackendError when it is
- */
+/** @param when two runs would have the same first output, for the message @throws BackendError when they have */
 export async function compareOutputs(
   { engine, prepared }: SessionParts,
   run: ProbeRun,
@@ -268,10 +262,7 @@ function wrong({ provider }: Engine, what: string): BackendError {
   });
 }
 
-/**
- * Changes a task by small values that differ everywhere, in all these inputs but rows of tables, which meet the model's own input.
- * @param base values without a task
- */
+/** Adds small values that differ everywhere to a task, in these inputs, except for rows of tables, which meet the model's own input. */
 export function syntheticTask(base: InputValues, inputs: readonly TaskInput[], size = 0.1): InputValues {
   const values = new Map(base);
   for (const input of inputs) {
@@ -319,25 +310,21 @@ function termOf(
     const scaleAt = (i: number): number => scales?.[kind === "A" ? Math.floor(i / columns) : i % columns] ?? 1;
     return { data: Float64Array.from(data as Float32Array, (number, i) => number / scaleAt(i)), columns };
   };
-  const products: (Matrix | undefined)[][] = [];
-  if (factors) products.push([over.A && down(over.A), factor("A"), factor("B"), over.B && up(over.B)]);
+  const product = (...matrices: readonly (Matrix | undefined)[]): ArrayLike<number> =>
+    matrices.reduce<Matrix>((left, right) => (right ? multiply(left, right) : left), { data: x, columns: width }).data;
+  const terms: ArrayLike<number>[] = [];
+  if (factors) terms.push(product(over.A && down(over.A), factor("A"), factor("B"), over.B && up(over.B)));
   if (components) {
     const { A, B } = components;
     const core = { data: Float64Array.from({ length: A.rows * B.rows }, (_, i) => wave(i)), columns: B.rows };
-    products.push([down(A), core, up(B)]);
+    terms.push(product(down(A), core, up(B)));
   }
-  const rows = x.length / width;
-  const term = new Float64Array(rows * out);
-  for (const matrices of products) {
-    let left: Matrix = { data: x, columns: width };
-    for (const right of matrices) if (right) left = multiply(left, right, rows);
-    for (let i = 0; i < term.length; i++) term[i]! += left.data[i]!;
-  }
-  return term;
+  return Float64Array.from(terms[0]!, (value, i) => value + (terms[1]?.[i] ?? 0));
 }
 
-function multiply(left: Matrix, { data, columns }: Matrix, rows: number): Matrix {
+function multiply(left: Matrix, { data, columns }: Matrix): Matrix {
   const inner = left.columns;
+  const rows = left.data.length / inner;
   const product = new Float64Array(rows * columns);
   for (let r = 0; r < rows; r++)
     for (let k = 0; k < inner; k++)

@@ -7,14 +7,12 @@
 
 import type { DeviceHandle } from "../backends/backend.ts";
 import { byteLengthOf, type CpuView, type DeviceTensor, type View, viewValues } from "../core/base.ts";
-import type { RuntimeOptions } from "../core/runtime.ts";
 import type { LoadedTasks, Selection } from "../core/selection.ts";
-import { createFolding, type SessionRuntime } from "../core/session-runtime.ts";
 import { BaseMismatchError } from "../errors.ts";
-import { onnxHost } from "../onnx/host.ts";
 import type { TaskInput } from "../onnx/inject.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { fillWeightFile, type WeightFile, type WeightInput } from "../onnx/replaceable.ts";
+import { onnxHost } from "../onnx/weights.ts";
 import {
   type Active,
   compareOutputs,
@@ -25,14 +23,12 @@ import {
   withFeeds,
 } from "./delivery.ts";
 import type { Engine, EngineGpu, EngineTensor, LoadedModel, Tensors } from "./engine.ts";
-import type { PreparedModel } from "./prepare.ts";
-import { type InputValues, inputNamesOf, stackValues, TaskEvaluator, toFeeds } from "./values.ts";
+import { foldingEvaluator, type InputValues, stackValues, type TaskEvaluator, toFeeds } from "./values.ts";
 
 type Placed = DeviceTensor & { buffer: GPUBuffer };
 
 /**
- * Mode "folded" on a device.
- * @param file is closed: nothing of it stays in the CPU's memory
+ * Mode "folded" on a device. Closes the file: nothing of it stays in the CPU's memory.
  * @throws BackendError when the engine refuses the model, does not tell its device, or does not read the buffers
  */
 export async function deviceDelivery(
@@ -46,7 +42,7 @@ export async function deviceDelivery(
   const model = await engine.load(parts.detached, parts.load);
   const tensors = new Map<string, Placed>();
   const free = (): void => tensors.forEach(({ buffer }) => buffer.destroy());
-  let runtime: SessionRuntime | undefined;
+  let opened: TaskEvaluator | undefined;
   try {
     const { device, ignored } = await gpu.device();
     await place(file, fed, device as GPUDevice, tensors);
@@ -55,15 +51,14 @@ export async function deviceDelivery(
     const weights = Object.fromEntries(
       fed.map(({ name, input, dtype, shape }) => [input, gpu.tensor(own.get(name)!, dtype, shape)]),
     );
-    const folding = await foldingOf(parts.prepared, { base: tensors, backend: "webgpu", webgpu: { device } });
-    runtime = folding;
-    const evaluator = new TaskEvaluator(parts.prepared, folding);
+    const evaluator = await foldingEvaluator(parts.prepared, { base: tensors, backend: "webgpu", webgpu: { device } });
+    opened = evaluator;
     const active = (task: Selection, values: InputValues): Active => {
       const { feeds, bytes } = toFeeds(engine, inputs, [values]);
       return { model, task, feeds: { ...weights, ...feeds }, bytes };
     };
     const none = (await evaluator.read(null)).inputs;
-    let before = await folding.load(null);
+    let before = await evaluator.load(null);
     const probe = await probeBuffers(parts, model, fed, weights, none, device as GPUDevice);
     const bytes = [...own.values()].reduce((sum, { size }) => sum + size, 0);
     return {
@@ -72,28 +67,33 @@ export async function deviceDelivery(
       async make(tasks, signal) {
         const { inputs } = await evaluator.evaluate(tasks, signal);
         // Runs that were asked for before are through by then, and none begins meanwhile.
-        await gpu.exclusive(() => foldInPlace(folding, tasks, before, signal, fed, tensors, own));
+        await gpu.exclusive(async () => {
+          await evaluator.fold(tasks, signal);
+          // A parameter of another shape has a buffer of its own, which no input can take.
+          const misfit = fed.find(({ name }) => tensors.get(name)?.buffer !== own.get(name));
+          if (!misfit) return;
+          const { name, shape } = misfit;
+          const found = tensors.get(name)?.shape ?? [];
+          await evaluator.fold(before);
+          const message = `a task brings "${name}" of [${found.join(", ")}], the model's needs [${shape.join(", ")}]`;
+          throw new BaseMismatchError(message, { module: name, expected: shape, found });
+        });
         before = tasks;
         return active(tasks.selection, inputs);
       },
-      check: () => folding.check(),
-      memory: () => ({ ...folding.memory(), active: bytes }),
+      check: () => evaluator.check(),
+      memory: () => ({ ...evaluator.memory(), active: bytes }),
       async close() {
-        await folding.close();
+        await evaluator.close();
         free();
       },
     };
   } catch (error) {
-    await runtime?.close();
+    await opened?.close();
     free();
     await engine.release(model);
     throw error;
   }
-}
-
-function foldingOf({ pack, view, names, keep, base }: PreparedModel, options: RuntimeOptions): Promise<SessionRuntime> {
-  const how = { ...options, names, ...(keep && { modules: keep }) };
-  return createFolding(pack, view, base.ignored, inputNamesOf(base), how);
 }
 
 /** Puts the parameters on the device, as their inputs take them. */
@@ -119,29 +119,6 @@ async function place(
     tensors.set(name, { dtype, shape, buffer, ...(layout ? { layout } : {}) });
     device.queue.writeBuffer(buffer, 0, bytes);
   }
-}
-
-/**
- * @param before the active tasks, which come back where it fails
- * @throws BaseMismatchError when the task brings a parameter of another shape, which no input can take
- */
-async function foldInPlace(
-  runtime: SessionRuntime,
-  tasks: LoadedTasks,
-  before: LoadedTasks,
-  signal: AbortSignal | undefined,
-  fed: readonly WeightInput[],
-  tensors: ReadonlyMap<string, Placed>,
-  own: ReadonlyMap<string, GPUBuffer>,
-): Promise<void> {
-  await runtime.fold(tasks, signal);
-  const misfit = fed.find(({ name }) => tensors.get(name)?.buffer !== own.get(name));
-  if (!misfit) return;
-  const { name, shape } = misfit;
-  const found = tensors.get(name)?.shape ?? [];
-  await runtime.fold(before);
-  const message = `a task brings "${name}" of [${found.join(", ")}], the model's needs [${shape.join(", ")}]`;
-  throw new BaseMismatchError(message, { module: name, expected: shape, found });
 }
 
 /** A tiny run on the base's weights and one on zeros: a provider that does not read the buffers gives the same twice. */
@@ -231,11 +208,7 @@ export function devicePlacer(engine: Engine, handle: DeviceHandle, inputs: reado
   };
 }
 
-/**
- * Mode "folded" without a device.
- * @param file stays open: weights are folded from it
- * @throws BackendError when the engine refuses the model
- */
+/** Mode "folded" without a device. Keeps the file open: weights are folded from it. */
 export async function foldedDelivery(
   { engine, prepared, detached, load }: SessionParts,
   file: ModelFile,
@@ -244,12 +217,11 @@ export async function foldedDelivery(
   const { inputs } = prepared;
   const host = onnxHost(file, weights.pieces);
   // The file is in memory anyway: no second copy of its weights.
-  const runtime = await foldingOf(prepared, { base: host, webgpu: false, policy: "reload" });
-  const evaluator = new TaskEvaluator(prepared, runtime);
+  const evaluator = await foldingEvaluator(prepared, { base: host, webgpu: false, policy: "reload" });
   const pristine = detached.files.reduce((sum, { data }) => sum + data.byteLength, detached.bytes.length);
   const make = async (tasks: LoadedTasks, signal?: AbortSignal): Promise<Active> => {
     const values = await evaluator.evaluate(tasks, signal);
-    const changed = await runtime.fold(tasks, signal);
+    const changed = await evaluator.fold(tasks, signal);
     const content = await fillWeightFile(weights, (name): View | Promise<View> => changed.get(name) ?? host.read(name));
     // Tasks that bring heads alone change no weight.
     const files = content.data.byteLength > 0 ? [...detached.files, content] : detached.files;
@@ -257,18 +229,18 @@ export async function foldedDelivery(
     return { model, task: tasks.selection, ...toFeeds(engine, inputs, [values.inputs]) };
   };
   const close = async (): Promise<void> => {
-    await runtime.close();
+    await evaluator.close();
     await file.close();
   };
   try {
     return {
       evaluator,
-      first: await make(await runtime.load(null)),
+      first: await make(await evaluator.load(null)),
       probe: { result: "not needed: the weights themselves change" },
       bytesWritten: weights.byteLength,
       make,
       memory() {
-        const held = runtime.memory();
+        const held = evaluator.memory();
         return { scratch: held.scratch + held.pristine, pristine, active: 0 };
       },
       close,

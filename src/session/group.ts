@@ -58,12 +58,7 @@ export async function createSessions<T extends SessionTypes, Name extends string
   return groupOf<T, Name>(files, pack, "refuse");
 }
 
-/**
- * Checks options of single sessions of several.
- * @param where the public function, for the message
- * @param names of all sessions
- * @throws TypeError for a name that is none of the sessions', for unknown options, and for a session that is to learn
- */
+/** @throws TypeError for a name of no session, for unknown options, and for a session that is to learn */
 export function checkEach(
   where: string,
   each: Readonly<Record<string, SessionOptions>>,
@@ -90,9 +85,8 @@ export interface GroupFile<Name extends string> {
 }
 
 /**
- * Sessions on files, one file after the other: each is let go before the next is asked for.
+ * Sessions on files, one after the other: each file is let go before the next is asked for.
  * @param empty "refuse" or "skip" a file in which nothing of the pack lives
- * @throws as `createSessions`
  */
 export async function groupOf<T extends SessionTypes, Name extends string>(
   files: Iterable<GroupFile<Name>>,
@@ -265,11 +259,7 @@ export class Residence {
     this.#empty = empty;
   }
 
-  /**
-   * @param name of the file
-   * @returns the filter for what lives in it; undefined where nothing does and that is no error
-   * @throws BaseMismatchError where nothing does
-   */
+  /** @returns the filter for what lives in a file; undefined where nothing does and that is no error @throws BaseMismatchError where it is */
   async in(file: ModelFile, name: string, options: SessionOptions): Promise<((module: string) => boolean) | undefined> {
     const view = options.modules ? partOf(this.#pack, options.modules) : this.#pack;
     const bases = await this.#pack.bases(options);

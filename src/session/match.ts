@@ -54,10 +54,7 @@ export class ModelMatcher {
     this.#copies = new Copies(file, parameters, options);
   }
 
-  /**
-   * The weight of each module, in their order, with its copies.
-   * @throws BaseMismatchError when one is missing, ambiguous, of another shape, or that of two modules
-   */
+  /** The weights of modules, with copies. @throws BaseMismatchError when one is missing, ambiguous, of another shape, or that of two */
   async weights(modules: readonly PackModule[]): Promise<OnnxParameter[]> {
     const weights: OnnxParameter[] = [];
     for (const module of modules) weights.push(await this.#locate(module));
@@ -166,29 +163,37 @@ export class ModelMatcher {
   ): Promise<readonly string[]> {
     if (this.#options.anyBase) return modules.map(({ name }) => name);
     const unconfirmed: string[] = [];
-    const confirmed = new Set<string>();
-    for (const [i, module] of modules.entries()) {
-      const found = this.#bySuffix.get(`${module.name}.weight`);
-      if (!(await this.confirms(module, weights[i]!, bases))) unconfirmed.push(module.name);
-      else if (found !== undefined) confirmed.add(inFront(`${module.name}.weight`, found));
-    }
-    for (const [name, found] of this.#bySuffix) {
-      if (confirmed.has(inFront(name, found))) continue;
+    const fronts = new Set<string>();
+    for (const [i, module] of modules.entries())
+      if (!(await this.#confirm(module, weights[i]!, bases, fronts))) unconfirmed.push(module.name);
+    for (const [name, found] of this.#unsure(fronts))
       throw new BaseMismatchError(
         `"${name}" is in the model by the end of its name only, as "${found}", and the pack has no fingerprint to tell ` +
           "whether that is the same: this may be another file of the model, an encoder's for a decoder's, say. Make the pack " +
           "with its base, map the module with the option `names`, or pass anyBase: true",
         { module: moduleOf(name), candidates: [found] },
       );
-    }
     return unconfirmed;
+  }
+
+  /** Checks a fingerprint. @param fronts takes the segments in front by which the model's name differs */
+  async #confirm(module: PackModule, weight: OnnxParameter, bases: Uint8Array, fronts: Set<string>): Promise<boolean> {
+    const isSame = await this.confirms(module, weight, bases);
+    const name = `${module.name}.weight`;
+    const found = this.#bySuffix.get(name);
+    if (isSame && found !== undefined) fronts.add(inFront(name, found));
+    return isSame;
+  }
+
+  /** Names that were found by their ends only, and whose segments in front no fingerprint has confirmed. */
+  #unsure(fronts: ReadonlySet<string>): [name: string, found: string][] {
+    return [...this.#bySuffix].filter(([name, found]) => !fronts.has(inFront(name, found)));
   }
 
   /**
    * The modules and parameters of a pack that live in this model, where it is one of several files: those whose fingerprint fits, those of
    * the whole name, and those whose names differ from such by the same segments in front.
-   * @param parameters that tasks bring, by the pack's names
-   * @returns by name, the reason why a module or parameter is not there; undefined where it is
+   * @returns by name, the reason why one is not there; undefined where it is
    */
   async residents(
     modules: readonly PackModule[],
@@ -196,48 +201,35 @@ export class ModelMatcher {
     bases: Uint8Array,
   ): Promise<Map<string, string | undefined>> {
     const found = new Map<string, string | undefined>();
-    const confirmed = new Set<string>();
-    const unsure = new Map<string, { readonly name: string; readonly as: string }>();
+    const fronts = new Set<string>();
     for (const module of modules) {
       try {
         const weight = await this.#locate(module);
-        const name = `${module.name}.weight`;
-        const sure = !this.#options.anyBase && (await this.confirms(module, weight, bases));
-        if (sure) confirmed.add(inFront(name, weight.name));
-        if (sure || !this.#bySuffix.has(name)) found.set(module.name, undefined);
-        else unsure.set(module.name, { name, as: weight.name });
+        if (!this.#options.anyBase) await this.#confirm(module, weight, bases, fronts);
+        found.set(module.name, undefined);
       } catch (error) {
         if (!(error instanceof BaseMismatchError)) throw error;
         found.set(module.name, error.message);
       }
     }
-    const fits = (name: string, as: string): boolean => name === as || confirmed.has(inFront(name, as));
     for (const name of parameters) {
       const parameter = await this.#findParameter(name);
-      const layer = this.#names.find(`${moduleOf(name)}.weight`);
-      if (!("name" in parameter)) {
+      if ("name" in parameter) {
+        if (!this.#byName(name)) this.#note(name, parameter.name);
+        found.set(name, undefined);
         // The exporter may have dropped it from a layer that is here.
-        const dropped =
-          "name" in layer && fits(`${moduleOf(name)}.weight`, layer.name) && (await this.dropped(name)) !== undefined;
-        found.set(name, dropped ? undefined : "is not in it");
-      } else if (parameter.name === name || this.#byName(name)) found.set(name, undefined);
-      else unsure.set(name, { name, as: parameter.name });
+      } else found.set(name, (await this.dropped(name)) ? undefined : "is not in it");
     }
-    for (const [key, { name, as }] of unsure) {
-      found.set(
-        key,
-        fits(name, as)
-          ? undefined
-          : `is in it by the end of its name only, as "${as}", which no fingerprint confirms: make the pack with its base`,
-      );
+    for (const [name, as] of this.#unsure(fronts)) {
+      const module = moduleOf(name);
+      const why = `is in it by the end of its name only, as "${as}", which no fingerprint confirms: make the pack with its base`;
+      for (const key of name.endsWith(".weight") ? [name, module, `${module}.bias`] : [name])
+        if (found.has(key)) found.set(key, found.get(key) ?? why);
     }
     return found;
   }
 
-  /**
-   * True if the pack's fingerprint of a module is the weight's; false where there is none to tell.
-   * @throws BaseMismatchError when it is another model's
-   */
+  /** True if the pack's fingerprint of a module is the weight's; false without one. @throws BaseMismatchError when it is another's */
   async confirms(module: PackModule, parameter: OnnxParameter, bases: Uint8Array): Promise<boolean> {
     const weight = module.layout === "conv" ? asMatrix(parameter) : parameter;
     if (module.fingerprint === undefined || (weight.shape.length !== 2 && weight.dtype !== "other")) return false;
@@ -302,10 +294,7 @@ export class ModelMatcher {
     );
   }
 
-  /**
-   * A bias that tasks bring and the exporter has dropped, where the model has the layer's weight.
-   * @throws BaseMismatchError when that may be any of several weights
-   */
+  /** A bias that tasks bring and the exporter has dropped. @throws BaseMismatchError when its layer may be any of several */
   async dropped(name: string): Promise<AdaptedBias | undefined> {
     const module = moduleOf(name);
     const mapped = this.#options.names?.has(module);

@@ -21,8 +21,8 @@ import {
   sharedBases,
   type TensorRef,
 } from "../format/format.ts";
-import { type Feed, feedsOfRows, knownSizes, plainInputs, tableRows, tinyFeeds } from "../onnx/feeds.ts";
-import { type Injected, type IntegerProducts, inject } from "../onnx/inject.ts";
+import { type Feed, syntheticFeeds } from "../onnx/feeds.ts";
+import { type Injected, type InjectOptions, inject } from "../onnx/inject.ts";
 import {
   type AdaptedBias,
   type AdaptedHead,
@@ -34,6 +34,7 @@ import {
   type Components,
   endOf,
   type GraphChanges,
+  joinedRows,
   linearsOf,
   rowsOf,
   type Site,
@@ -48,7 +49,6 @@ import { decodeIntegers, decodeScales } from "../tensor/encode.ts";
 import { transpose } from "../tensor/tensor-file.ts";
 import { ModelMatcher } from "./match.ts";
 import type { Mode, SessionOptions } from "./options.ts";
-import type { BaseHead, BaseValues } from "./values.ts";
 
 /** A model with the inputs of a mode. Only `modules` refer to the model's file: objects that outlive creation must not hold those. */
 export interface PreparedModel extends Injected, Omit<Plan, "changes" | "folded"> {
@@ -73,22 +73,12 @@ export interface PreparedModel extends Injected, Omit<Plan, "changes" | "folded"
   readonly folded: WeightFile | readonly WeightInput[] | undefined;
 }
 
-export interface PrepareOptions extends SessionOptions {
+export interface PrepareOptions extends SessionOptions, Omit<InjectOptions, "forms"> {
   /** Mode "folded": the weights that change become inputs, which an engine can take from a device. Default: false. */
   readonly foldedInputs?: boolean | undefined;
-  /** Operators of the model's runtime for integers: components that are integers stay so. Default: they become floats. */
-  readonly integers?: IntegerProducts | undefined;
-  /** Joins cores to as few inputs as can be. Default: one for each layer, or layers with one x. */
-  readonly joinCores?: boolean | undefined;
-  /** Gives the graph outputs for the parity probe. Default: true. */
-  readonly probeOutputs?: boolean | undefined;
 }
 
-/**
- * GraphChanges `file.model`.
- * @param bases of the pack, as `pack.bases()` gives them
- * @throws BaseMismatchError, FormatError as `planSession`
- */
+/** Plans, and changes `file.model`. @throws BaseMismatchError, FormatError as `planSession` */
 export async function prepareModel(
   file: ModelFile,
   pack: Pack,
@@ -101,8 +91,7 @@ export async function prepareModel(
   const { proto, initializers, scopes } = file.model.graph;
   const graphs = [...scopes.keys()];
   const own = proto.input.filter(({ name }) => !initializers.has(name));
-  const known = knownSizes(file.model, own);
-  const rows = rowMaker(plainInputs(own), tableRows(file.model, own), known);
+  const feeds = syntheticFeeds(file.model, own);
   const outputNames = proto.output.map(({ name }) => name);
   let folded: PreparedModel["folded"];
   if (plan.mode === "folded") {
@@ -116,29 +105,15 @@ export async function prepareModel(
     ...changes.modules.flatMap(({ name, kind }) => (kind === "linear" ? [] : [[name, kind] as const])),
     ...changes.vectors.map(({ name }) => [name, "vector"] as const),
   ]);
-  const injected = inject(
-    file.model,
-    { ...changes, ...takeApart?.(file.model, changes.modules, changes.biases) },
-    {
-      probe: options.probeOutputs,
-      integers: options.integers,
-      join: options.joinCores,
-      forms: forms.size > 0 ? await import("../onnx/forms.ts") : undefined,
-    },
-  );
+  const apart = { ...changes, ...takeApart?.(file.model, changes.modules, changes.biases) };
+  const surgery = forms.size > 0 ? await import("../onnx/forms.ts") : undefined;
+  const injected = inject(file.model, apart, { ...options, forms: surgery });
   return {
-    ...{ ...plan, ...injected, pack, view, keep, outputNames, folded, forms },
+    ...{ ...plan, ...injected, ...feeds, pack, view, keep, outputNames, folded, forms },
     inputNames: own.map(({ name }) => name),
     modules: changes.modules,
     sharesRanges: graphs.some(({ node }) => node.some(({ opType }) => opType.startsWith("DynamicQuantize"))),
-    feeds: tinyFeeds(own, known),
-    feedsOfRows: rows,
   };
-}
-
-// Made here, by a closure that knows the little it needs: not the file.
-function rowMaker(...of: Parameters<typeof feedsOfRows>): PreparedModel["feedsOfRows"] {
-  return () => feedsOfRows(...of);
 }
 
 export interface Plan {
@@ -157,6 +132,32 @@ export interface Plan {
   readonly folded: readonly OnnxParameter[];
 }
 
+/** A head as the base has it. */
+export interface BaseHead {
+  /** [in, labels]. */
+  readonly weight: Float32Array;
+  /** [labels]. */
+  readonly bias: Float32Array | undefined;
+  readonly labels: number;
+  /** True if other tasks adapt the layer: no task may give it another number of labels then. */
+  readonly adapted: boolean;
+}
+
+/** The model's own values, from which values of tasks are computed once it is loaded. Holds nothing of the graph or the file. */
+export interface BaseValues {
+  readonly heads: ReadonlyMap<string, BaseHead>;
+  /** Values of the biases that tasks change, by the pack's name of the parameter. */
+  readonly biases: ReadonlyMap<string, Float32Array>;
+  /** Float weights of modules with DoRA, f32 [out, in], by module name. */
+  readonly weights: ReadonlyMap<string, Float32Array>;
+  /** The pack's names of embeddings, by the parameters with inputs of their own that take their rows too. */
+  readonly tied: ReadonlyMap<string, string>;
+  /** Parameters that tasks may bring, by the pack's names: for these the model is prepared. */
+  readonly wanted: ReadonlySet<string>;
+  /** Parameters of tasks that are left out. */
+  readonly ignored: ReadonlySet<string>;
+}
+
 /** A task that a mode cannot bring. */
 interface Obstacle {
   readonly module: string;
@@ -171,15 +172,6 @@ interface SavedHead {
   readonly parameter: OnnxParameter;
   /** Its parameters, where other tasks adapt it: an input takes the weight's place, and terms are added behind it. */
   readonly adapted: readonly OnnxParameter[] | undefined;
-}
-
-/** Parameters that tasks bring and that are neither terms nor heads. */
-interface SingleParameters {
-  readonly biases: readonly AdaptedBias[];
-  readonly rows: readonly AdaptedRows[];
-  readonly vectors: readonly AdaptedVector[];
-  /** The model's parameters for all of it, but for biases that it lacks. */
-  readonly parameters: readonly OnnxParameter[];
 }
 
 /** Parameters and modules that tasks bring in a role. */
@@ -229,9 +221,14 @@ export async function planSession(
   // An adapted weight is always folded: an input in its place would not get the terms of other tasks.
   const fed = isFolded ? heads.filter(({ adapted }) => !adapted) : heads;
   const { biases, rows, vectors } = singles;
+  // Folding leaves the biases that no weight of the model holds.
+  const biasNames = [
+    ...biases.map(({ name }) => name),
+    ...heads.map(({ adapted, bias = "" }) => (adapted ? bias : "")),
+  ];
   const changes: GraphChanges = {
     ...(isFolded
-      ? { modules: [], biases: biasesWithoutWeight(heads, biases), rows: [], vectors: [] }
+      ? { modules: [], biases: biasNames.flatMap((name) => droppedBiases.get(name) ?? []), rows: [], vectors: [] }
       : { modules: layers.map((layer) => withComponents(layer, choice.mode)), biases, rows, vectors }),
     heads: fed.map(({ layer }) => layer),
   };
@@ -257,12 +254,6 @@ export async function planSession(
       .flatMap((head) => [`${head}.weight`, ...(matcher.has(`${head}.bias`) ? [`${head}.bias`] : [])]);
     const others = brought.filter(({ role, name }) => role !== "saved" || !reserved.includes(name));
     return [...reserved.map((name): Brought => ({ role: "saved", name })), ...others];
-  }
-
-  /** Biases of the model's own that no weight holds. */
-  function biasesWithoutWeight(heads: readonly SavedHead[], biases: readonly AdaptedBias[]): AdaptedBias[] {
-    const names = [...biases.map(({ name }) => name), ...heads.map(({ adapted, bias = "" }) => (adapted ? bias : ""))];
-    return names.flatMap((name) => droppedBiases.get(name) ?? []);
   }
 
   /** Saved linear layers: the weight and, where there is one, the bias behind it. */
@@ -309,8 +300,8 @@ export async function planSession(
     return [parameter, ...biases];
   }
 
-  /** Sorts biases, token rows and other vectors by how they can be added to. */
-  async function singleParameters(heads: readonly SavedHead[]): Promise<SingleParameters> {
+  /** Parameters that are neither terms nor heads, by how they can be added to; `parameters` are those that the model has. */
+  async function singleParameters(heads: readonly SavedHead[]) {
     const headNames = new Set(heads.flatMap(({ weight, bias }) => [weight, bias]));
     const biases = new Map<string, AdaptedBias>();
     const rows = new Map<OnnxParameter, AdaptedRows | undefined>();
@@ -428,42 +419,37 @@ export async function planSession(
 
   function choose(): { mode: Mode; reason: string } {
     const { mode = "auto" } = options;
-    const [unfoldedObstacle] = notUnfolded;
-    const [foldedObstacle] = notFolded;
-    const refuse = (obstacles: readonly Obstacle[], before: string, after: string): never => {
+    const [inGraph] = notUnfolded;
+    const [inWeights] = notFolded;
+    const refuse = (what: string, obstacles: readonly Obstacle[], advice: string): never => {
       const [{ module, why }, ...others] = obstacles as [Obstacle, ...Obstacle[]];
       const more = others.length > 0 ? ` (and ${others.length} more)` : "";
-      throw new BaseMismatchError(`${before}: ${why}${more}${after}`, { module });
+      throw new BaseMismatchError(`${what}: ${why}${more}; ${advice}`, { module });
     };
-    if (unfoldedObstacle && foldedObstacle) {
-      const neither = `; nor can they be folded: ${foldedObstacle.why}. Pass a float export of the model`;
-      refuse(notUnfolded, "no mode can bring these tasks to this model", neither);
+    if (inGraph && inWeights) {
+      const neither = `nor can they be folded: ${inWeights.why}. Pass a float export of the model`;
+      refuse("no mode can bring these tasks to this model", notUnfolded, neither);
     }
-    if (mode === "folded" && foldedObstacle) refuse(notFolded, 'mode "folded"', '; use mode "core" or "factors"');
-    if (mode !== "auto" && mode !== "folded" && unfoldedObstacle)
-      refuse(notUnfolded, `mode "${mode}"`, '; use mode "folded"');
+    if (mode === "folded" && inWeights) refuse('mode "folded"', notFolded, 'use mode "core" or "factors"');
+    if (mode !== "auto" && mode !== "folded" && inGraph) refuse(`mode "${mode}"`, notUnfolded, 'use mode "folded"');
     const K = modules.flatMap((module) => {
       const { A, B } = sharedBases(module) ?? {};
       return A?.kind === "column" && B?.kind === "column" ? [A.tensor.rows, B.tensor.rows] : [];
     });
     if (mode === "core" && K.length === 0) {
       const why = "tasks share no components on both sides of a layer";
-      refuse([{ module: "", why }], 'mode "core"', '; use mode "factors"');
+      refuse('mode "core"', [{ module: "", why }], 'use mode "factors"');
     }
     if (mode !== "auto") return { mode, reason: "asked for" };
-    if (unfoldedObstacle) return { mode: "folded", reason: unfoldedObstacle.why };
-    const folding = foldedObstacle ? `; ${foldedObstacle.why}, which rules folding out` : "";
-    if (K.length === 0)
-      return {
-        mode: "factors",
-        reason: `tasks share no components on both factors of a layer: a switch hands over the rest${folding}`,
-      };
+    if (inGraph) return { mode: "folded", reason: inGraph.why };
+    const folding = inWeights ? `; ${inWeights.why}, which rules folding out` : "";
+    const none = "tasks share no components on both factors of a layer: a switch hands over the rest";
+    if (K.length === 0) return { mode: "factors", reason: none + folding };
     const most = Math.max(...K);
-    const [chosen, why] =
-      most > MOST_COMPONENTS
-        ? (["factors", ", too many to mix in each run"] as const)
-        : (["core", ": a switch hands over how one mixes them"] as const);
-    return { mode: chosen, reason: `tasks share up to ${most} components a side${why}${folding}` };
+    const shared = `tasks share up to ${most} components a side`;
+    return most > MOST_COMPONENTS
+      ? { mode: "factors", reason: `${shared}, too many to mix in each run${folding}` }
+      : { mode: "core", reason: `${shared}: a switch hands over how one mixes them${folding}` };
   }
 
   async function baseValues(
@@ -516,10 +502,7 @@ export async function broughtBy(pack: PackView, options: SessionOptions): Promis
 /** Most components for which mode "core" costs a run at most 5 %; with more, factors are faster (`bench switch --live`). */
 const MOST_COMPONENTS = 48;
 
-/**
- * Components of each side that the factors of all tasks of a module can lie over: none brings whole rows of it, and none may later.
- * @param brings roles in which tasks bring the module
- */
+/** Components of each side that the factors of all tasks of a module can lie over: none brings whole rows of it, and none may later. */
 function componentsUnder(
   module: PackModule,
   brings: ReadonlySet<string>,
@@ -540,46 +523,12 @@ function componentsUnder(
   return A || B ? { ...(A && { A }), ...(B && { B }) } : undefined;
 }
 
-/**
- * The components of a module that a core lies between.
- * @param bases of the pack, which are read when the graph is made
- * @returns undefined for a module that no core can lie between
- */
+/** The components of a module that a core lies between; undefined where none can. Bytes are read when the graph is made. */
 function componentsOf(module: PackModule, bases: Uint8Array): Components | undefined {
   const { A, B } = sharedBases(module) ?? {};
   if (A?.kind !== "column" || B?.kind !== "column") return undefined;
   if (A.tensor.rows === 0 || B.tensor.rows === 0) return undefined;
   return { A: componentRows(A.tensor, bases), B: componentRows(B.tensor, bases) };
-}
-
-/** Components one below the other: integers of the widest type among theirs, floats where some are. */
-function joinedRows(all: readonly ComponentRows[]): ComponentRows {
-  const [first, ...others] = all as [ComponentRows, ...ComponentRows[]];
-  if (others.length === 0) return first;
-  const { width } = first;
-  const rows = all.reduce((sum, part) => sum + part.rows, 0);
-  const floats = (): Float32Array => joinedArrays(all.map((part) => part.floats()));
-  const integers = all.flatMap((part) => part.integers ?? []);
-  if (integers.length < all.length) return { rows, width, floats };
-  return {
-    ...{ rows, width, floats },
-    integers: {
-      bits: Math.max(...integers.map(({ bits }) => bits)) as 3 | 4 | 8,
-      scales: joinedArrays(integers.map(({ scales }) => scales)),
-      values: () => joinedArrays(integers.map((part) => part.values())),
-    },
-  };
-}
-
-function joinedArrays<T extends Float32Array | Int8Array>(parts: readonly T[]): T {
-  const Typed = parts[0]!.constructor as new (length: number) => T;
-  const joined = new Typed(parts.reduce((sum, { length }) => sum + length, 0));
-  let at = 0;
-  for (const part of parts) {
-    joined.set(part, at);
-    at += part.length;
-  }
-  return joined;
 }
 
 function componentRows(tensor: TensorRef, bases: Uint8Array): ComponentRows {

@@ -6,28 +6,19 @@
 
 import type { Pack, TaskInfo } from "../core/pack.ts";
 import { BackendError } from "../errors.ts";
-import type { Feed } from "../onnx/feeds.ts";
 import type { TaskInput } from "../onnx/inject.ts";
 import { f16ToF32 } from "../tensor/dtypes.ts";
 import { syntheticTask } from "./delivery.ts";
 import { dataOf, type Engine, type EngineTensor, type LoadedModel, type Tensors, toTensors } from "./engine.ts";
+import type { PreparedModel } from "./prepare.ts";
 import { type InputValues, type TaskEvaluator, type TaskValues, toFeeds } from "./values.ts";
 
 /** A loaded model on which rows of a batch may have a task each. */
-export interface RowModel {
+export type RowModel = Pick<PreparedModel, "inputs" | "outputNames" | "forms" | "sharesRanges" | "feedsOfRows"> & {
   readonly engine: Engine;
   readonly model: LoadedModel;
-  readonly inputs: readonly TaskInput[];
-  readonly outputNames: readonly string[];
-  /** Values of inputs that are neither the model's own nor a task's. */
   readonly idle: Tensors;
-  /** Kinds of modules and vectors that are no linear layer, by name. */
-  readonly forms: ReadonlyMap<string, string>;
-  /** True if the input of some layer is quantised by a range that all rows share. */
-  readonly sharesRanges: boolean;
-  /** Feeds with rows that differ; undefined where there are no synthetic ones. */
-  readonly feedsOfRows: () => ReadonlyMap<string, Feed> | undefined;
-}
+};
 
 /** Values of a task, and its entry in the pack, which is an object of its own for each task that ever came. */
 interface RowValues {
@@ -56,11 +47,7 @@ export class RowTasks {
     return [...this.#last.values()].flatMap(({ values }) => [...values.inputs.values()].map(({ data }) => data));
   }
 
-  /**
-   * @param own feeds of the batch
-   * @returns feeds of the task inputs, and the valid columns of each row by head
-   * @throws TypeError, BackendError as `Session.run`
-   */
+  /** @returns feeds of the task inputs, and the valid columns of each row by head @throws TypeError, BackendError as `Session.run` */
   async feeds(
     tasks: readonly (string | null)[],
     own: Tensors,
@@ -91,10 +78,7 @@ export class RowTasks {
     return last?.entry === entry && last ? last : { entry, values: await this.#evaluator.read(task) };
   }
 
-  /**
-   * Verifies on synthetic feeds first, and on the batch itself where the model does not run on those.
-   * @throws BackendError when tasks are mixed, or no output tells
-   */
+  /** Verifies on synthetic feeds, or on the batch where the model does not run on those. @throws BackendError as `checkRows` */
   async #verify(own: Tensors, rows: number): Promise<void> {
     // Values of the base are computed again: all sessions would keep them, and few verify.
     const base = (await this.#evaluator.read(null)).inputs;
@@ -146,7 +130,7 @@ async function checkRows(
     throw mixed(`${none}, so there is no telling which row got which`);
   }
   const without = await numbersOf(results[output]!);
-  const look = async (group: readonly TaskInput[], size: number): Promise<Seen> => {
+  const look = async (group: readonly TaskInput[], size: number) => {
     const task = syntheticTask(base, group, size);
     const alone = (await run([task], [output]))[output]!;
     const mixture = Array.from({ length: rows }, (_, row) => (row % 2 === 0 ? task : base));
@@ -167,12 +151,6 @@ async function checkRows(
   return seen && (await differ(feeds, rows));
 }
 
-/** The effect of a synthetic task; `separate` if its rows are as they are alone, and the others as without it. */
-interface Seen {
-  readonly effect: number;
-  readonly separate: boolean;
-}
-
 /** Fewest values from which a task's share can be estimated despite other changes. */
 const MANY = 64;
 /** Outputs of this width and above are those of a vocabulary: each position is compared by itself. */
@@ -180,14 +158,14 @@ const VOCABULARY = 1024;
 
 /**
  * @param values of all rows without a task, with it, and with it in every second row
- * @param last dimension of the output, where rows share ranges: these change values too, so only the task's share of a vector of this
- *   length is compared
+ * @param last dimension of the output, where rows share ranges: these change values too, so the task's share of such vectors is compared
+ * @returns the effect of the task; `separate` if its rows are as they are alone, and the others as without it
  */
 function compareRows(
   [without, alone, found]: readonly [ArrayLike<number>, ArrayLike<number>, ArrayLike<number>],
   rows: number,
   last: number | undefined,
-): Seen {
+) {
   const width = found.length / rows;
   let effect = 0;
   let off = 0;

@@ -65,10 +65,7 @@ export function checkModes({ mode = "auto", components = "stored" }: SessionOpti
   checkChoice("components", components, ["stored", "f32"]);
 }
 
-/**
- * Before weights in files of their own are read: they take minutes.
- * @throws BackendError when they are more than the engine has room for
- */
+/** @throws BackendError when weights are more than the engine has room for, before they are read: that takes minutes */
 function refuseLarger({ model, bytes }: ModelFile, { room = Infinity, name, provider }: Engine): void {
   const apart = [...externalFiles(model).values()].reduce((sum, end) => sum + end, 0);
   const size = (bytes: number): string => `${(bytes / 1e9).toFixed(1)} GB`;
@@ -80,10 +77,7 @@ function refuseLarger({ model, bytes }: ModelFile, { room = Infinity, name, prov
   );
 }
 
-/**
- * Makes a session on a model that has been read, and closes that.
- * @param options checked already
- */
+/** Makes a session on a model that has been read, and closes that. @param options checked already */
 export async function sessionOn<T extends SessionTypes>(
   engine: Engine,
   file: ModelFile,
@@ -111,18 +105,19 @@ export async function sessionOn<T extends SessionTypes>(
     const detached = await detachWeights(file, prepared.initializers, { ...options, supplied });
     const { load, idle, graph } = training ?? { load: {}, idle: {} };
     const parts: SessionParts = { engine, prepared, detached, load, idle, probe: options.probe };
-    const { inputNames, outputNames } = prepared;
-    const hasCaches = [...inputNames, ...outputNames].some((name) => /^(past|present)/.test(name));
-    const { CacheWatch } = hasCaches ? await import("./caches.ts") : {};
-    const caches = CacheWatch && new CacheWatch(pack, inputNames, outputNames);
     const delivery = await deliveryOf(parts, file, bases.bytes);
-    return new Session<T>(parts, delivery, graph, caches);
+    return new Session<T>(parts, delivery, graph, await cachesOf(prepared));
   } catch (error) {
     await file.close();
     throw error;
   } finally {
     bases?.close();
   }
+}
+
+async function cachesOf({ pack, inputNames, outputNames }: PreparedModel): Promise<CacheWatch | undefined> {
+  if (![...inputNames, ...outputNames].some((name) => /^(past|present)/.test(name))) return undefined;
+  return new (await import("./caches.ts")).CacheWatch(pack, inputNames, outputNames);
 }
 
 async function deliveryOf(parts: SessionParts, file: ModelFile, bases: Uint8Array): Promise<Delivery> {
@@ -201,12 +196,10 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
   readonly #components: number;
   /** The model's inputs that take int32. */
   readonly #short: ReadonlySet<string>;
-  /** Set where the model has caches. */
   readonly #caches: CacheWatch | undefined;
   readonly #rowModel: Omit<RowModel, "model">;
   /** Made by the first run with one task per row. */
   #rows: RowTasks | undefined;
-  /** True if the device is watched. */
   #watched = false;
   #active: Active;
   /** The selection that a switch under way leads to. */
@@ -222,31 +215,18 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
   ) {
     super();
     // Not the prepared model itself: it holds the components, which the engine has now.
-    const {
-      pack,
-      view,
-      forms,
-      sharesRanges,
-      mode,
-      reason,
-      base,
-      inputs,
-      inputNames,
-      outputNames,
-      initializers,
-      unconfirmed,
-    } = prepared;
+    const { pack, reason, inputs, outputNames, forms, sharesRanges, feeds = [] } = prepared;
     this.pack = pack;
-    this.mode = mode;
-    this.inputNames = inputNames;
+    this.mode = prepared.mode;
+    this.inputNames = prepared.inputNames;
     this.outputNames = outputNames;
-    this.unconfirmed = unconfirmed;
-    const here = new Set(view.modules.map(({ name }) => name));
+    this.unconfirmed = prepared.unconfirmed;
+    const here = new Set(prepared.view.modules.map(({ name }) => name));
     this.leftOut = pack.modules.flatMap(({ name }) => (here.has(name) ? [] : [name]));
     this.reason = delivery.note === undefined ? reason : `${reason}; ${delivery.note}`;
     this.probe = delivery.probe;
     this.#engine = engine;
-    this.#base = base;
+    this.#base = prepared.base;
     this.#inputs = inputs;
     this.#idle = idle;
     this.#caches = caches;
@@ -257,9 +237,8 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
     // Feeds of the caller's own mean that the model does not run on synthetic ones.
     const feedsOfRows = typeof probe === "object" ? () => undefined : prepared.feedsOfRows;
     this.#rowModel = { engine, inputs, outputNames, idle, forms, sharesRanges, feedsOfRows };
-    const { feeds = [] } = prepared;
     this.#short = new Set([...feeds].flatMap(([name, { data }]) => (data instanceof Int32Array ? name : [])));
-    this.#components = initializers.reduce((sum, { data }) => sum + data.byteLength, 0);
+    this.#components = prepared.initializers.reduce((sum, { data }) => sum + data.byteLength, 0);
     this.trainable = graph && this.#lend(graph, prepared.feeds);
   }
 

@@ -62,17 +62,7 @@ export interface Survey {
   readonly learning: SurveyedMode;
 }
 
-export interface FilesSurvey {
-  /** The survey of each file with the part of the pack that lives there, by name; a reason where none does. */
-  readonly files: ReadonlyMap<string, Survey | string>;
-  /** The reason for parts of the pack that live in none of them. */
-  readonly unmatched: string | null;
-}
-
-/**
- * @param file is closed; a plan changes nothing of it
- * @throws SourceError, FormatError when the pack cannot be read
- */
+/** Closes the file; a plan changes nothing of it. @throws SourceError, FormatError when the pack cannot be read */
 export async function surveyModel(file: ModelFile, pack: Pack, options: SessionOptions = {}): Promise<Survey> {
   let section: Awaited<ReturnType<Pack["bases"]>> | undefined;
   try {
@@ -114,15 +104,15 @@ export async function surveyModel(file: ModelFile, pack: Pack, options: SessionO
 }
 
 /**
- * Surveys the files of one model: an encoder and a decoder, say.
- * @param open reads each anew, by names of your own
+ * Surveys the files of one model, an encoder and a decoder, say. @param open reads each anew
+ * @returns the survey of each file with the part of the pack that lives there, or the reason why none does, and why parts live in none
  * @throws as `surveyModel`
  */
 export async function surveyFiles(
   open: ReadonlyMap<string, () => Promise<ModelFile>>,
   pack: Pack,
   options: SessionOptions = {},
-): Promise<FilesSurvey> {
+): Promise<{ readonly files: ReadonlyMap<string, Survey | string>; readonly unmatched: string | null }> {
   const residence = new Residence(pack, "refuse");
   const files = new Map<string, Survey | string>();
   for (const [name, read] of open) {

@@ -38,20 +38,14 @@ export type Tokenizer = Encode | PlainTokenizer;
 /** Texts as inputs by name, int64 [texts, tokens]. @param special adds special tokens. Default: true */
 export type EncodeTexts = (texts: readonly string[], special?: boolean) => Promise<BatchFeeds>;
 
-/**
- * @param where the public function and its option, for the message
- * @throws TypeError when `given` cannot encode texts
- */
+/** @param where the public function and its option, for the message @throws TypeError when `given` cannot encode texts */
 export function checkTokenizer(where: string, given: unknown): asserts given is Tokenizer {
   if (typeof given === "function" || typeof (given as Partial<PlainTokenizer> | null)?.encode === "function") return;
   const expected = "a tokenizer of transformers.js or @huggingface/tokenizers, or a function from texts to inputs";
   throw new TypeError(`${where}: expected ${expected}, got ${described(given)}`);
 }
 
-/**
- * @param inputs names of the model's inputs
- * @param most tokens of a text, special ones too. Default: the tokenizer's `model_max_length`
- */
+/** @param most tokens of a text, special ones too. Default: the tokenizer's `model_max_length` */
 export function encoderOf(tokenizer: Tokenizer, inputs: readonly string[], most?: number): EncodeTexts {
   if (typeof tokenizer !== "function") {
     return async (texts, special = true) => plainFeeds(tokenizer, texts, special, most ?? longestOf(tokenizer));
@@ -166,12 +160,7 @@ export interface EncodeOptions {
   readonly maxTokens?: number | undefined;
 }
 
-/**
- * Encodes texts as `Session.encode`.
- * @param inputs names of the model's inputs
- * @param short those that take int32
- * @throws as that
- */
+/** Encodes texts as `Session.encode`. @param short names of the inputs that take int32 */
 export async function feedsOfTexts(
   given: string | readonly string[],
   tokenizer: Tokenizer,

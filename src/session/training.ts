@@ -40,10 +40,8 @@ export function halfOf({ model }: ModelFile): "encoder" | "decoder" | undefined 
 }
 
 /**
- * One file of a model whose encoder and decoder lie in files of their own does not learn by itself: what the encoder's tasks have to
- * learn would have to come out of the decoder's file.
- * @param pack the part of it that is to be trained here
- * @throws BaseMismatchError for one of such files, where the other is adapted too, or where it has a branch for each use of its cache
+ * A file of an encoder or a decoder alone does not learn what the other's tasks need.
+ * @throws BaseMismatchError for such a file, where the other is adapted too, or where it has a branch for each use of its cache
  */
 export function refuseParts(
   file: ModelFile,
@@ -68,11 +66,9 @@ export function refuseParts(
 
 /**
  * Adds loss and gradients to a prepared model, in place.
- * @param trainable may name the output that holds the logits
  * @returns the graph, how to load the model, and what every run is fed with that does not learn
  * @throws FormatError naming every node that gradients do not pass
- * @throws BaseMismatchError where a layer that a task may bring whole is adapted too: a new task could do only one of them; and
- *   where a convolution or an embedding is adapted
+ * @throws BaseMismatchError where a layer that a task may bring whole is adapted too, or one that is not linear is adapted
  */
 export async function addTraining(
   engine: Engine,
@@ -119,10 +115,7 @@ export async function addTraining(
   return { graph, load: { purpose: "train", exactNodes }, idle };
 }
 
-/**
- * Looks at shapes: without the optimiser, which needs longer than two tiny runs, and on the CPU, since shapes are the same there,
- * and WebGPU would compile shaders for each operator; devices without f16 lack some.
- */
+/** Looks at shapes, unoptimised, which is sooner done, and on the CPU: WebGPU would compile shaders for each operator and may lack f16. */
 function probeOf(engine: Engine): ShapeProbe {
   return async (detached, feeds) => {
     const model = await engine.load(detached, { purpose: "inspect" });
@@ -148,11 +141,7 @@ function probeOf(engine: Engine): ShapeProbe {
 // Layers that tasks bring whole are trained with any number of outputs, one for each label. In a head of several layers that holds for
 // the last one only; the layers in front of it keep the model's number of outputs. Uses graphs and names only.
 
-/**
- * Fixes the number of outputs of inner layers of heads (those with another product behind them) in the inputs' dimensions, in place.
- * @param main the graph with task inputs
- * @param outputsOf number of outputs of the model's own layer, by module name
- */
+/** Fixes the outputs of inner layers of heads, those with another product behind them, in the inputs' dimensions, in place. */
 export function fixInnerHeads(
   main: GraphProto,
   inputs: readonly TaskInput[],

@@ -1,11 +1,22 @@
 /**
- * Values of a prepared model's inputs: a selection in, arrays out, for one task or for one task per row of a batch.
+ * Values of a prepared model's inputs: a selection in, arrays out, for one task or for one task per row of a batch. A selection is read once
+ * and its tasks are put together; from that come cores, factors and parameters for the graph, and in mode "folded" weights.
  */
 
-import type { Merged } from "../core/merge.ts";
-import type { PackView } from "../core/part.ts";
-import type { LoadedTasks, Selection, SwitchOptions } from "../core/selection.ts";
-import type { CoreTarget, SessionRuntime, UnfoldedTerms } from "../core/session-runtime.ts";
+import { createBackend } from "../backends/select.ts";
+import type { View } from "../core/base.ts";
+import {
+  type ActiveTask,
+  hasCore,
+  KernelSession,
+  type ModulePlan,
+  planTasks,
+  writeCore,
+} from "../core/kernel-session.ts";
+import { type Merged, mergeAll } from "../core/merge.ts";
+import type { Runtime, RuntimeOptions } from "../core/runtime.ts";
+import { type LoadedTasks, loadParts, memoryReport, type Selection, type SwitchOptions } from "../core/selection.ts";
+import type { PristineWeight } from "../core/terms.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import {
   bringsOf,
@@ -19,12 +30,12 @@ import {
   type TaskParameter,
 } from "../format/format.ts";
 import type { CoreBlock, TaskInput } from "../onnx/inject.ts";
-import type { AdaptedLayer } from "../onnx/linear.ts";
-import { pacer, throwIfAborted } from "../pace.ts";
+import { paced, pacer, throwIfAborted } from "../pace.ts";
+import { Changes } from "../queue.ts";
 import { transpose } from "../tensor/tensor-file.ts";
 import type { Term } from "../tensor/term.ts";
 import type { Engine, Tensors } from "./engine.ts";
-import type { Mode } from "./options.ts";
+import type { PreparedModel } from "./prepare.ts";
 
 /** The value of one input for one task, without the leading dimension `tasks`. */
 export interface InputValue {
@@ -41,44 +52,17 @@ export interface TaskValues {
   readonly labels: ReadonlyMap<string, number>;
 }
 
-/** A head as the base has it. */
-export interface BaseHead {
-  /** [in, labels]. */
-  readonly weight: Float32Array;
-  /** [labels]. */
-  readonly bias: Float32Array | undefined;
-  readonly labels: number;
-  /** True if other tasks adapt the layer: no task may give it another number of labels then. */
-  readonly adapted: boolean;
-}
-
-/** The model's own values, from which values of tasks are computed once it is loaded. Holds nothing of the graph or the file. */
-export interface BaseValues {
-  readonly heads: ReadonlyMap<string, BaseHead>;
-  /** Values of the biases that tasks change, by the pack's name of the parameter. */
-  readonly biases: ReadonlyMap<string, Float32Array>;
-  /** Float weights of modules with DoRA, f32 [out, in], by module name. */
-  readonly weights: ReadonlyMap<string, Float32Array>;
-  /** The pack's names of embeddings, by the parameters with inputs of their own that take their rows too. */
-  readonly tied: ReadonlyMap<string, string>;
-  /** Parameters that tasks may bring, by the pack's names: for these the model is prepared. */
-  readonly wanted: ReadonlySet<string>;
-  /** Parameters of tasks that are left out. */
-  readonly ignored: ReadonlySet<string>;
-}
-
-interface EvaluatedModel {
-  readonly view: PackView;
-  readonly mode: Mode;
-  readonly base: BaseValues;
-  readonly modules: readonly Pick<AdaptedLayer, "name" | "components" | "expands">[];
-  readonly inputs: readonly TaskInput[];
+/** Modes "core" and "factors" have kernels; mode "folded" a runtime that writes weights, and parameters that are inputs all the same. */
+interface Parts {
+  readonly kernels?: KernelSession;
+  readonly folding?: { readonly runtime: Runtime; readonly inputs: ReadonlySet<string> };
 }
 
 interface Evaluation {
   readonly tasks: LoadedTasks["tasks"];
   readonly cores: InputValues;
-  readonly factors: UnfoldedTerms["factors"];
+  /** Factors apart from cores, by module name. A is [in, rank], as models take it. */
+  readonly factors: ReadonlyMap<string, Term>;
   /** Saved modules and biases as the tasks have them, by name. */
   readonly merged: ReadonlyMap<string, Merged>;
 }
@@ -87,7 +71,7 @@ interface Evaluation {
 const NO_LABEL = -3.4028234663852886e38;
 
 /** Entries of a task's `brings` that a model with these inputs is ready for: rows of a side need an input of whole rows. */
-function readyFor(inputs: readonly TaskInput[], modules: EvaluatedModel["modules"]): Set<string> {
+function readyFor(inputs: readonly TaskInput[], modules: PreparedModel["modules"]): Set<string> {
   const ready = new Set<string>();
   for (const { of, kind, over } of inputs) {
     if (kind === "scale") ready.add(`magnitude ${of}`);
@@ -103,18 +87,21 @@ function readyFor(inputs: readonly TaskInput[], modules: EvaluatedModel["modules
   return ready;
 }
 
+/** Made by `unfoldingEvaluator` or `foldingEvaluator`. */
 export class TaskEvaluator {
-  readonly #model: Omit<EvaluatedModel, "modules">;
-  readonly #runtime: SessionRuntime;
+  readonly #model: Pick<PreparedModel, "view" | "mode" | "base" | "inputs">;
+  readonly #parts: Parts;
+  /** The kernel session serves one selection at a time, and long work has pauses. */
+  readonly #queue = new Changes();
   /** Modules and parameters that have inputs, in the form of a task's `brings`. */
   readonly #ready: ReadonlySet<string>;
   /** Sides of modules whose factors lie over components. */
   readonly #over: ReadonlyMap<string, ReadonlySet<"A" | "B">>;
 
-  constructor({ view, mode, base, modules, inputs }: EvaluatedModel, runtime: SessionRuntime) {
+  constructor({ view, mode, base, modules, inputs }: PreparedModel, parts: Parts) {
     // Not all of the prepared model: its layers know the graph, and so the model's whole file.
     this.#model = { view, mode, base, inputs };
-    this.#runtime = runtime;
+    this.#parts = parts;
     this.#ready = readyFor(inputs, modules);
     const over = new Map<string, Set<"A" | "B">>();
     for (const input of inputs)
@@ -124,21 +111,23 @@ export class TaskEvaluator {
 
   /**
    * Reads the tasks of a selection.
-   * @throws as `SessionRuntime.load`
+   * @throws TaskError for an unknown id, a blend that cannot be; SourceError, FormatError when a task cannot be read
    * @throws BaseMismatchError when a task changes what the model was not prepared for
    * @throws TaskError when a task's labels are more or fewer than the rows of its head
    */
-  async load(selection: Selection, options?: SwitchOptions): Promise<LoadedTasks> {
-    const loaded = await this.#runtime.load(selection, options);
+  async load(selection: Selection, options: SwitchOptions = {}): Promise<LoadedTasks> {
+    const { view, base } = this.#model;
+    const tasks = await loadParts(view, selection, options, base.ignored);
+    const loaded = { selection, head: options.head, tasks };
     this.#refuseUnprepared(loaded);
-    for (const { id, blob } of loaded.tasks) {
-      const misfit = misfitLabels(this.#model.view.tasks.get(id)?.metadata.labels, blob.parameters);
+    for (const { id, blob } of tasks) {
+      const misfit = misfitLabels(view.tasks.get(id)?.metadata.labels, blob.parameters);
       if (misfit === undefined) continue;
       throw new TaskError(`task "${id}" cannot be used: ${misfit}; pack its adapter again with a name for each row`, {
         task: id,
       });
     }
-    throwIfAborted(options?.signal);
+    throwIfAborted(options.signal);
     return loaded;
   }
 
@@ -148,18 +137,21 @@ export class TaskEvaluator {
   }
 
   /**
-   * Computes the values of all inputs, in new memory: values of earlier switches may still be on their way into a run.
+   * Computes the values of all inputs, in new memory: earlier ones may be on their way into a run.
    * @param old values that nothing reads any more: cores and factors are written over them
    * @throws TaskError for heads that cannot be blended; the reason of `signal`, once it is aborted
    */
   async evaluate(loaded: LoadedTasks, signal?: AbortSignal, old?: InputValues): Promise<TaskValues> {
-    const { inputs, base } = this.#model;
-    const merged = this.#runtime.parameters(loaded, (name) => {
+    const { inputs, base, view } = this.#model;
+    const { folding } = this.#parts;
+    const tasks = folding ? withParameters(loaded.tasks, (name) => folding.inputs.has(name)) : loaded.tasks;
+    const merged = mergeAll(tasks, view, (name) => {
       const values =
         base.biases.get(name) ?? (name.endsWith(".bias") ? base.heads.get(moduleOf(name))?.bias : undefined);
       return values && { shape: [values.length], values };
     });
-    const evaluation = { tasks: loaded.tasks, merged, ...(await this.#terms(loaded, signal, old)) };
+    const terms = await this.#queue.change(() => this.#terms(loaded.tasks, signal, old));
+    const evaluation = { tasks: loaded.tasks, merged, ...terms };
     const values = new Map<string, InputValue>();
     const pause = pacer(signal);
     for (const input of inputs) {
@@ -188,20 +180,95 @@ export class TaskEvaluator {
     }
   }
 
+  /**
+   * Makes the weights those of the tasks, in mode "folded". When it fails, they are put back.
+   * @returns all parameters that differ from the base, by the base's names; valid until the next fold
+   * @throws as `Runtime.switchTask`
+   */
+  async fold({ selection, head, tasks }: LoadedTasks, signal?: AbortSignal): Promise<ReadonlyMap<string, View>> {
+    const { runtime, inputs } = this.#parts.folding!;
+    const inWeights = withParameters(tasks, (name) => !inputs.has(name));
+    await runtime.activate(selection, { head, signal }, inWeights);
+    return runtime.changes();
+  }
+
+  /** @throws BackendError while the weights are no task's */
+  check(): void {
+    this.#parts.folding?.runtime.check();
+  }
+
+  /** Resident bytes: of what expands or folds, and of pristine weights. */
+  memory(): { readonly scratch: number; readonly pristine: number } {
+    const { kernels, folding } = this.#parts;
+    if (folding) {
+      const { total, coefficients, pristine } = folding.runtime.memory();
+      return { scratch: total - coefficients - pristine, pristine };
+    }
+    const scratch = kernels ? memoryReport(kernels.backend.memory()).total + kernels.buffer.values.byteLength : 0;
+    return { scratch, pristine: 0 };
+  }
+
+  async close(): Promise<void> {
+    this.#parts.kernels?.backend.close();
+    await this.#parts.folding?.runtime.close();
+  }
+
   async #terms(
-    loaded: LoadedTasks,
+    tasks: readonly ActiveTask[],
     signal: AbortSignal | undefined,
-    old?: InputValues,
+    old: InputValues | undefined,
   ): Promise<Pick<Evaluation, "cores" | "factors">> {
+    const { kernels } = this.#parts;
+    if (!kernels) return { cores: new Map(), factors: new Map() };
+    const mode = this.#model.mode as "core" | "factors";
     const spaces = this.#model.inputs.flatMap((input) =>
       input.kind === "core" ? [new CoreSpace(input, old?.get(input.name))] : [],
     );
     const targets = new Map(spaces.flatMap(({ targets }) => targets));
-    const factors = old && this.#oldFactors(old);
-    const over = this.#over;
-    const terms = await this.#runtime.terms(loaded, { cores: targets, over, old: factors, signal });
-    const cores = new Map(spaces.map((space) => [space.name, space.value((module) => terms.cores.has(module))]));
-    return { cores, factors: terms.factors };
+    const written = new Set<string>();
+    const others: ModulePlan[] = [];
+    const { modules, buffer } = kernels;
+    const pause = pacer(signal);
+    buffer.used = 0;
+    for (const plan of planTasks(tasks, modules, buffer, true)) {
+      const { name } = modules[plan.module]!;
+      const core = hasCore(plan, mode);
+      const target = core && targets.get(name);
+      if (target) {
+        const turn = paced(writeCore(plan, buffer.values, target.out, target.at, target.stride), pause);
+        if (turn) await turn;
+        written.add(name);
+      }
+      if (!core || plan.A.residual.length > 0 || plan.magnitude !== undefined) others.push(plan);
+    }
+    const cores = new Map(spaces.map((space) => [space.name, space.value((module) => written.has(module))]));
+    const factors = others.length > 0 ? await this.#factors(others, kernels, mode, signal, old) : new Map();
+    return { cores, factors };
+  }
+
+  async #factors(
+    plans: readonly ModulePlan[],
+    kernels: KernelSession,
+    mode: "core" | "factors",
+    signal: AbortSignal | undefined,
+    old: InputValues | undefined,
+  ): Promise<Evaluation["factors"]> {
+    const { modules } = kernels;
+    const weightOf = (module: number): PristineWeight => {
+      const { name, in: inputs, out } = modules[module]!;
+      const { buffer, byteOffset, byteLength } = this.#model.base.weights.get(name)!;
+      const data = new Uint8Array(buffer as ArrayBuffer, byteOffset, byteLength);
+      return { dtype: "f32", shape: [out, inputs], data, byteOffset: 0 };
+    };
+    const arrays = old && this.#oldFactors(old);
+    const { unfold } = await import("../core/terms.ts");
+    const terms = await unfold(plans, kernels, mode, weightOf, {
+      old: (module) => arrays?.get(modules[module]!.name),
+      over: (module) => this.#over.get(modules[module]!.name),
+      turned: true,
+      signal,
+    });
+    return new Map([...terms].map(([module, term]) => [modules[module]!.name, term]));
   }
 
   /** Arrays of factors that inputs had, by module name. */
@@ -278,6 +345,37 @@ export class TaskEvaluator {
   }
 }
 
+/** Makes the evaluator of modes "core" and "factors". @param bases of the pack */
+export async function unfoldingEvaluator(model: PreparedModel, bases: Uint8Array): Promise<TaskEvaluator> {
+  // Cores consist of coefficients alone.
+  const expands = model.base.weights.size > 0 || model.modules.some((module) => module.expands);
+  const { backend } = await createBackend(expands ? { webgpu: false } : { backend: "js" });
+  try {
+    const kernels = new KernelSession(backend, model.view.modules, expands ? bases : new Uint8Array(0));
+    return new TaskEvaluator(model, { kernels });
+  } catch (error) {
+    backend.close();
+    throw error;
+  }
+}
+
+/** Makes the evaluator of mode "folded". @param options base and device @throws as `createRuntime` */
+export async function foldingEvaluator(model: PreparedModel, options: RuntimeOptions): Promise<TaskEvaluator> {
+  const { pack, names, keep, base } = model;
+  const heads = [...base.heads.keys()].flatMap((head) => [`${head}.weight`, `${head}.bias`]);
+  const inputs = new Set([...heads, ...base.biases.keys()]);
+  const { createRuntime } = await import("../core/runtime.ts");
+  const how = { ...options, names, ...(keep && { modules: keep }), ignore: [...base.ignored, ...inputs] };
+  const runtime = await createRuntime(pack, { ...how, anyBase: true });
+  return new TaskEvaluator(model, { folding: { runtime, inputs } });
+}
+
+function withParameters(tasks: readonly ActiveTask[], keep: (name: string) => boolean): ActiveTask[] {
+  return tasks.map(({ blob, ...task }) => {
+    return { ...task, blob: { ...blob, parameters: blob.parameters.filter(({ name }) => keep(name)) } };
+  });
+}
+
 /** Rows of an embedding that a task replaces. */
 interface TaskRows {
   readonly strength: number;
@@ -339,10 +437,7 @@ export function isTerm({ kind }: TaskInput): boolean {
   return kind === "core" || kind === "A" || kind === "B";
 }
 
-/**
- * Tensors of the inputs that carry tasks, for one task or one per row.
- * @returns also the bytes of their arrays; terms may fill theirs in part
- */
+/** Tensors of the inputs for one task or one per row, and the bytes of their arrays; terms may fill theirs in part. */
 export function toFeeds(
   engine: Engine,
   inputs: readonly TaskInput[],
@@ -361,16 +456,14 @@ export function toFeeds(
   return { feeds, bytes };
 }
 
-/** Names of the parameters that come as inputs in mode "folded". */
-export function inputNamesOf({ heads, biases }: BaseValues): Set<string> {
-  return new Set([...[...heads.keys()].flatMap((head) => [`${head}.weight`, `${head}.bias`]), ...biases.keys()]);
-}
-
 /** The value of an input for cores while it is filled: each core of a module has its place. */
 export class CoreSpace {
   readonly name: string;
-  /** Targets in the order of the blocks, with names of modules. */
-  readonly targets: readonly (readonly [module: string, target: CoreTarget])[];
+  /** Modules by block, and where the core of each lies: the index of its first number, and the distance of its rows. */
+  readonly targets: readonly [
+    module: string,
+    { readonly out: Float32Array; readonly at: number; readonly stride: number },
+  ][];
   readonly #dims: readonly [height: number, width: number];
   readonly #data: Float32Array;
   readonly #blocks: readonly CoreBlock[];

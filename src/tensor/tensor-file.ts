@@ -126,8 +126,8 @@ export function transposed(file: TensorFile, name: string): Derived {
 }
 
 /** [rows, columns] → [columns, rows]. */
-export function transpose(values: Float32Array, rows: number, columns: number): Float32Array<ArrayBuffer> {
-  const turned = new Float32Array(rows * columns);
+export function transpose<T extends Float32Array | Int8Array>(values: T, rows: number, columns: number): T {
+  const turned = values.slice() as T;
   for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) turned[c * rows + r] = values[r * columns + c]!;
   return turned;
 }

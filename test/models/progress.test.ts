@@ -8,6 +8,7 @@ import { cachedSource, type RangeStore } from "eigenlora/cache";
 import { readAdapters } from "eigenlora/node";
 import { createEigenSession, createEigenSessions } from "eigenlora/onnxruntime";
 import t, { type Test } from "tap";
+import { externalFiles, readModel } from "../support/internals/models.ts";
 import { data, LOSSLESS } from "../support/packs.ts";
 import { serve } from "../support/range-server.ts";
 import { model, modelBytes, NODE, open, packBytes, packFor } from "../support/sessions.ts";
@@ -102,7 +103,20 @@ t.test("a model, the files beside it, and that all is ready", async (t) => {
   const path = collector();
   await (await open(NODE, model("torchscript"), opened, { onProgress: path.onProgress })).close();
   t.match(path.told[0], { file: "torchscript.onnx", name: data("sessions"), stage: "model" });
-  t.match(path.told.at(-2), { status: "done" });
+  t.match(path.told.at(-2), { status: "done", progress: 100 });
+  for (const name of ["sessions/external", "minilm/model_fp16"]) {
+    const { told, onProgress } = collector();
+    const file = await readModel(data(`${name}.onnx`), { weightsApart: true, onProgress });
+    for (const location of externalFiles(file.model).keys()) await (await file.external!(location)).read(0, 1000);
+    await file.close();
+    const done = told.filter(({ status }) => status === "done");
+    t.equal(done.length, name === "sessions/external" ? 2 : 1, name);
+    for (const { loaded, total, progress } of done) t.match({ loaded, progress }, { loaded: total, progress: 100 });
+    t.ok(
+      told.every(({ status }) => status !== "progress"),
+      "the runtime reads the rest: no percent of what is read here",
+    );
+  }
   await opened.close();
 });
 

@@ -235,7 +235,7 @@ export async function graphOf(
   options: Partial<TrainingGraphOptions> = {},
 ): Promise<{ graph: TrainingGraph; inputs: readonly TaskInput[] }> {
   checkInjectable(file.model);
-  const injected = inject(file.model, { modules, biases: [], rows: [], vectors: [], heads }, { probe: false });
+  const injected = inject(file.model, { modules, biases: [], rows: [], vectors: [], heads }, { probeOutputs: false });
   const outputsOf = (module: string) => heads.find(({ name }) => name === module)?.out;
   fixInnerHeads(file.model.graph.proto, injected.inputs, outputsOf);
   return {

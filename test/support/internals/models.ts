@@ -12,7 +12,7 @@ export * from "../../../dist/src/onnx/protobuf.js";
 export { type ModelFile, readModel } from "../../../dist/src/onnx/read.js";
 export { replaceByFile, type WeightInput } from "../../../dist/src/onnx/replaceable.js";
 export { skeletonOf } from "../../../dist/src/onnx/skeleton.js";
-export { readTensor as readOnnxTensor } from "../../../dist/src/onnx/tensors.js";
+export { externalFiles, readTensor as readOnnxTensor } from "../../../dist/src/onnx/tensors.js";
 export { readLinearWeight } from "../../../dist/src/onnx/weights.js";
 export { detachWeights, embedWeights } from "../../../dist/src/onnx/write.js";
 export { CacheWatch } from "../../../dist/src/session/caches.js";
