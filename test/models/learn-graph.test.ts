@@ -4,7 +4,7 @@
  */
 import type { Feed } from "eigenlora/session";
 import t from "tap";
-import { Adam, type TrainingGraphOptions } from "../support/internals/learn.ts";
+import type { TrainingGraphOptions } from "../support/internals/learn.ts";
 import {
   type ModelFile,
   ModelProtoSchema,
@@ -225,38 +225,6 @@ for (const { name: runtime, ort } of ORTS) {
     }
   });
 }
-
-t.test("a head alone learns its targets", async (t) => {
-  const of = await golden("bert-eager-dynamo");
-  const file = await readCase(of.name);
-  const { graph, inputs } = await graphOf(file, { heads: [headLayerOf(file, "classifier")] });
-  const session = await sessionOf(NODE, file, "all");
-  const labels = 2;
-  const values = new Map([...noisy(inputs, 0, labels, 1)]);
-  t.same([...graph.gradients.keys()], [...values.keys()]);
-  const all = [...values.values()].map(({ data }) => data as Float32Array);
-  const optimizer = new Adam(
-    all.map((values) => ({ values, rate: 0.05 })),
-    { steps: 40, warmup: 4, clip: Infinity },
-  );
-  const targets = floats(
-    Float32Array.from({ length: 5 * labels }, (_, i) => Number(i % labels === (i >> 1) % labels)),
-    5,
-    labels,
-  );
-  const losses: number[] = [];
-  for (let step = 0; step < 40; step++) {
-    const results = await run(
-      session,
-      NODE,
-      new Map<string, Feed>([...of.feeds, ...values, ...learning(graph, targets)]),
-    );
-    losses.push(Number(results[graph.lossOutput]!.data[0]));
-    optimizer.step([...graph.gradients.values()].map((name) => results[name]!.data as Float32Array));
-  }
-  t.ok(losses.at(-1)! < 0.2 * losses[0]!, `from ${losses[0]!.toFixed(3)} to ${losses.at(-1)!.toFixed(3)}`);
-  await session.release();
-});
 
 t.test("where one position is looked at, the last layer works on that one alone", async (t) => {
   /** Names of values from which one position is taken, by the operator that makes them. */

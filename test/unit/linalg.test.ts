@@ -15,7 +15,6 @@ import {
   forwardSolve,
   gram,
   lq,
-  multiplyTransposed,
   PLAIN,
   type Products,
   principalComponents,
@@ -66,26 +65,6 @@ function checkEigen(name: string, a: Float64Array, n: number, expected: readonly
     t.ok(off <= 1e-10, `${name}: ${count} vectors are orthonormal within ${off}`);
   }
 }
-
-t.test("products of rows at odd and even sizes", async () => {
-  for (const [m, n, width] of [
-    [1, 1, 1],
-    [2, 4, 8],
-    [3, 5, 7],
-    [1, 9, 3],
-    [7, 2, 1],
-    [5, 6, 0],
-    [16, 17, 33],
-  ]) {
-    const x = noise(m! * width!, 1);
-    const y = noise(n! * width!, 2);
-    t.ok(largest(multiplyTransposed(x, y, m!, n!, width!), product(x, y, m!, n!, width!)) <= 1e-14);
-    const g = gram(x, m!, width!);
-    t.ok(largest(g, product(x, x, m!, m!, width!)) <= 1e-14);
-    t.same(g, transpose(g, m!, m!), "symmetric to the bit");
-  }
-  t.same(multiplyTransposed(noise(0, 1), noise(8, 1), 0, 2, 4), new Float64Array(0));
-});
 
 t.test("eigenvalues known in closed form", async () => {
   for (const n of [1, 2, 3, 4, 5, 8, 13, 21, 50, 100, 151, 200]) {

@@ -71,7 +71,7 @@ t.comment(JSON.stringify([find(process.execPath), without("node", process.execPa
 });
 
 t.test("a test runs on one runtime or backend, which its name tells: another one is not left out with it", (t) => {
-  const LOOP = /^.*\bof (?:(?:ORTS|RUNTIMES)\b|await backends\(\)).*\n(?:.*\n){0,3}/gm;
+  const LOOP = /^.*\bof (?:(?:ORTS|RUNTIMES)\b|await backends\(\)).*\n(?:.*\n){0,5}/gm;
   for (const folder of ["unit", "models"]) {
     for (const file of readdirSync(join(root, "test", folder)))
       for (const [loop] of readFileSync(join(root, "test", folder, file), "utf8").matchAll(LOOP))
