@@ -27,35 +27,21 @@ function matchesInTime(pattern: string, name: string): boolean | undefined {
 /** PEFT's question to Python, asked of JavaScript's engine: the same for ASCII. */
 const byEngine = (pattern: string, name: string): boolean => new RegExp(`^(.*\\.)?(${pattern})$`).test(name);
 
-t.test("what each construct matches", async (t) => {
+/** Those that the random patterns below do not have, and names as people write them. */
+t.test("what constructs match", async (t) => {
   const name = "model.layers.12.self_attn.q_proj";
   const cases: [pattern: string, matched: boolean][] = [
     ["q_proj", true],
     ["self_attn.q_proj", true],
     ["proj", false],
-    ["layers", false],
-    ["^q_proj", false],
     ["^model\\.layers\\.12\\.self_attn\\.q_proj$", true],
-    ["^model.*", true],
-    [".*attn.*", true],
-    ["[qkv]_proj", true],
-    ["[^qkv]_proj", false],
-    ["(q|k|v)_proj", true],
-    ["q_proj|k_proj", true],
     ["layers\\.\\d+\\.self_attn\\.(?:q|v)_proj", true],
-    ["layers.[0-9]{2}.*", true],
-    ["layers.[0-9]{3}.*", false],
     ["layers.1{1,}2{,1}.+", true],
     ["layers.(1[0-5]|[2-9])\\..*q_proj", true],
-    ["\\w+", true],
-    ["\\W+", false],
     ["q\\_pro[]j]", true],
     ["q\\_pro[]x[j]", true],
     ["q{,}_proj", true],
-    ["(q_proj)?", true],
-    ["(k_proj)?", false],
     [".*?q_proj??", true],
-    ["x+x+y", false],
     ["", false],
   ];
   for (const [pattern, matched] of cases) t.equal(matches(pattern, name), matched, pattern);
