@@ -11,49 +11,91 @@ import { difference, GOLDENS, golden, modelBytes, packBytes } from "../support/s
 const PARAMETER_BYTES = 4096;
 const TOLERANCE = 1e-5;
 
-/** Shared by all tests here: each opens a window of its own. */
-const browser = noChromium ? undefined! : await launch(t, ["--enable-unsafe-webgpu"]);
+const BUILDS = ["onnxruntime-web/webgpu", "onnxruntime-web"] as const;
+/** The build that folds weights on the device; the other switches on the CPU. */
+const [NATIVE, OLDER] = BUILDS;
 
-/** Packs shared by all models here. */
-const packs = new Map<string, Uint8Array>();
-const small = (basis: "int4" | "int8"): object => ({ select: { kind: "k", k: 6 }, dtype: { basis } });
-for (const [name, options] of Object.entries({ tasks: undefined, int4: small("int4"), int8: small("int8") }))
-  packs.set(`${name}.eigen`, await packBytes(["adapters"], "base", options));
+/** Calls of functions of browser-gpu.js, in the order of the tests below. Each page compiles all shaders: a build's calls share it. */
+const plan = new Map<string, string>();
+const call = (name: string, ...values: unknown[]): string => {
+  const code = `${name}(${["feeds", ...values.map((value) => JSON.stringify(value))].join(", ")})`;
+  plan.set(code, values.includes(OLDER) ? OLDER : NATIVE);
+  return code;
+};
 
-/** Calls functions of browser-gpu.js one after the other. @returns undefined where there is no adapter */
-async function inBrowser(t: Test, calls: readonly string[], model = "torchscript"): Promise<any[] | undefined> {
+const THREE = [null, "two", "three", "five", { two: 0.5, three: 0.5 }];
+const FUSED = call("switching", THREE, soak ? 20 : 3, "fused");
+const SWITCHES = call("switching", [...THREE, { two: 1, five: -0.3 }, { three: 0.25 }], soak ? 120 : 8, "torchscript");
+const PLACED = (
+  [
+    [NATIVE, "core"],
+    [NATIVE, "factors"],
+    [OLDER, "core"],
+  ] as const
+)
+  .slice(0, soak ? 3 : 1)
+  .map(([build, mode]) => ({ build, mode, code: call("placed", build, mode) }));
+/** Bytes become floats for "int8": one of the two builds computes them wrongly. */
+const SMALL = BUILDS.flatMap((build) => ["int4", "int8"].map((basis) => ({ build, basis })))
+  .slice(0, soak ? 4 : 1)
+  .map(({ build, basis }) => ({ name: `${build}, ${basis}`, basis, code: call("small", build, basis) }));
+const GIVEN = BUILDS.slice(0, soak ? 2 : 1).map((build) => ({ build, code: call("given", build) }));
+/** Devices that are lost, last in their page. The soak loses one in each mode of each build, the gate one on the device and one on the CPU. */
+const LOST = BUILDS.flatMap((build) => (["folded", "core"] as const).map((mode) => ({ build, mode })))
+  .filter(({ build, mode }) => soak || (build === NATIVE) === (mode === "folded"))
+  .map(({ build, mode }) => ({ build, mode, code: call("lost", build, mode) }));
+const AGAIN = call("again");
+
+/** Results by call, of one page for each build; undefined where there is no adapter. */
+async function report(): Promise<Map<string, any> | undefined> {
+  const small = (basis: "int4" | "int8"): object => ({ select: { kind: "k", k: 6 }, dtype: { basis } });
+  const files = new Map<string, Uint8Array>();
+  for (const model of ["torchscript", "fused"]) files.set(`${model}.onnx`, modelBytes(model));
+  for (const [name, options] of Object.entries({ tasks: undefined, int4: small("int4"), int8: small("int8") }))
+    files.set(`${name}.eigen`, await packBytes(["adapters"], "base", options));
+  await addRuntimes(files, ["asyncify", "jsep"]);
   const feeds = Object.fromEntries(
     Object.entries(GOLDENS.feeds as Record<string, number[][]>)
       .filter(([name, rows]) => name !== "x" && Array.isArray(rows[0]))
       .map(([name, rows]) => [name, { type: "int64", dims: [rows.length, rows[0]!.length], data: rows.flat() }]),
   );
-  const files = new Map<string, Uint8Array>([
-    ["model.onnx", modelBytes(model)],
-    ...packs,
-    [
-      "page.js",
-      await bundle(`import { again, given, lost, placed, small, switching } from "./browser-gpu.js";
+  const browser = await launch(t, ["--enable-unsafe-webgpu"]);
+  const results = new Map<string, any>();
+  for (const build of BUILDS) {
+    const calls = [...plan].flatMap(([code, of]) => (of === build ? [code] : []));
+    const code = `import { again, given, lost, placed, small, switching } from "./browser-gpu.js";
       const feeds = ${JSON.stringify(feeds)};
+      const failed = ({ stack }) => ({ failed: stack });
       async function all() {
         if (!(await navigator.gpu?.requestAdapter())) return "no adapter";
-        return [${calls.map((call) => `await ${call}`).join(", ")}];
+        return [${calls.map((call) => `await ${call}.catch(failed)`).join(", ")}];
       }
-      globalThis.answer = all();`),
-    ],
-  ]);
-  await addRuntimes(files, ["asyncify", "jsep"]);
-  const results = await answerOf(await openPage(t, files, browser));
-  if (results !== "no adapter") return results as any[];
-  skip(t, "chromium", "no adapter");
-  return undefined;
+      globalThis.answer = all();`;
+    const page = await openPage(t, new Map([...files, ["page.js", await bundle(code)]]), browser);
+    page.setDefaultTimeout(LIMIT);
+    const answers = (await answerOf(page)) as "no adapter" | unknown[];
+    if (answers === "no adapter") return undefined;
+    calls.forEach((code, i) => results.set(code, answers[i]));
+    await page.close();
+  }
+  return results;
+}
+let reported: ReturnType<typeof report> | undefined;
+
+/** Result of a call. @returns undefined where there is no adapter, or where the call has failed, which fails the test */
+async function resultOf(t: Test, code: string): Promise<any> {
+  const results = await (reported ??= report());
+  if (!results) skip(t, "chromium", "no adapter");
+  const found = results?.get(code);
+  if (found?.failed) t.fail(`${code}: ${found.failed}`);
+  return found?.failed ? undefined : found;
 }
 
-const options = { skip: noChromium, timeout: soak ? 580_000 : 240_000 };
+const LIMIT = soak ? 3_600_000 : 240_000;
+const options = { skip: noChromium, timeout: LIMIT };
 
 t.test("queries, keys and values in one weight", options, async (t) => {
-  const selections = [null, "two", "three", "five", { two: 0.5, three: 0.5 }];
-  const [found] =
-    (await inBrowser(t, [`switching(feeds, ${JSON.stringify(selections)}, ${soak ? 20 : 3})`], "fused")) ?? [];
+  const found = await resultOf(t, FUSED);
   if (!found) return;
   t.match(found, { mode: "folded", probe: { result: "passed" } });
   ["base", "two", "three", "five"].forEach((task, i) => {
@@ -64,8 +106,7 @@ t.test("queries, keys and values in one weight", options, async (t) => {
 });
 
 t.test("switches", options, async (t) => {
-  const selections = [null, "two", "three", "five", { two: 0.5, three: 0.5 }, { two: 1, five: -0.3 }, { three: 0.25 }];
-  const [found] = (await inBrowser(t, [`switching(feeds, ${JSON.stringify(selections)}, ${soak ? 120 : 8})`])) ?? [];
+  const found = await resultOf(t, SWITCHES);
   if (!found) return;
   t.match(found, { mode: "folded", reason: "asked for", probe: { result: "passed" } });
   t.equal(found.created, 1, "one InferenceSession");
@@ -105,17 +146,9 @@ t.test("switches", options, async (t) => {
   t.match(found.released, { tag: "backend", message: /is closed/ });
 });
 
-for (const [build, mode] of [
-  ["onnxruntime-web/webgpu", "core"],
-  ...(soak
-    ? ([
-        ["onnxruntime-web/webgpu", "factors"],
-        ["onnxruntime-web", "core"],
-      ] as const)
-    : []),
-] as const) {
+for (const { build, mode, code } of PLACED) {
   t.test(`${build}, mode "${mode}": a task is sent once a switch, and by no run`, options, async (t) => {
-    const [report] = (await inBrowser(t, [`placed(feeds, "${build}", "${mode}")`])) ?? [];
+    const report = await resultOf(t, code);
     if (!report) return;
     const { found, expected, inOrder, memory, held, left } = report;
     for (const { task, answers, bytesFed, switched, run } of found) {
@@ -136,69 +169,45 @@ for (const [build, mode] of [
   });
 }
 
+t.test("components stay small on a GPU too", options, async (t) => {
+  for (const { name, basis, code } of SMALL) {
+    const found = await resultOf(t, code);
+    if (!found) continue;
+    const { stored, f32 } = found;
+    t.equal(stored.probe, "passed", name);
+    t.equal(stored.bytes < f32.bytes / 2, basis === "int4", `${name}: ${stored.bytes} bytes instead of ${f32.bytes}`);
+    stored.answers.forEach((answer: number[], task: number) => {
+      const off = difference(answer, f32.answers[task]);
+      t.ok(off <= TOLERANCE, `${name}, task ${task}: off by ${off}`);
+    });
+  }
+});
+
 t.test("a device of the caller's", options, async (t) => {
-  const builds = ["onnxruntime-web/webgpu", "onnxruntime-web"];
-  const results = await inBrowser(
-    t,
-    builds.map((build) => `given(feeds, "${build}")`),
-  );
-  if (!results) return;
-  results.forEach((found, i) => {
+  for (const { build, code } of GIVEN) {
+    const found = await resultOf(t, code);
+    if (!found) continue;
     for (const [what, answer] of Object.entries(found.answers as Record<string, number[]>)) {
       const off = difference(answer, golden("base", what.split(",")[0]!));
-      t.ok(off <= TOLERANCE, `${builds[i]}, ${what}: off by ${off}`);
+      t.ok(off <= TOLERANCE, `${build}, ${what}: off by ${off}`);
     }
     t.match(found, { probe: { result: "passed" }, otherReason: "asked for", usable: true, live: 0 });
-    t.equal(
-      found.reason,
-      i === 0 ? "asked for" : "asked for; onnxruntime does not use the device it was given; the weights are on its own",
-    );
-  });
+    const unused = "; onnxruntime does not use the device it was given; the weights are on its own";
+    t.equal(found.reason, `asked for${build === NATIVE ? "" : unused}`);
+  }
 });
 
 t.test("a device that is lost", options, async (t) => {
   const gone = { tag: "backend", message: /device was lost/ };
-  // One build folds weights on the device, the other switches on the CPU; the soak runs both with both.
-  for (const build of ["onnxruntime-web/webgpu", "onnxruntime-web"]) {
-    const native = build === "onnxruntime-web/webgpu";
-    if (native || soak) {
-      const calls = [`lost(feeds, "${build}")`, ...(native ? ["again(feeds)"] : [])];
-      const [found, again] = (await inBrowser(t, calls)) ?? [];
-      if (!found) return;
-      t.match(found, { run: gone, change: gone, next: gone, after: { run: gone, again: gone, switch: gone } }, build);
-      t.match(found, { release: "fulfilled", live: 0, told: { message: /./ } }, `${build}: released`);
-      if (native) t.ok(difference(again, golden("base", "two")) <= TOLERANCE, "a new session works");
-    }
-    if (native && !soak) continue;
-    const [core] = (await inBrowser(t, [`lost(feeds, "${build}", "core")`])) ?? [];
-    t.match(
-      core,
-      {
-        ...{ run: gone, next: gone, after: { run: gone, again: gone, switch: "fulfilled" }, release: "fulfilled" },
-        told: { message: /./ },
-      },
-      `${build}, core`,
-    );
+  for (const { build, mode, code } of LOST) {
+    const found = await resultOf(t, code);
+    if (!found) continue;
+    // In mode "core" a switch is the CPU's.
+    const folded = { run: gone, change: gone, next: gone, after: { run: gone, again: gone, switch: gone }, live: 0 };
+    const core = { run: gone, next: gone, after: { run: gone, again: gone, switch: "fulfilled" } };
+    const expected = { ...(mode === "folded" ? folded : core), release: "fulfilled", told: { message: /./ } };
+    t.match(found, expected, `${build}, ${mode}`);
   }
-});
-
-t.test("components stay small on a GPU too", options, async (t) => {
-  const cases = ["int4", "int8"]
-    .flatMap((basis) => ["onnxruntime-web/webgpu", "onnxruntime-web"].map((build) => [build, basis] as const))
-    .filter(([build, basis]) => soak || (build === "onnxruntime-web") === (basis === "int8"));
-  const results = await inBrowser(
-    t,
-    cases.map(([build, basis]) => `small(feeds, "${build}", "${basis}")`),
-  );
-  results?.forEach(({ stored, f32 }, i) => {
-    const what = cases[i]!.join(", ");
-    t.equal(stored.probe, "passed", what);
-    // Bytes become floats there: one of the two builds computes them wrongly.
-    const isSmall = cases[i]![1] === "int4";
-    t.equal(stored.bytes < f32.bytes / 2, isSmall, `${what}: ${stored.bytes} bytes instead of ${f32.bytes}`);
-    stored.answers.forEach((answer: number[], task: number) => {
-      const off = difference(answer, f32.answers[task]);
-      t.ok(off <= TOLERANCE, `${what}, task ${task}: off by ${off}`);
-    });
-  });
+  const again = await resultOf(t, AGAIN);
+  if (again) t.ok(difference(again, golden("base", "two")) <= TOLERANCE, "a new session works");
 });

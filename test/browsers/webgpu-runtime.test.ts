@@ -185,7 +185,12 @@ t.test("a lost device is told of once, and fails the switches that wait", { skip
   for (const each of [lost, waiting]) await t.rejects(each, { tag: "backend", message: /device was lost/ });
   t.equal(runtime.task, "debtags-role", "the previous task");
   t.equal(losses, 1);
+  await t.rejects(runtime.switchTask("debtags-game"), { tag: "backend", message: /device was lost/ });
   await runtime.close();
+  const next = await createRuntime(await openPack(packBytes), { backend: "webgpu", base });
+  await next.switchTask("debtags-role");
+  t.equal(next.task, "debtags-role", "a new runtime goes on");
+  await next.close();
 });
 
 t.test("a device that does not answer counts as lost", { skip }, async (t) => {

@@ -260,25 +260,6 @@ t.test("a device that is none is passed over with the reason by auto, refused by
   });
 });
 
-t.test("a lost device fails the switch by name; a new runtime goes on", { skip }, async (t) => {
-  const { bytes } = await packOf(["adapters/own-seed/debtags-role"], {}, (m) => m.includes("layer.0.attention.self.q"));
-  const pack = await openPack(bytes);
-  const base = await seededBase(pack.modules);
-  const { device, close } = await countingDevice();
-  t.teardown(close);
-  const runtime = await createRuntime(pack, { backend: "webgpu", webgpu: { device }, base });
-  const lost = runtime.switchTask("debtags-role");
-  device.destroy();
-  await t.rejects(lost, { tag: "backend", message: /device was lost/ });
-  t.equal(runtime.task, null);
-  await t.rejects(runtime.switchTask("debtags-role"), { tag: "backend", message: /device was lost/ });
-  await runtime.close();
-  const next = await createRuntime(await openPack(bytes), { backend: "webgpu", base });
-  await next.switchTask("debtags-role");
-  t.equal(next.task, "debtags-role");
-  await next.close();
-});
-
 t.test(
   "more memory than a buffer may have is refused, what the device refuses later is reported",
   { skip },

@@ -6,7 +6,7 @@ import { openPack } from "eigenlora";
 import { type Adapter, type BuildOptions, buildPack, projectAdapters, searchPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { completeDtypes, DEFAULT_ERROR } from "../support/internals/pack.ts";
+import { completeDtypes, DEFAULT_ERROR, isCodedPack } from "../support/internals/pack.ts";
 import { concat, data, LOSSLESS, lossOf, packOf } from "../support/packs.ts";
 import {
   difference,
@@ -187,4 +187,31 @@ t.test("what cannot be done is refused, with what can", async (t) => {
     buildPack(adapters, { select }),
     /"k" or "energy", got "error"; for an error or a size take searchPack/,
   );
+});
+
+/** Packs whose tasks are entropy-coded as coarsely as an error allows. */
+t.test("no task loses more than was asked, nor much less", async (t) => {
+  for (const max of [0.3, 0.15, 0.05]) {
+    const goal = { kind: "error", max } as const;
+    const { chunks, report } = await searchPack(adapters, { goal });
+    const pack = await openPack(concat(chunks).buffer);
+    const { step, error } = pack.directory.basis;
+    t.ok(isCodedPack(pack) && error === max && step! > 0);
+    for (const adapter of adapters) {
+      const { total: loss } = await lossOf(pack, adapter);
+      t.ok(loss <= max && loss > 0.95 * max, `${adapter.id}: ${loss}`);
+      t.ok(Math.abs(loss - report.errors.find(({ id }) => id === adapter.id)!.total) < 1e-6, "the report says so");
+    }
+    t.equal(report.tried.length, 1, "one strategy is enough");
+    await pack.close();
+  }
+});
+
+t.test("an error that integers do not reach is kept to by other numbers", async (t) => {
+  const { chunks, report } = await searchPack(adapters.slice(0, 2), { goal: { kind: "error", max: 0.001 } });
+  const pack = await openPack(concat(chunks).buffer);
+  for (const adapter of adapters.slice(0, 2)) t.ok((await lossOf(pack, adapter)).total <= 0.001);
+  t.match(report.tried[0]!.reason, /loses more than 0.001 of its ΔW/);
+  t.match(report.name, /each task by itself, f(16|32)/);
+  t.notOk(isCodedPack(pack));
 });

@@ -9,8 +9,8 @@ import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import type { SessionOptions } from "eigenlora/session";
 import t from "tap";
+import { run } from "../support/command-line.ts";
 import { folderFor } from "../support/folder.ts";
-import { runProgram } from "../support/internals/cli.ts";
 import {
   fromBinary,
   ModelProtoSchema,
@@ -161,35 +161,28 @@ t.test("every module is told, though some are missing", async (t) => {
   );
 });
 
-/** Runs a command line in this process. */
-async function run(...args: string[]): Promise<{ code: number; out: string; err: string }> {
-  let [out, err] = ["", ""];
-  const code = await runProgram(args, { write: (text) => (out += text) }, { write: (text) => (err += text) });
-  return { code, out, err };
-}
-
 t.test("the command: exit code, verdict, next step", async (t) => {
   for (const [what, { model, pack, options = {}, mode, next }] of Object.entries(CASES)) {
     const flags = [
       ...[...(options.names ?? [])].flatMap(([module, weight]) => ["--names", `${module}=${weight}`]),
       ...(options.ignore ?? []).flatMap((name) => ["--ignore", name]),
     ];
-    const { code, out, err } = await run("check", pathOf(model), pack, "--files-only", ...flags);
-    t.same([code, err], [mode === null ? 1 : 0, ""], what);
-    const [verdict, advice] = out.trimEnd().split("\n").slice(-2);
+    const { status, stdout, stderr } = await run("check", pathOf(model), pack, "--files-only", ...flags);
+    t.same([status, stderr], [mode === null ? 1 : 0, ""], what);
+    const [verdict, advice] = stdout.trimEnd().split("\n").slice(-2);
     t.match(verdict, mode === null ? /^It does not work: / : `It works, in mode "${mode}" (`, what);
     t.match(advice, next, what);
-    t.notMatch(out, /option `names`|anyBase: true,|pass ignore: |undefined|NaN/, `${what}: in flags`);
+    t.notMatch(stdout, /option `names`|anyBase: true,|pass ignore: |undefined|NaN/, `${what}: in flags`);
   }
 });
 
 t.test("with onnxruntime-node it makes a session and runs it", async (t) => {
-  const { code, out } = await run("check", data("exports/classifier.onnx"), fresh);
-  t.equal(code, 0);
-  t.match(out, /parity probe passed/);
-  t.match(out, /learning: yes/);
+  const { status, stdout } = await run("check", data("exports/classifier.onnx"), fresh);
+  t.equal(status, 0);
+  t.match(stdout, /parity probe passed/);
+  t.match(stdout, /learning: yes/);
   const asked = async (model: string, pack: string) =>
-    JSON.parse((await run("check", pathOf(model), pack, "--json")).out) as Survey & Record<string, any>;
+    JSON.parse((await run("check", pathOf(model), pack, "--json")).stdout) as Survey & Record<string, any>;
   const json = await asked("exports/classifier.onnx", both);
   t.match(json, {
     works: true,
@@ -208,10 +201,10 @@ t.test("with onnxruntime-node it makes a session and runs it", async (t) => {
 
 t.test("tasks of another model are named, and no quantiser is blamed", async (t) => {
   const two = await pack("two.eigen", ["adapters/own-seed/debtags-role", "sessions/adapters-mlp/a"]);
-  const { code, out } = await run("check", data("minilm/model_fp16.onnx"), two, "--files-only");
-  t.equal(code, 1);
-  t.match(out, /Next: pack the tasks of one model only: none of the modules of task "a" is in this model/);
-  t.notMatch(out, /quantisers/);
+  const { status, stdout } = await run("check", data("minilm/model_fp16.onnx"), two, "--files-only");
+  t.equal(status, 1);
+  t.match(stdout, /Next: pack the tasks of one model only: none of the modules of task "a" is in this model/);
+  t.notMatch(stdout, /quantisers/);
   const small = await run("check", data("sessions/torchscript.onnx"), minilm, "--files-only");
-  t.match(small.out, /Next: use the model that the adapters were trained on: in this one a layer has another shape/);
+  t.match(small.stdout, /Next: use the model that the adapters were trained on: in this one a layer has another shape/);
 });

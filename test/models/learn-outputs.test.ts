@@ -2,7 +2,7 @@
  * A model's outputs decide whether it can be trained and its packs judged: one row of logits for each text is needed. Over tokens or
  * embeddings one softmax would mix unrelated numbers and report a number all the same.
  */
-import { openPack } from "eigenlora";
+import { openPack, type Pack } from "eigenlora";
 import { type Adapter, buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { type BatchFeeds, createTrainer, distill } from "eigenlora/train";
@@ -13,11 +13,13 @@ import {
   ModelProtoSchema,
   makeNode,
   makeValue,
+  readModel,
+  surveyModel,
   toBinary,
 } from "../support/internals/models.ts";
 import { fitted } from "../support/learning.ts";
-import { concat, data, LOSSLESS } from "../support/packs.ts";
-import { modelBytes, NODE, open } from "../support/sessions.ts";
+import { concat, data, LOSSLESS, packOf } from "../support/packs.ts";
+import { modelBytes, NODE, open, refusal } from "../support/sessions.ts";
 
 const [adapter] = await readAdapters([data("sessions/adapters/two")]);
 const headless: Adapter = { ...adapter!, saved: [] };
@@ -108,4 +110,37 @@ t.test("one row of logits for each text is trained", async (t) => {
   const [, , losses] = await fitted(trainer, examples, { steps: 3 });
   t.ok(losses.length === 3 && losses.every(Number.isFinite), losses.join());
   await session.close();
+});
+
+/** Single files of an encoder and a decoder: refused by name before anything runs, with advice.
+ */
+async function opened(): Promise<Pack> {
+  const base = data("seq2seq/base.safetensors");
+  return openPack((await packOf(["seq2seq/adapters/answers"], { ...LOSSLESS, base })).bytes);
+}
+
+const of = (side: string) => (module: string) => module.startsWith(`${side}.`);
+
+t.test("one of several files is refused, with what to do", async (t) => {
+  const pack = await opened();
+  const refused = (file: string, modules?: (module: string) => boolean) =>
+    refusal(() => open(NODE, data(`seq2seq/${file}`), pack, { trainable: true, modules }));
+  const decoder = await refused("decoder.onnx");
+  t.match(decoder, {
+    tag: "base",
+    message:
+      /decoder\.onnx is the decoder of a model in two files, which cannot be trained by itself: tasks adapt "encoder\./,
+  });
+  t.match(
+    decoder.message,
+    /export encoder and decoder as one graph, or train this file's layers alone, with the option `modules`/,
+  );
+  t.match((await refused("onnx/encoder_model.onnx")).message, /is the encoder of .*: tasks adapt "decoder\./);
+  const merged = await refused("onnx/decoder_model_merged.onnx", of("decoder"));
+  t.match(merged, { tag: "base", message: /it has a branch for each use of its cache, which gradients do not pass/ });
+  const { learning } = await surveyModel(await readModel(data("seq2seq/onnx/decoder_model_merged.onnx")), pack, {
+    modules: of("decoder"),
+  });
+  t.match(learning, { works: false, why: /it has a branch for each use of its cache/ }, "and told beforehand");
+  await pack.close();
 });

@@ -9,11 +9,14 @@ import { concat, data, goldenPacks, LOSSLESS, packOf, termDelta } from "../suppo
 import { soak } from "../support/required.ts";
 import { packFor } from "../support/sessions.ts";
 
-t.test("PEFT's goldens through pack and runtime", async (t) => {
-  const goldens = await goldenPacks();
-  t.ok(goldens.length >= 22, `${goldens.length} goldens`);
-  for (const golden of goldens) for (const options of await backends()) await checkGolden(t, golden, options);
-});
+let packed: ReturnType<typeof goldenPacks> | undefined;
+for (const options of await backends()) {
+  t.test(`${options.wasm?.variant ?? options.backend}: PEFT's goldens through pack and runtime`, async (t) => {
+    const goldens = await (packed ??= goldenPacks());
+    t.ok(goldens.length >= 22, `${goldens.length} goldens`);
+    for (const golden of goldens) await checkGolden(t, golden, options);
+  });
+}
 
 t.test("heads of other sizes come and go, and the caller's array is the head again", async (t) => {
   const base = new Map<string, Tensor>();

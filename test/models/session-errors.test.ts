@@ -302,8 +302,8 @@ t.test("tasks that were added later", async (t) => {
   for (const adapter of adapters) await adapter.close();
 });
 
-t.test("a provider that ignores inputs is found", async (t) => {
-  for (const { name, ort } of ORTS) {
+for (const { name, ort } of ORTS) {
+  t.test(`${name}: a provider that ignores inputs is found`, async (t) => {
     const pack = await packFor("base");
     const core = ignoring(ort, (input) => /\.cores?\b/.test(input));
     const all = ignoring(ort, (input) => input.startsWith("eigenlora."));
@@ -318,7 +318,7 @@ t.test("a provider that ignores inputs is found", async (t) => {
       const session = { executionProviders: ["cpu"] };
       const error = await refusal(() => open(fake, model("torchscript"), pack, { mode, session }));
       const message = /the provider \["cpu"\].*term of "bert\.encoder\.layer\.0.*Use another provider/;
-      t.match(error, { tag: "backend", backend: '["cpu"]', message }, `${name}, ${mode}: ${error.message}`);
+      t.match(error, { tag: "backend", backend: '["cpu"]', message }, `${mode}: ${error.message}`);
       const unseen = await open(fake, model("torchscript"), pack, { mode, probe: false });
       t.equal(unseen.probe.result, "skipped: asked not to");
       await unseen.close();
@@ -329,9 +329,10 @@ t.test("a provider that ignores inputs is found", async (t) => {
       t.ok(honest.probe.difference! < 1e-5, `${honest.probe.difference}`);
       await honest.close();
     }
-  }
+  });
+}
 
-  // No adapted layer in the main graph: only the model's output can tell.
+t.test("without an adapted layer in the main graph, the model's output tells", async (t) => {
   const adapters = await readAdapters([data("sessions/adapters-mlp/a")]);
   const some = adapters.map((one) => ({ ...one, saved: [], modules: new Map([["mid", one.modules.get("mid")!]]) }));
   const pack = await openPack(concat((await buildPack(some, LOSSLESS)).chunks));
@@ -344,24 +345,24 @@ t.test("a provider that ignores inputs is found", async (t) => {
   t.match(error, { tag: "backend", message: /the same "logits" with and without a task/ });
 });
 
-t.test("where the probe cannot tell, it says so, and the session works", async (t) => {
-  const pack = await packFor("mlp");
-  // Takes exactly three rows.
-  const three = changed("gemm", (graph) => {
-    graph.initializer.push(makeInts("three", [3, 12]));
-    for (const node of graph.node) node.input = node.input.map((value) => (value === "x" ? "x3" : value));
-    graph.node.unshift(makeNode("Reshape", "three", ["x", "three"], "x3"));
-  });
-  // An input of a kind for which there is no likely value.
-  const double = changed("gemm", (graph) => void graph.input.push(makeValue("temperature", 11, [])));
-  // The input of the first layer is no number: 0 · ∞.
-  const nothing = changed("gemm", (graph) => {
-    graph.initializer.push(makeFloats("zero", [0], []));
-    const nodes = [makeNode("Div", "nan", ["zero", "zero"], "nan"), makeNode("Add", "x+nan", ["x", "nan"], "x+nan")];
-    for (const node of graph.node) node.input = node.input.map((value) => (value === "x" ? "x+nan" : value));
-    graph.node.unshift(...nodes);
-  });
-  for (const { ort } of ORTS) {
+for (const { name, ort } of ORTS) {
+  t.test(`${name}: where the probe cannot tell, it says so, and the session works`, async (t) => {
+    const pack = await packFor("mlp");
+    // Takes exactly three rows.
+    const three = changed("gemm", (graph) => {
+      graph.initializer.push(makeInts("three", [3, 12]));
+      for (const node of graph.node) node.input = node.input.map((value) => (value === "x" ? "x3" : value));
+      graph.node.unshift(makeNode("Reshape", "three", ["x", "three"], "x3"));
+    });
+    // An input of a kind for which there is no likely value.
+    const double = changed("gemm", (graph) => void graph.input.push(makeValue("temperature", 11, [])));
+    // The input of the first layer is no number: 0 · ∞.
+    const nothing = changed("gemm", (graph) => {
+      graph.initializer.push(makeFloats("zero", [0], []));
+      const nodes = [makeNode("Div", "nan", ["zero", "zero"], "nan"), makeNode("Add", "x+nan", ["x", "nan"], "x+nan")];
+      for (const node of graph.node) node.input = node.input.map((value) => (value === "x" ? "x+nan" : value));
+      graph.node.unshift(...nodes);
+    });
     const own = (names: readonly string[]) => ({
       ...feeds(ort, { inputNames: ["x"] }),
       ...(names.includes("temperature") && { temperature: new ort.Tensor("float64", Float64Array.of(1), []) }),
@@ -386,5 +387,5 @@ t.test("where the probe cannot tell, it says so, and the session works", async (
     const session = await open(ort, nothing, pack);
     t.match(session.probe.result, /^skipped: /);
     await session.close();
-  }
-});
+  });
+}

@@ -3,10 +3,8 @@
  * Node, and on an engine in plain JavaScript.
  */
 import { type ByteSource, openPack } from "eigenlora";
-import fc from "fast-check";
 import t from "tap";
-import { Queue } from "../support/internals/base.ts";
-import { runs, soak } from "../support/required.ts";
+import { soak } from "../support/required.ts";
 import {
   checkRows,
   difference,
@@ -291,82 +289,4 @@ t.test("blends, strengths and what a switch reports", async (t) => {
   session.removeTask("three");
   t.match(await refusal(() => session.switchTask("three")), { tag: "task" });
   for (const one of sessions) await one.close();
-});
-
-t.test("Queue: every call sees the changes asked for before it, and no other", async (t) => {
-  const step = fc.oneof(
-    fc.record({ kind: fc.constant("run" as const), ticks: fc.nat(4), fails: fc.boolean() }),
-    fc.record({ kind: fc.constant("change" as const), ticks: fc.nat(4), fails: fc.boolean() }),
-    fc.record({ kind: fc.constant("wait" as const), ticks: fc.nat(6) }),
-  );
-  const wait = async (ticks: number): Promise<void> => {
-    for (let i = 0; i < ticks; i++) await new Promise(setImmediate);
-  };
-  await fc.assert(
-    fc.asyncProperty(fc.array(step, { maxLength: 25 }), async (steps) => {
-      const queue = new Queue();
-      let state = 0;
-      let expected = 0;
-      let made = 0;
-      const running = new Map<number, number>();
-      const retired: number[] = [];
-      const replaced: number[] = [];
-      const all: Promise<unknown>[] = [];
-      for (const one of steps) {
-        if (one.kind === "wait") {
-          await wait(one.ticks);
-        } else if (one.kind === "run") {
-          const due = expected;
-          const run = queue.call(async () => {
-            const now = state;
-            if (now !== due) throw new Error(`run on ${now}, due on ${due}`);
-            if (retired.includes(now)) throw new Error("retired before a run");
-            running.set(now, (running.get(now) ?? 0) + 1);
-            await wait(one.ticks);
-            running.set(now, running.get(now)! - 1);
-            return one.fails ? Promise.reject(new Error("asked to")) : now;
-          });
-          all.push(
-            run.then(
-              (found) => found === due,
-              (error: Error) => error.message === "asked to",
-            ),
-          );
-        } else {
-          const [from, to] = [expected, ++made];
-          const change = queue.change(
-            async () => {
-              const old = state;
-              if (old !== from) throw new Error(`change of ${old}, due of ${from}`);
-              await wait(one.ticks);
-              if (one.fails) throw new Error("asked to");
-              replaced.push(old);
-              state = to;
-              return { old, to };
-            },
-            async ({ old }) => {
-              if ((running.get(old) ?? 0) > 0) throw new Error("retired while it runs");
-              retired.push(old);
-            },
-          );
-          if (!one.fails) expected = to;
-          all.push(
-            change.then(
-              (found) => found.to === to,
-              (error: Error) => error.message === "asked to",
-            ),
-          );
-        }
-      }
-      await queue.end();
-      const right = await Promise.all(all);
-      if (right.includes(false)) throw new Error("a run or change went wrong");
-      if (state !== expected) throw new Error(`ended on ${state}, due ${expected}`);
-      if (retired.toSorted().join() !== replaced.toSorted().join()) {
-        throw new Error(`retired ${retired}, replaced ${replaced}`);
-      }
-    }),
-    { numRuns: runs(200) },
-  );
-  t.pass("200 sequences");
 });

@@ -93,14 +93,19 @@ t.test("sessions: every mode and exporter", async (t) => {
   }
 });
 
-t.test("sessions: other runtimes, and a head in another form", async (t) => {
-  const pack = await packOf(t, ["rows", "rows-more"]);
-  for (const { name, ort } of ORTS) {
-    const session = await open(ort, at("torchscript.onnx"), pack, { mode: "factors" });
+for (const { name, ort } of ORTS.slice(1)) {
+  t.test(`sessions: ${name}`, async (t) => {
+    const session = await open(ort, at("torchscript.onnx"), await packOf(t, ["rows", "rows-more"]), {
+      mode: "factors",
+    });
     await session.switchTask("rows");
     agrees(t, await logitsOf(session, ort.Tensor), goldens.tied["rows"], name);
     await session.close();
-  }
+  });
+}
+
+t.test("sessions: a head in another form", async (t) => {
+  const pack = await packOf(t, ["rows", "rows-more"]);
   for (const mode of ["core", "factors"] as const) {
     const shared = mode === "core" ? await packOf(t, ["rows"], { ...LOSSLESS, select: { kind: "k", k: 8 } }) : pack;
     const session = await open(NODE, at("q4.onnx"), shared, { mode });

@@ -178,7 +178,6 @@ const HTML = /answered an HTML page, not the file: .*check the address/;
 const NOT_FOUND = /the server answered 404; check the address/;
 
 interface Server {
-  readonly name: string;
   readonly start: Start;
   /** Reason to skip it. */
   readonly lacks: string | false;
@@ -192,75 +191,31 @@ interface Server {
   readonly missing: RegExp;
 }
 
-const SERVERS: readonly Server[] = [
-  {
-    name: "vite",
-    start: vite(),
-    lacks: without("vite", VITE),
-    project: true,
-    ranges: true,
-    mjs: "text/javascript",
-    missing: HTML,
-  },
-  {
-    name: "vite preview",
-    start: vitePreview,
-    lacks: without("vite", VITE),
-    project: true,
-    ranges: true,
-    mjs: "text/javascript",
-    missing: HTML,
-  },
-  {
-    name: "webpack-dev-server",
-    start: webpackDevServer,
-    lacks: without("webpack", packages("webpack-dev-server/package.json")),
-    project: true,
-    ranges: true,
-    mjs: "application/javascript",
-    missing: NOT_FOUND,
-  },
-  {
-    name: "python3 -m http.server",
-    start: command(python, (port) => ["-m", "http.server", `${port}`, "--bind", "127.0.0.1"]),
-    lacks: lacking("python", pythonLacks("http.server")),
-    project: false,
-    ranges: false,
-    mjs: "text/javascript",
-    missing: NOT_FOUND,
-  },
-  {
-    name: "serve",
-    start: command(process.execPath, (port) => [
-      packages("serve/build/main.js"),
-      "-l",
-      `tcp://127.0.0.1:${port}`,
-      "-n",
-      "-L",
-    ]),
-    lacks: without("serve", packages("serve/build/main.js")),
-    project: false,
-    ranges: true,
-    mjs: "application/javascript",
-    missing: NOT_FOUND,
-  },
-  {
-    name: "nginx",
-    start: nginx,
-    lacks: without("nginx", "/usr/sbin/nginx"),
-    project: false,
-    ranges: true,
-    mjs: "application/octet-stream",
-    missing: NOT_FOUND,
-  },
-];
+const noVite = without("vite", VITE);
+const noWebpack = without("webpack", packages("webpack-dev-server/package.json"));
+const SERVE = packages("serve/build/main.js");
+const serveHandler = command(process.execPath, (port) => [SERVE, "-l", `tcp://127.0.0.1:${port}`, "-n", "-L"]);
+const python3 = command(python, (port) => ["-m", "http.server", `${port}`, "--bind", "127.0.0.1"]);
+const noPython = lacking("python", pythonLacks("http.server"));
+const [TEXT, APPLICATION, OCTETS] = ["text/javascript", "application/javascript", "application/octet-stream"] as const;
+const bundled = { project: true, ranges: true };
+const files = { project: false, ranges: true, missing: NOT_FOUND };
+
+const SERVERS: Record<string, Server> = {
+  vite: { ...bundled, start: vite(), lacks: noVite, mjs: TEXT, missing: HTML },
+  "vite preview": { ...bundled, start: vitePreview, lacks: noVite, mjs: TEXT, missing: HTML },
+  "webpack-dev-server": { ...bundled, start: webpackDevServer, lacks: noWebpack, mjs: APPLICATION, missing: NOT_FOUND },
+  "python3 -m http.server": { ...files, ranges: false, start: python3, lacks: noPython, mjs: TEXT },
+  serve: { ...files, start: serveHandler, lacks: without("serve", SERVE), mjs: APPLICATION },
+  nginx: { ...files, start: nginx, lacks: without("nginx", "/usr/sbin/nginx"), mjs: OCTETS },
+};
 
 const [project, folder] = [await makeProject(), await makeFolder()];
 const browser = noChromium ? undefined : await launch(t);
 
-for (const { name, start, lacks, project: bundled, ranges, mjs, missing } of SERVERS) {
+for (const [name, { start, lacks, project: isProject, ranges, mjs, missing }] of Object.entries(SERVERS)) {
   t.test(name, { skip: noChromium || lacks, timeout: 120_000 }, async (t) => {
-    const url = await start(t, bundled ? project : folder);
+    const url = await start(t, isProject ? project : folder);
     const page = await browser!.newPage();
     page.on("pageerror", (error) => t.fail(`uncaught in the page: ${error.stack}`));
     await page.goto(url);

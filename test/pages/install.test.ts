@@ -44,6 +44,9 @@ await writeFile(join(project, "package.json"), '{"type":"module","private":true}
 run(project, "npm", "install", "--offline", "--no-audit", "--no-fund", join(folder, filename));
 const installed = await readdir(join(project, "node_modules"));
 
+/** Shared by all tests here: each opens a window of its own. */
+const browser = noChromium ? undefined! : await launch(t);
+
 t.test("an install brings the package alone, and that packs", async (t) => {
   t.same(
     installed.filter((name) => !name.startsWith(".")),
@@ -159,7 +162,6 @@ globalThis.answer = Promise.all([smoke("small.eigen", { backend: "auto" }), main
     );
     await writeFile(join(site, "small.eigen"), small.bytes);
 
-    const browser = await launch(t);
     const answer = async (policy: string): Promise<[{ backend: string; identical: boolean }, number[] | string]> => {
       const meta = `<meta http-equiv="Content-Security-Policy" content="${policy}">`;
       await writeFile(join(site, "index.html"), `<!doctype html>${meta}<script type="module" src="page.js"></script>`);
@@ -167,6 +169,7 @@ globalThis.answer = Promise.all([smoke("small.eigen", { backend: "auto" }), main
       const server = await serveFolder(site);
       t.teardown(() => server.close());
       const page = await browser.newPage();
+      t.teardown(() => page.close());
       page.on("pageerror", (error) => t.fail(`uncaught in the page: ${error.stack}`));
       await page.goto(server.url);
       return (await answerOf(page)) as never;
@@ -358,7 +361,8 @@ const keepSaid = (page: Page): Promise<unknown> =>
 
 /** Chooses each task in an app's page, which says how much of the model has come. @returns the scripts that it loaded */
 async function tryPage(t: Test, url: string, route?: (page: Page) => Promise<unknown>): Promise<string[]> {
-  const page = await (await launch(t)).newPage();
+  const page = await browser.newPage();
+  t.teardown(() => page.close());
   const scripts: string[] = [];
   page.on("request", (request) => {
     const { pathname } = new URL(request.url());
@@ -454,7 +458,8 @@ t.test("examples/llm, in the terminal and as a page", { skip: noTransformers || 
   run(app, process.execPath, VITE, "build", "--logLevel", "error");
   const server = await serveFolder(join(app, "dist"));
   t.teardown(() => server.close());
-  const page = await (await launch(t)).newPage();
+  const page = await browser.newPage();
+  t.teardown(() => page.close());
   page.setDefaultTimeout(120_000);
   page.on("pageerror", (error) => t.fail(`uncaught in the page: ${error.stack}`));
   await beTheCdn(t, page, packages());

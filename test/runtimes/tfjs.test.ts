@@ -1,5 +1,5 @@
 /**
- * TF.js as published, on its backends cpu and wasm; `tfjs-chromium.test.ts` has the others. EIGENLORA_RUNTIMES names a folder where `npm
+ * TF.js as published, on its backends cpu and wasm, and on webgl and webgpu in Chromium. EIGENLORA_RUNTIMES names a folder where `npm
  * install` has put `@tensorflow/tfjs-core`, -layers, -converter and the backends, 4.22, and `basic-pitch` is the package
  * `@spotify/basic-pitch` 1.0, unpacked. Tests that need them are skipped by name without, and fail when EIGENLORA_REQUIRE lists "tfjs".
  */
@@ -11,7 +11,9 @@ import { buildPack } from "eigenlora/build";
 import { tfjsHost } from "eigenlora/tfjs";
 import t from "tap";
 import { adapterOf } from "../support/adapters.ts";
+import { noChromium } from "../support/browser.ts";
 import { difference } from "../support/compare.ts";
+import { inChromium } from "../support/framework-browser.ts";
 import { asKernel, inputs } from "../support/frameworks.ts";
 import { concat, LOSSLESS } from "../support/packs.ts";
 import { packages, runtimes, without } from "../support/required.ts";
@@ -78,3 +80,18 @@ t.test("a GraphModel that others have converted", { skip: skip || noPitch }, asy
   await runtime.switchTask(null);
   t.ok(difference(await notes(model), before) === 0, "the base's own answer");
 });
+
+const SCRIPT = `import * as tf from "@tensorflow/tfjs-core";
+  import * as layers from "@tensorflow/tfjs-layers";
+  import { loadGraphModel } from "@tensorflow/tfjs-converter";
+  import "@tensorflow/tfjs-backend-webgl";
+  import "@tensorflow/tfjs-backend-webgpu";
+  import { record } from "./stand-in.ts";
+  import { tfjsSuite } from "./tfjs-suite.ts";
+  globalThis.run = (backend) => record(backend, async (t) => {
+    t.ok(await tf.setBackend(backend), "the backend starts");
+    await tf.ready();
+    tfjsSuite(t, { tf, layers, loadGraphModel });
+  });`;
+
+t.test("TF.js", { skip: skip || noChromium }, (t) => inChromium(t, SCRIPT, ["webgl", "webgpu"]));

@@ -67,10 +67,11 @@ function watchDevices() {
  * @param {typeof native} ort
  * @param {GPUDevice} [device]
  * @param {"core" | "folded"} [mode]
+ * @param {string} [model]
  */
-async function open(ort, device, mode = "folded") {
+async function open(ort, device, mode = "folded", model = "torchscript") {
   const executionProviders = /** @type {any} */ ([device ? { name: "webgpu", device } : "webgpu"]);
-  return createEigenSession(ort, "/model.onnx", await openPack("/tasks.eigen"), {
+  return createEigenSession(ort, `/${model}.onnx`, await openPack("/tasks.eigen"), {
     mode,
     session: { executionProviders },
   });
@@ -103,15 +104,16 @@ async function failure(work) {
  * @param {Feeds} feeds
  * @param {Selection[]} selections null first
  * @param {number} switches
+ * @param {string} model
  */
-export async function switching(feeds, selections, switches) {
+export async function switching(feeds, selections, switches, model) {
   const ort = native;
   const { create } = ort.InferenceSession;
   let created = 0;
   ort.InferenceSession.create = /** @type {typeof create} */ (
     (...args) => (created++, /** @type {any} */ (create)(...args))
   );
-  const session = await open(ort);
+  const session = await open(ort, undefined, "folded", model);
   const { pack } = session;
   const ask = () => answer(ort, session, feeds);
   /** @param {Selection} selection */
@@ -264,7 +266,7 @@ export async function small(feeds, build, basis) {
   /** @type {Record<string, { bytes: number, probe: string, answers: number[][] }>} */
   const found = {};
   for (const components of /** @type {const} */ (["stored", "f32"])) {
-    const session = await createEigenSession(ort, "/model.onnx", pack, {
+    const session = await createEigenSession(ort, "/torchscript.onnx", pack, {
       mode: "core",
       components,
       session: { executionProviders: ["webgpu"] },
@@ -290,9 +292,9 @@ export async function small(feeds, build, basis) {
 export async function placed(feeds, build, mode) {
   const ort = BUILDS[build];
   const executionProviders = ["webgpu"];
-  const plain = await ort.InferenceSession.create("/model.onnx", { executionProviders });
+  const plain = await ort.InferenceSession.create("/torchscript.onnx", { executionProviders });
   const pack = await openPack("/tasks.eigen");
-  const session = await createEigenSession(ort, "/model.onnx", pack, { mode, session: { executionProviders } });
+  const session = await createEigenSession(ort, "/torchscript.onnx", pack, { mode, session: { executionProviders } });
   /** @param {() => Promise<unknown>} work */
   const count = async (work) => {
     counts = { submits: 0, written: 0, coefficients: 0, sent: 0 };

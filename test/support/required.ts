@@ -28,6 +28,9 @@ export const soak: boolean = env["EIGENLORA_SOAK"] === "1";
 /** True if every runtime and backend is tested; `npm test` takes onnxruntime-node, plain JavaScript and SIMD alone. */
 export const whole: boolean = env["EIGENLORA_QUICK"] !== "1";
 
+/** Folder of tap's results of an earlier run; undefined where there is none. Tests that passed there are left out (start.ts). */
+export const passed: string | undefined = env["EIGENLORA_PASSED"];
+
 /** How many cases of a property, or mutants, are tried: `all` in the soak, a quarter in the gate. */
 export const runs = (all: number): number => (soak ? all : Math.ceil(all / 4));
 

@@ -1,25 +1,9 @@
 /** The command line's own texts: help of every command, versions, and unknown words. */
 import { readFile } from "node:fs/promises";
 import t from "tap";
+import { run } from "../support/command-line.ts";
 import { workIn } from "../support/folder.ts";
-import { COMMAND_LINE, runProgram } from "../support/internals/cli.ts";
-
-interface Answer {
-  status: number | null;
-  stdout: string;
-  stderr: string;
-}
-
-/** Runs the command in this process, which is much faster. */
-async function run(...args: string[]): Promise<Answer> {
-  const answer = { stdout: "", stderr: "" };
-  const stream = (name: "stdout" | "stderr") => ({
-    write: (text: string) => {
-      answer[name] += text;
-    },
-  });
-  return { status: await runProgram(args, stream("stdout"), stream("stderr")), ...answer };
-}
+import { COMMAND_LINE } from "../support/internals/cli.ts";
 
 const list = (await run("--help")).stdout;
 const commands = list

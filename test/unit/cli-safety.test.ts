@@ -8,25 +8,14 @@ import { openPack } from "eigenlora";
 import { encodeTaskFile } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
+import { json, run } from "../support/command-line.ts";
 import { folderFor } from "../support/folder.ts";
 import { openSafetensors, openSource } from "../support/internals/base.ts";
-import { createOutput, openModel, Run, runProgram, takeLock, writeTogether } from "../support/internals/cli.ts";
+import { createOutput, openModel, Run, takeLock, writeTogether } from "../support/internals/cli.ts";
 import { data } from "../support/packs.ts";
 
 const folder = folderFor(t);
 const at = (...names: string[]): string => join(folder, ...names);
-
-async function run(...args: string[]): Promise<{ status: number; stdout: string; stderr: string }> {
-  const said = { stdout: "", stderr: "" };
-  const stream = (name: "stdout" | "stderr") => ({ write: (text: string) => (said[name] += text) });
-  return { status: await runProgram(args, stream("stdout"), stream("stderr")), ...said };
-}
-
-async function succeed(...args: string[]): Promise<Record<string, any>> {
-  const { status, stdout } = await run(...args, "--json");
-  if (status !== 0) throw new Error(`${args.join(" ")}: ${stdout}`);
-  return JSON.parse(stdout);
-}
 
 /** Message of a command that fails. */
 async function refusal(...args: string[]): Promise<string> {
@@ -39,12 +28,12 @@ async function refusal(...args: string[]): Promise<string> {
 const adapters = ["debtags-role", "sections-0"].map((id) => at("adapters", id));
 for (const path of adapters) await cp(data(`adapters/own-seed/${path.split("/").at(-1)}`), path, { recursive: true });
 const [role] = adapters as [string, string];
-await succeed("pack", at("adapters"), "-o", at("p.eigen"), "--k", "2");
+await json(0, "pack", at("adapters"), "-o", at("p.eigen"), "--k", "2");
 
 t.test("what is there already is replaced by --force alone, by every command that writes a new file", async (t) => {
-  await succeed("hub", "shard", role, "-o", at("role.part"));
-  await succeed("hub", "merge", at("role.part"), "--k", "2", "-o", at("basis.eigen"));
-  await succeed("hub", "project", at("basis.eigen"), role, "-o", at("role.tasks"));
+  await json(0, "hub", "shard", role, "-o", at("role.part"));
+  await json(0, "hub", "merge", at("role.part"), "--k", "2", "-o", at("basis.eigen"));
+  await json(0, "hub", "project", at("basis.eigen"), role, "-o", at("role.tasks"));
   await writeFile(at("lines.txt"), "a line\n");
   await writeFile(at("rows.jsonl"), '{"text":"one","label":"a"}\n{"text":"two","label":"b"}\n');
   const commands: string[][] = [
@@ -68,25 +57,25 @@ t.test("what is there already is replaced by --force alone, by every command tha
   t.equal(await readFile(at("mine"), "utf8"), "work of hours");
   for (const command of commands.slice(0, 6)) {
     await writeFile(at("mine"), "work of hours");
-    await succeed(...command, "-o", at("mine"), "--force");
+    await json(0, ...command, "-o", at("mine"), "--force");
     t.not((await readFile(at("mine"))).toString(), "work of hours", command.join(" "));
   }
   t.equal(
-    (await succeed("hub", "shard", role, "-o", at("role.part")))["present"],
+    (await json(0, "hub", "shard", role, "-o", at("role.part")))["present"],
     true,
     "a part made of the same is left alone",
   );
   await writeFile(at("key.pub.pem"), "a key");
   t.match(await refusal("keygen", "-o", at("key")), /key\.pub\.pem already exists/);
   t.notOk((await readdir(folder)).includes("key.pem"), "neither of the two");
-  await succeed("keygen", "-o", at("key"), "--force");
+  await json(0, "keygen", "-o", at("key"), "--force");
   t.equal((await stat(at("key.pem"))).mode & 0o777, 0o600);
   // Files beside an attached model must not be overwritten either.
   await writeFile(at("a.base.safetensors"), "mine");
   const attach = ["attach", data("sessions/torchscript.onnx"), at("s.eigen"), "-o", at("a.onnx")];
-  await succeed("pack", data("sessions/adapters"), "-o", at("s.eigen"));
+  await json(0, "pack", data("sessions/adapters"), "-o", at("s.eigen"));
   t.match(await refusal(...attach), /a\.base\.safetensors already exists/);
-  await succeed(...attach, "--force");
+  await json(0, ...attach, "--force");
   await rm(at("a.onnx"));
   await rm(at("a.base.safetensors"));
   t.match(await refusal(...attach), /a\.tasks.*\.safetensors already exists/);
@@ -112,8 +101,8 @@ t.test("folders, devices, pipes, links and what the command reads", async (t) =>
   t.ok((await stat("/dev/null")).isCharacterDevice() && (await stat(at("pipe"))).isFIFO());
   t.match(await refusal(...pack, at("no", "such", "x")), /there is no folder .*such; make it first/);
   t.match(await refusal(...pack, at("link")), /already exists/);
-  await succeed(...pack, at("link"), "--force");
-  t.equal((await succeed("inspect", at("p.eigen")))["tasks"].length, 2, "through the link, which stays");
+  await json(0, ...pack, at("link"), "--force");
+  t.equal((await json(0, "inspect", at("p.eigen")))["tasks"].length, 2, "through the link, which stays");
   for (const command of [
     ["hub", "assemble", at("basis.eigen"), at("role.tasks"), "-o", at("role.tasks")],
     ["hub", "merge", at("role.part"), "-o", at("role.part")],
@@ -175,7 +164,7 @@ t.test("pipes, devices and sockets are refused before they are opened", async (t
     { message: /has a lock that names no process/ },
   );
   await symlink("p.eigen", at("regular"));
-  await succeed("inspect", at("regular"));
+  await json(0, "inspect", at("regular"));
 });
 
 t.test("what comes to lie there during the work stays, and so does the result", async (t) => {
@@ -207,10 +196,10 @@ t.test("export never writes over a trained adapter, nor into a folder of them", 
   t.match(await refusal(...exported, weights), /is a file; name a folder/);
   t.match(await refusal(...exported, weights, "--format", "kohya"), /already exists; choose another name$/);
   t.ok((await readFile(weights)).equals(trained));
-  t.equal((await succeed("pack", at("adapters"), "-o", at("again.eigen"), "--k", "2"))["tasks"], 2);
+  t.equal((await json(0, "pack", at("adapters"), "-o", at("again.eigen"), "--k", "2"))["tasks"], 2);
 
   await mkdir(at("out"));
-  await succeed(...exported, at("out"));
+  await json(0, ...exported, at("out"));
   t.same((await readdir(at("out"))).sort(), ["adapter_config.json", "adapter_model.safetensors", "task.json"]);
   const { metadata } = await openSafetensors(await openSource(at("out", "adapter_model.safetensors")));
   t.same([...metadata], [["format", "pt"]]);
@@ -221,8 +210,8 @@ t.test("export never writes over a trained adapter, nor into a folder of them", 
   const file = encodeTaskFile(entry, pack.basisId, (await pack.load("sections-0")).bytes);
   await pack.close();
   await writeFile(at("plain.eigentask"), file);
-  await succeed("add", at("p.eigen"), at("plain.eigentask"));
-  await succeed("export", at("p.eigen"), "--task", "plain", "-o", at("plain"));
+  await json(0, "add", at("p.eigen"), at("plain.eigentask"));
+  await json(0, "export", at("p.eigen"), "--task", "plain", "-o", at("plain"));
   t.same((await readdir(at("plain"))).sort(), ["adapter_config.json", "adapter_model.safetensors"]);
 });
 
@@ -241,7 +230,7 @@ t.test("adapters of different base models are refused, with who names which", as
   const unnamed = await named("e", null);
   const gpt = await named("z", "gpt2");
   const all = [bert, local, cached, mirror, unnamed];
-  const { warnings } = await succeed("pack", ...all, "-o", at("bert.eigen"), "--k", "2");
+  const { warnings } = await json(0, "pack", ...all, "-o", at("bert.eigen"), "--k", "2");
   t.match(
     warnings.join("\n"),
     /name their base model in several ways, taken for one: google\/bert-base, .*someone\/bert-base/,
@@ -252,16 +241,16 @@ t.test("adapters of different base models are refused, with who names which", as
   t.match(await refusal("pack", ...all, gpt, "-o", at("x"), "--bytes", "1/2"), expected);
   t.match(await refusal("hub", "shard", ...all, gpt, "-o", at("x")), expected);
   t.match(await refusal("add", at("bert.eigen"), gpt), /google\/bert-base \(the pack\); gpt2 \(z\)/);
-  for (const [i, path] of [bert, gpt].entries()) await succeed("hub", "shard", path, "-o", at(`${i}.part`));
+  for (const [i, path] of [bert, gpt].entries()) await json(0, "hub", "shard", path, "-o", at(`${i}.part`));
   t.match(
     await refusal("hub", "merge", at("0.part"), at("1.part"), "-o", at("x"), "--k", "2"),
     /google\/bert-base \(a\); gpt2 \(z\)/,
   );
-  await succeed("hub", "merge", at("0.part"), "-o", at("bert-basis.eigen"), "--k", "2");
+  await json(0, "hub", "merge", at("0.part"), "-o", at("bert-basis.eigen"), "--k", "2");
   t.match(await refusal("hub", "project", at("bert-basis.eigen"), gpt, "-o", at("x")), /\(the pack\); gpt2 \(z\)/);
   t.notOk((await readdir(folder)).includes("x"));
-  t.equal((await succeed("pack", ...all, gpt, "-o", at("any.eigen"), "--k", "2", "--any-base"))["tasks"], 6);
-  await succeed("add", at("bert.eigen"), gpt, "--any-base");
+  t.equal((await json(0, "pack", ...all, gpt, "-o", at("any.eigen"), "--k", "2", "--any-base"))["tasks"], 6);
+  await json(0, "add", at("bert.eigen"), gpt, "--any-base");
 });
 
 t.test("a refusal says what to do", async (t) => {
@@ -269,9 +258,9 @@ t.test("a refusal says what to do", async (t) => {
   const few = await refusal(...pack, "--bytes", "1/600");
   t.match(few, /^--bytes 1\/600: .* at most [\d.]+× smaller than they are: ask for --bytes 1\/[\d.]+ or more$/);
   const [, most] = /ask for --bytes (1\/[\d.]+) or more/.exec(few)!;
-  await succeed(...pack, "--bytes", most!);
+  await json(0, ...pack, "--bytes", most!);
   t.match(await refusal("pack", ...adapters, "-o", at("z"), "--bytes", "5kB"), /ask for --bytes \d+ or more$/);
-  const { warnings, components } = await succeed("pack", at("adapters"), "-o", at("w"), "--k", "10000");
+  const { warnings, components } = await json(0, "pack", at("adapters"), "-o", at("w"), "--k", "10000");
   t.match(warnings.join("\n"), new RegExp(`10000 components were asked for, and the adapters have ${components.max} `));
   t.match(await refusal("inspect", folder), /is a folder, expected a file/);
   t.match(await refusal("inspect", at("nowhere")), /cannot be opened: there is no such file or folder \(ENOENT\)/);
@@ -291,21 +280,21 @@ t.test("a refusal says what to do", async (t) => {
 });
 
 t.test("what a pack without components, or with too few, does to a task is said", async (t) => {
-  await succeed("pack", at("adapters"), "-o", at("few.eigen"), "--k", "2");
+  await json(0, "pack", at("adapters"), "-o", at("few.eigen"), "--k", "2");
   const added = await run("add", at("few.eigen"), data("adapters/own-seed/debtags-use"), "--max-loss", "1");
   t.match(added.stderr, /task "debtags-use" loses \d\d\.\d % of its ΔW, which the pack's components lack/);
-  await succeed("pack", at("adapters"), "-o", at("none.eigen"));
+  await json(0, "pack", at("adapters"), "-o", at("none.eigen"));
   t.equal((await run("add", at("none.eigen"), data("adapters/own-seed/debtags-use"))).stderr, "");
   await writeFile(at("taught.jsonl"), '{"text":"one","label":"a"}\n{"text":"two","label":"b"}\n');
   const learn = ["learn", at("none.eigen"), at("taught.jsonl"), "--model", at("nowhere.onnx"), "-o", at("t.eigentask")];
   t.notMatch((await run(...learn)).stderr, /LoRA of its own/);
-  await succeed("pack", at("adapters"), "-o", at("none.eigen"), "--force", "--error", "0.002");
+  await json(0, "pack", at("adapters"), "-o", at("none.eigen"), "--force", "--error", "0.002");
   t.match((await run(...learn)).stderr, /the pack has no shared components, so the task becomes a LoRA of its own/);
 });
 
 t.test("fold takes another base where it is asked to, and names for modules", async (t) => {
-  await succeed("pack", data("sessions/adapters"), "-o", at("f.eigen"), "--base", data("sessions/base.safetensors"));
-  const { tasks, modules } = await succeed("inspect", at("f.eigen"));
+  await json(0, "pack", data("sessions/adapters"), "-o", at("f.eigen"), "--base", data("sessions/base.safetensors"));
+  const { tasks, modules } = await json(0, "inspect", at("f.eigen"));
   const fold = ["fold", at("f.eigen"), "--task", tasks[0].id, "-o", at("folded"), "--base"];
   const base = data("sessions/base.safetensors");
   const bytes = await readFile(base);
@@ -314,7 +303,7 @@ t.test("fold takes another base where it is asked to, and names for modules", as
   for (let i = header + 3; i < bytes.length; i += 8) bytes[i]! ^= 0x80;
   await writeFile(at("other.safetensors"), bytes);
   t.match(await refusal(...fold, at("other.safetensors")), /fingerprints correlate by .* or pass --any-base$/);
-  await succeed(...fold, at("other.safetensors"), "--any-base");
+  await json(0, ...fold, at("other.safetensors"), "--any-base");
   t.ok(modules.length > 0);
 });
 

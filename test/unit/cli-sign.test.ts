@@ -4,35 +4,24 @@ import { copyFile, readFile, stat } from "node:fs/promises";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
 import t from "tap";
-import { run as command } from "../support/command-line.ts";
+import { json, run } from "../support/command-line.ts";
 import { folderFor } from "../support/folder.ts";
 import { vector } from "../support/packs.ts";
 
 const folder = folderFor(t);
 const at = (name: string): string => join(folder, name);
 
-async function run(...args: string[]): Promise<{ code: number; out: string; err: string }> {
-  const { status, stdout, stderr } = await command(...args);
-  return { code: status, out: stdout, err: stderr };
-}
-
-async function json(...args: string[]): Promise<Record<string, any>> {
-  const { code, out, err } = await run(...args, "--json");
-  if (code !== 0) throw new Error(`${args.join(" ")}: exit ${code}\n${out}${err}`);
-  return JSON.parse(out);
-}
-
 t.test("a key is made once, for its owner alone, and signs packs and task files", async (t) => {
-  const made = await json("keygen", "-o", at("me"));
+  const made = await json(0, "keygen", "-o", at("me"));
   t.equal((await stat(at("me.pem"))).mode & 0o777, 0o600);
   const again = await run("keygen", "-o", at("me"));
-  t.equal(again.code, 2);
-  t.match(again.err, /me\.pem already exists/);
+  t.equal(again.status, 2);
+  t.match(again.stderr, /me\.pem already exists/);
   await copyFile(vector("grown.eigen"), at("p.eigen"));
   await copyFile(vector("whole.eigentask"), at("t.eigentask"));
   const before = await openPack(at("p.eigen"));
   const root = await before.integrity();
-  const { signed } = await json("sign", at("p.eigen"), at("t.eigentask"), "--key", at("me.pem"));
+  const { signed } = await json(0, "sign", at("p.eigen"), at("t.eigentask"), "--key", at("me.pem"));
   t.equal(signed[0].integrity, root, "the root stays");
   const open = await readFile(at("me.pub.pem"), "utf8");
   const pack = await openPack(at("p.eigen"), { keys: [open], integrity: root });
@@ -40,29 +29,32 @@ t.test("a key is made once, for its owner alone, and signs packs and task files"
   const { signature } = pack.window.superblock;
   const message = Buffer.concat([Buffer.from("eigenlora pack\n"), Buffer.from(root.slice(7), "base64")]);
   t.ok(verify(null, message, createPublicKey(open), signature!.bytes), "Node's crypto agrees");
-  t.match(await json("inspect", at("p.eigen")), { integrity: root, signedBy: made["key"] });
+  t.match(await json(0, "inspect", at("p.eigen")), { integrity: root, signedBy: made["key"] });
   await pack.close();
   await before.close();
 });
 
 t.test("verify: whose, which, and that every section has its hash", async (t) => {
-  const checks = (await json("verify", at("p.eigen"), "--key", at("me.pub.pem")))["checks"];
+  const checks = (await json(0, "verify", at("p.eigen"), "--key", at("me.pub.pem")))["checks"];
   t.match(
     checks.find(({ name }: any) => name === "signature"),
     { ok: true, detail: /^ed25519:/ },
   );
-  const { signedBy } = await json("inspect", at("p.eigen"));
-  t.match(await json("verify", at("p.eigen"), "--key", signedBy), { ok: true }, "the line that keygen prints");
-  t.match((await run("verify", at("p.eigen"), "--key", "ed25519:AAAA")).err, /--key ed25519:AAAA: expected an Ed25519/);
-  await json("keygen", "-o", at("stranger"));
+  const { signedBy } = await json(0, "inspect", at("p.eigen"));
+  t.match(await json(0, "verify", at("p.eigen"), "--key", signedBy), { ok: true }, "the line that keygen prints");
+  t.match(
+    (await run("verify", at("p.eigen"), "--key", "ed25519:AAAA")).stderr,
+    /--key ed25519:AAAA: expected an Ed25519/,
+  );
+  await json(0, "keygen", "-o", at("stranger"));
   const strange = await run("verify", at("p.eigen"), "--key", at("stranger.pub.pem"));
-  t.equal(strange.code, 1);
-  t.match(strange.err, /signed by ed25519:.*none of --key/);
+  t.equal(strange.status, 1);
+  t.match(strange.stderr, /signed by ed25519:.*none of --key/);
   const other = await run("verify", at("p.eigen"), "--integrity", `sha256-${"A".repeat(43)}=`);
-  t.equal(other.code, 1);
-  t.match(other.err, /its root is sha256-/);
-  t.match((await run("verify", at("p.eigen"), "--key", at("me.pem"))).err, /a private key/);
-  const old = await json("verify", vector("no-hashes.eigen"));
+  t.equal(other.status, 1);
+  t.match(other.stderr, /its root is sha256-/);
+  t.match((await run("verify", at("p.eigen"), "--key", at("me.pem"))).stderr, /a private key/);
+  const old = await json(0, "verify", vector("no-hashes.eigen"));
   t.match(old["checks"].find(({ name }: any) => name === "root").detail, /no hashes.*compact/);
 });
 
@@ -70,14 +62,14 @@ t.test("what changes a pack drops its signature and says so, or signs anew", asy
   const key = ["--key", at("me.pem")];
   const trusted = { keys: [await readFile(at("me.pub.pem"), "utf8")] };
   const dropped = await run("remove", at("p.eigen"), "head");
-  t.match(dropped.err, /was signed and no longer is/);
+  t.match(dropped.stderr, /was signed and no longer is/);
   await t.rejects(openPack(at("p.eigen"), trusted), { tag: "trust", message: /not signed/ });
-  t.equal((await run("compact", at("p.eigen"), ...key)).err, "");
+  t.equal((await run("compact", at("p.eigen"), ...key)).stderr, "");
   await (await openPack(at("p.eigen"), trusted)).close();
   const added = await run("add", at("p.eigen"), at("t.eigentask"), "--as", "whole=more");
-  t.match(added.err, /was signed and no longer is/);
-  t.equal((await run("add", at("p.eigen"), at("t.eigentask"), "--as", "whole=even more", ...key)).err, "");
-  t.equal((await run("remove", at("p.eigen"), "more", ...key)).err, "");
+  t.match(added.stderr, /was signed and no longer is/);
+  t.equal((await run("add", at("p.eigen"), at("t.eigentask"), "--as", "whole=even more", ...key)).stderr, "");
+  t.equal((await run("remove", at("p.eigen"), "more", ...key)).stderr, "");
   const pack = await openPack(at("p.eigen"), trusted);
   t.same([...pack.tasks.keys()], ["terms", "whole", "same head", "same again", "even more"]);
   for (const id of pack.tasks.keys()) await pack.load(id);

@@ -67,42 +67,28 @@ const BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0.attn1";
 const CLIP = "text_model.encoder.layers.3.self_attn";
 
 t.test("names", async (t) => {
-  const named: [a: string, b: string, module: string][] = [
-    [`${BLOCK}.processor.to_q_lora.down`, `${BLOCK}.processor.to_q_lora.up`, `unet.${BLOCK}.to_q`],
-    [`unet.${BLOCK}.processor.to_out_lora.down`, `unet.${BLOCK}.processor.to_out_lora.up`, `unet.${BLOCK}.to_out.0`],
-    [`unet.${BLOCK}.to_out.0.lora.down`, `unet.${BLOCK}.to_out.0.lora.up`, `unet.${BLOCK}.to_out.0`],
-    [`unet.${BLOCK}.to_k.lora_A`, `unet.${BLOCK}.to_k.lora_B`, `unet.${BLOCK}.to_k`],
-    [`unet.${BLOCK}.to_k.lora_A.default`, `unet.${BLOCK}.to_k.lora_B.default`, `unet.${BLOCK}.to_k`],
-    [`unet.base_model.model.mid_block.x.lora_A`, `unet.base_model.model.mid_block.x.lora_B`, "unet.mid_block.x"],
-    [`text_encoder.${CLIP}.to_out_lora.down`, `text_encoder.${CLIP}.to_out_lora.up`, `text_encoder.${CLIP}.out_proj`],
-    [
-      `text_encoder_2.${CLIP}.q_proj.lora_linear_layer.down`,
-      `text_encoder_2.${CLIP}.q_proj.lora_linear_layer.up`,
-      `text_encoder_2.${CLIP}.q_proj`,
-    ],
-    [
-      "text_encoder.encoder.layers.3.mlp.fc1.lora_A",
-      "text_encoder.encoder.layers.3.mlp.fc1.lora_B",
-      "text_encoder.text_model.encoder.layers.3.mlp.fc1",
-    ],
-    [
-      "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.lora_A",
-      "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.lora_B",
-      "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
-    ],
-    [
-      "text_encoder_2.text_projection.lora.down",
-      "text_encoder_2.text_projection.lora.up",
-      "text_encoder_2.text_projection",
-    ],
-    [
-      "transformer_blocks.0.attn.to_q.lora_A",
-      "transformer_blocks.0.attn.to_q.lora_B",
-      "transformer.transformer_blocks.0.attn.to_q",
-    ],
-    ["transformer.x_embedder.lora_A", "transformer.x_embedder.lora_B", "transformer.x_embedder"],
+  const [LORA, DOWN] = [
+    ["lora_A", "lora_B"],
+    ["down", "up"],
+  ] as const;
+  const TEXT = "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q";
+  const named: [stem: string, sides: readonly [string, string], module: string][] = [
+    [`${BLOCK}.processor.to_q_lora`, DOWN, `unet.${BLOCK}.to_q`],
+    [`unet.${BLOCK}.processor.to_out_lora`, DOWN, `unet.${BLOCK}.to_out.0`],
+    [`unet.${BLOCK}.to_out.0.lora`, DOWN, `unet.${BLOCK}.to_out.0`],
+    [`unet.${BLOCK}.to_k`, LORA, `unet.${BLOCK}.to_k`],
+    [`unet.${BLOCK}.to_k`, ["lora_A.default", "lora_B.default"], `unet.${BLOCK}.to_k`],
+    ["unet.base_model.model.mid_block.x", LORA, "unet.mid_block.x"],
+    [`text_encoder.${CLIP}.to_out_lora`, DOWN, `text_encoder.${CLIP}.out_proj`],
+    [`text_encoder_2.${CLIP}.q_proj.lora_linear_layer`, DOWN, `text_encoder_2.${CLIP}.q_proj`],
+    ["text_encoder.encoder.layers.3.mlp.fc1", LORA, "text_encoder.text_model.encoder.layers.3.mlp.fc1"],
+    [TEXT, LORA, TEXT],
+    ["text_encoder_2.text_projection.lora", DOWN, "text_encoder_2.text_projection"],
+    ["transformer_blocks.0.attn.to_q", LORA, "transformer.transformer_blocks.0.attn.to_q"],
+    ["transformer.x_embedder", LORA, "transformer.x_embedder"],
   ];
-  for (const [a, b, module] of named) {
+  for (const [stem, sides, module] of named) {
+    const [a, b] = sides.map((side) => `${stem}.${side}`);
     const adapter = await read(pair(`${a}.weight`, `${b}.weight`));
     t.same([...adapter.modules.keys()], [module]);
     const { A, Bt } = await adapter.modules.get(module)!.read();

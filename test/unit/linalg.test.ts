@@ -7,11 +7,19 @@ import t from "tap";
 import { noise } from "../support/compare.ts";
 import {
   backwardSolve,
+  centred,
   cholesky,
+  columnMeans,
+  coordinates,
+  createWasmProducts,
   forwardSolve,
   gram,
   lq,
-  multiplyTransposed,
+  PLAIN,
+  type Products,
+  principalComponents,
+  ROUNDING,
+  rowSquares,
   svd,
   symmetricEigen,
   transposeMatrix as transpose,
@@ -57,26 +65,6 @@ function checkEigen(name: string, a: Float64Array, n: number, expected: readonly
     t.ok(off <= 1e-10, `${name}: ${count} vectors are orthonormal within ${off}`);
   }
 }
-
-t.test("products of rows at odd and even sizes", async () => {
-  for (const [m, n, width] of [
-    [1, 1, 1],
-    [2, 4, 8],
-    [3, 5, 7],
-    [1, 9, 3],
-    [7, 2, 1],
-    [5, 6, 0],
-    [16, 17, 33],
-  ]) {
-    const x = noise(m! * width!, 1);
-    const y = noise(n! * width!, 2);
-    t.ok(largest(multiplyTransposed(x, y, m!, n!, width!), product(x, y, m!, n!, width!)) <= 1e-14);
-    const g = gram(x, m!, width!);
-    t.ok(largest(g, product(x, x, m!, m!, width!)) <= 1e-14);
-    t.same(g, transpose(g, m!, m!), "symmetric to the bit");
-  }
-  t.same(multiplyTransposed(noise(0, 1), noise(8, 1), 0, 2, 4), new Float64Array(0));
-});
 
 t.test("eigenvalues known in closed form", async () => {
   for (const n of [1, 2, 3, 4, 5, 8, 13, 21, 50, 100, 151, 200]) {
@@ -224,4 +212,70 @@ t.test("Cholesky", async () => {
     backwardSolve(l, n, few, solved, 1);
     t.ok(largest(solved, target) <= 1e-8, "solves a prefix");
   }
+});
+
+/** Components of a stack on demand, compared with those of the whole eigenproblem, and of stacks without directions. */
+const ways: [string, Products][] = [
+  ["js", PLAIN],
+  ["wasm", await createWasmProducts()],
+];
+const wasm = ways[1]![1];
+
+/** A stack [rows, width] with these singular values, in random directions. */
+function withSingular(values: readonly number[], rows: number, width: number): Float64Array {
+  const rank = values.length;
+  const left = rotation(rows, 1)
+    .slice(0, rank * rows)
+    .map((value, i) => value * values[Math.floor(i / rows)]!);
+  const right = rotation(width, 2).slice(0, rank * width);
+  return wasm.multiplyTransposed(transpose(left, rank, rows), transpose(right, rank, width), rows, width, rank);
+}
+
+function floorsOf(x: Float64Array, rows: number, width: number): Float64Array {
+  return rowSquares(x, rows, width).map((square) => ROUNDING * Math.sqrt(square));
+}
+
+/** A spectrum that falls by this factor a step, down to a floor. */
+const falling = (count: number, factor: number, floor: number): number[] =>
+  Array.from({ length: count }, (_, i) => Math.max(factor ** i, floor));
+
+const [ROWS, WIDTH, K] = [210, 230, 4];
+
+t.test("a stack on its components: coordinates first, components on demand", async (t) => {
+  for (const [name, products] of ways) {
+    for (const [rows, width, rank] of [
+      [60, 90, 60],
+      [90, 60, 60],
+      [60, 90, 20],
+      [90, 60, 20],
+    ] as const) {
+      const x = withSingular(falling(rank, 0.9, 0), rows, width);
+      const { singular, along, count, strongest, total } = coordinates(x, rows, width, products);
+      t.equal(count, rank, `${name} ${rows} × ${width}, rank ${rank}`);
+      const whole = principalComponents(x, rows, width, floorsOf(x, rows, width), () => rank, products);
+      t.ok(Math.abs(total / whole.total - 1) <= 1e-12);
+      const found = strongest(12);
+      t.same([found.count, found.vectors.length], [12, 12 * width]);
+      t.ok(largest(found.vectors.map((value, i) => value - whole.vectors[i]!)) <= 1e-8, "the same components");
+      const product = products.multiplyTransposed(x, found.vectors, rows, 12, width);
+      for (let i = 0; i < rows; i++)
+        for (let k = 0; k < 12; k++) {
+          const [one, other] = [along[i * count + k]!, product[i * 12 + k]!];
+          if (!(Math.abs(Math.abs(one) - Math.abs(other)) <= 1e-9 * singular[0]!)) t.fail(`row ${i} along ${k}`);
+        }
+    }
+  }
+  const none = coordinates(new Float64Array(12), 3, 4);
+  t.same([none.count, none.total, none.along.length], [0, 0, 0]);
+});
+
+t.test("identical rows, zero rows, tiny stacks", async (t) => {
+  const row = noise(WIDTH, 23);
+  const same = Float64Array.from({ length: ROWS * WIDTH }, (_, i) => Math.fround(row[i % WIDTH]!));
+  const x = centred(same, ROWS, WIDTH, columnMeans(same, ROWS, WIDTH));
+  const none = principalComponents(x, ROWS, WIDTH, floorsOf(same, ROWS, WIDTH), K, wasm);
+  t.equal(none.count, 0);
+  t.equal(none.total, 0);
+  const once = principalComponents(same, ROWS, WIDTH, floorsOf(same, ROWS, WIDTH), K, wasm);
+  t.equal(once.count, 1);
 });

@@ -7,9 +7,10 @@ import { join } from "node:path";
 import { openPack } from "eigenlora";
 import { encodeTaskFile } from "eigenlora/build";
 import t, { type Test } from "tap";
+import { json } from "../support/command-line.ts";
 import { folderFor } from "../support/folder.ts";
 import { encodeTensor, toHex } from "../support/internals/base.ts";
-import { lossTable, runProgram, writeWhole } from "../support/internals/cli.ts";
+import { lossTable, writeWhole } from "../support/internals/cli.ts";
 import { encodeBasis, encodeTask, sha256 } from "../support/internals/format.ts";
 import { lossesOf, openTasks, writePart } from "../support/internals/pack.ts";
 import { freshChunks } from "../support/packs.ts";
@@ -45,22 +46,13 @@ async function within(t: Test, most: number, what: string, work: () => Promise<u
   t.ok(took < seconds, `${what}: ${took.toFixed(1)} s`);
 }
 
-/** Runs a command. @returns its output with `--json` */
-async function run(...args: string[]): Promise<Record<string, any>> {
-  let said = "";
-  const stream = { write: (more: string): unknown => (said += more) };
-  const code = await runProgram([...args, "--json"], stream, stream);
-  if (code !== 0) throw new Error(`${args.join(" ")}: exit ${code}\n${said}`);
-  return JSON.parse(said);
-}
-
 t.test("verify, inspect, add and remove", async (t) => {
   await writeFile(join(folder, "one.eigentask"), taskFile(COUNT));
-  await within(t, 20, "verify", async () => t.equal((await run("verify", path))["tasks"].length, COUNT));
-  await within(t, 20, "inspect", async () => t.equal((await run("inspect", path))["tasks"].length, COUNT));
-  await within(t, 20, "add", () => run("add", path, join(folder, "one.eigentask")));
+  await within(t, 20, "verify", async () => t.equal((await json(0, "verify", path))["tasks"].length, COUNT));
+  await within(t, 20, "inspect", async () => t.equal((await json(0, "inspect", path))["tasks"].length, COUNT));
+  await within(t, 20, "add", () => json(0, "add", path, join(folder, "one.eigentask")));
   const some = Array.from({ length: 500 }, (_, i) => `task ${2 * i}`);
-  await within(t, 20, "remove", () => run("remove", path, ...some));
+  await within(t, 20, "remove", () => json(0, "remove", path, ...some));
   const pack = await openPack(path);
   t.teardown(() => pack.close());
   t.equal(pack.tasks.size, COUNT - 499);

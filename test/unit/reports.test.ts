@@ -3,24 +3,19 @@ import { cp, mkdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import t from "tap";
 import { bytesOf, entries, type Spec } from "../support/adapters.ts";
+import { type Ended, run } from "../support/command-line.ts";
 import { folderFor } from "../support/folder.ts";
-import { runProgram, smaller } from "../support/internals/cli.ts";
+import { smaller } from "../support/internals/cli.ts";
 import { data, vector } from "../support/packs.ts";
 
 const folder = folderFor(t);
 const at = (...names: string[]): string => join(folder, ...names);
 
-async function run(...args: string[]): Promise<{ status: number; out: string; err: string }> {
-  const said = { out: "", err: "" };
-  const stream = (name: "out" | "err") => ({ write: (text: string) => (said[name] += text) });
-  return { status: await runProgram(args, stream("out"), stream("err")), ...said };
-}
-
 /** Runs a command that must succeed. */
-async function ran(...args: string[]): Promise<{ out: string; err: string }> {
-  const { status, ...said } = await run(...args);
-  if (status !== 0) throw new Error(`${args.join(" ")}: ${said.err}${said.out}`);
-  return said;
+async function ran(...args: string[]): Promise<Ended> {
+  const ended = await run(...args);
+  if (ended.status !== 0) throw new Error(`${args.join(" ")}: ${ended.stderr}${ended.stdout}`);
+  return ended;
 }
 
 /** Makes an adapter of some modules [8, 6] at rank 2. @param zero its updates are 0 */
@@ -55,42 +50,42 @@ const idle = await adapter("idle", BERT, { zero: true });
 
 t.test("adapters of another base model are named, though none contradicts the others", async (t) => {
   const stranger = /warning: "other" adapts none of the modules that the others adapt: is it of another base model\?/;
-  t.match((await ran("pack", one, two, other, "-o", at("three.eigen"))).err, stranger);
-  t.match((await ran("pack", one, two, other, "-o", at("three.eigen"), "--k", "2", "--force")).err, stranger);
+  t.match((await ran("pack", one, two, other, "-o", at("three.eigen"))).stderr, stranger);
+  t.match((await ran("pack", one, two, other, "-o", at("three.eigen"), "--k", "2", "--force")).stderr, stranger);
   for (const [i, path] of [one, two, other].entries()) await ran("hub", "shard", path, "-o", at(`${i}.part`));
   t.match(
-    (await ran("hub", "merge", at("0.part"), at("1.part"), at("2.part"), "--k", "2", "-o", at("b.eigen"))).err,
+    (await ran("hub", "merge", at("0.part"), at("1.part"), at("2.part"), "--k", "2", "-o", at("b.eigen"))).stderr,
     stranger,
   );
-  t.equal((await ran("pack", one, two, "-o", at("bert.eigen"), "--k", "1")).err, "");
+  t.equal((await ran("pack", one, two, "-o", at("bert.eigen"), "--k", "1")).stderr, "");
   const named = await adapter("named", UNET, { base: "bert" });
   t.equal(
-    (await ran("pack", one, two, named, "-o", at("n.eigen"))).err,
+    (await ran("pack", one, two, named, "-o", at("n.eigen"))).stderr,
     "",
     "adapters that name one base are believed",
   );
   const more = await adapter("more", UNET);
   const others = /"more", "other" adapt none of the modules that the others adapt: are they/;
-  t.match((await ran("pack", one, two, idle, other, more, "-o", at("m.eigen"))).err, others);
+  t.match((await ran("pack", one, two, idle, other, more, "-o", at("m.eigen"))).stderr, others);
   const refused = await run("add", at("bert.eigen"), other);
   t.match(refused, {
     status: 1,
-    err: /none of the modules that the tasks of .* adapt, but unet.*another base model\?/,
+    stderr: /none of the modules that the tasks of .* adapt, but unet.*another base model\?/,
   });
 });
 
 t.test("a report says what there is", async (t) => {
   const alone = await ran("pack", one, "-o", at("alone.eigen"));
-  t.match(alone.out, /: 1 task, 2 modules, /);
-  t.match(alone.out, /× larger\)/);
-  t.notMatch(alone.out, /heads are stored|nothing is shared|× smaller/);
-  t.match(alone.out, /not whether it is the right one: pass --base to store fingerprints/);
-  t.equal(alone.err, "", "which is no warning");
+  t.match(alone.stdout, /: 1 task, 2 modules, /);
+  t.match(alone.stdout, /× larger\)/);
+  t.notMatch(alone.stdout, /heads are stored|nothing is shared|× smaller/);
+  t.match(alone.stdout, /not whether it is the right one: pass --base to store fingerprints/);
+  t.equal(alone.stderr, "", "which is no warning");
   const both = await ran("pack", one, two, "-o", at("both.eigen"));
-  t.match(both.out, /heads are stored in int8/);
-  t.match(both.out, /^Nothing is shared: |^Shared: what layers read \(A\)/m);
-  const { out } = await ran("pack", one, two, "-o", at("k.eigen"), "--k", "1");
-  t.match(out, /components per side +1$[\s\S]*^ΔW error is a proxy: with --model answers decide\.$/m);
+  t.match(both.stdout, /heads are stored in int8/);
+  t.match(both.stdout, /^Nothing is shared: |^Shared: what layers read \(A\)/m);
+  const { stdout } = await ran("pack", one, two, "-o", at("k.eigen"), "--k", "1");
+  t.match(stdout, /components per side +1$[\s\S]*^ΔW error is a proxy: with --model answers decide\.$/m);
   t.same(
     [smaller(17.52), smaller(0.7), smaller(0.98), smaller(1)],
     ["17.5× smaller", "1.4× larger", "as large", "as large"],
@@ -115,54 +110,54 @@ t.test("add refuses a task that would lose more than half of its ΔW, or than it
     [[], "50 %"],
     [["--max-loss", "40%"], "40 %"],
   ] as const) {
-    const { status, err } = await run("add", at("p.eigen"), stranger, ...flags);
+    const { status, stderr } = await run("add", at("p.eigen"), stranger, ...flags);
     t.equal(status, 1);
     t.match(
-      err,
+      stderr,
       new RegExp(
         `task "sections-0" would lose [\\d.]+ % of its ΔW, which the components of .*p\\.eigen lack, and ${most}`,
       ),
     );
-    t.match(err, /: nothing was added\. Pack all adapters again, with this one; or pass --max-loss 0\.\d+\n$/);
+    t.match(stderr, /: nothing was added\. Pack all adapters again, with this one; or pass --max-loss 0\.\d+\n$/);
   }
-  const { error } = JSON.parse((await run("add", at("p.eigen"), stranger, "--json")).out);
+  const { error } = JSON.parse((await run("add", at("p.eigen"), stranger, "--json")).stdout);
   t.match(error, { tag: "task", task: "sections-0" });
   t.ok(error.loss > 0.5 && error.loss <= 1);
   t.ok(packed.equals(await readFile(at("p.eigen"))));
   const allowed = await ran("add", at("p.eigen"), stranger, "--max-loss", "1");
-  t.match(allowed.err, /loses [\d.]+ % of its ΔW, which the pack's components lack: pack all adapters again/);
-  t.match((await ran("add", at("limit.eigen"), one, "--as", "one=again", "--max-loss", "0.5")).out, /1 task added/);
+  t.match(allowed.stderr, /loses [\d.]+ % of its ΔW, which the pack's components lack: pack all adapters again/);
+  t.match((await ran("add", at("limit.eigen"), one, "--as", "one=again", "--max-loss", "0.5")).stdout, /1 task added/);
   t.notOk(before.equals(await readFile(at("limit.eigen"))));
 });
 
 t.test("verify: a task file by itself, and what is not signed is not ok", async (t) => {
   const pack = await ran("verify", at("k.eigen"));
-  t.match(pack.out, /^signature +– +not signed$/m);
+  t.match(pack.stdout, /^signature +– +not signed$/m);
   const file = await ran("verify", vector("whole.eigentask"));
-  t.match(file.out, /^checksums +ok +task whole$/m);
-  t.match(file.out, /^hash +ok +sha256-/m);
-  t.match(file.out, /^signature +– +not signed$/m);
-  const { checks } = JSON.parse((await ran("verify", vector("whole.eigentask"), "--json")).out);
+  t.match(file.stdout, /^checksums +ok +task whole$/m);
+  t.match(file.stdout, /^hash +ok +sha256-/m);
+  t.match(file.stdout, /^signature +– +not signed$/m);
+  const { checks } = JSON.parse((await ran("verify", vector("whole.eigentask"), "--json")).stdout);
   const [, hash] = checks as { detail: string }[];
   await ran("verify", vector("whole.eigentask"), "--integrity", hash!.detail);
   t.match(await run("verify", vector("whole.eigentask"), "--integrity", `sha256-${"A".repeat(43)}=`), {
-    ...{ status: 1, err: /its hash is sha256-.*, expected sha256-A/ },
+    ...{ status: 1, stderr: /its hash is sha256-.*, expected sha256-A/ },
   });
   await ran("keygen", "-o", at("me"));
   const unsigned = await run("verify", vector("whole.eigentask"), "--key", at("me.pub.pem"));
-  t.match(unsigned, { status: 1, err: /it is not signed by any of --key/ });
+  t.match(unsigned, { status: 1, stderr: /it is not signed by any of --key/ });
   await cp(vector("whole.eigentask"), at("t.eigentask"));
   await ran("sign", at("t.eigentask"), "--key", at("me.pem"));
-  t.match((await ran("verify", at("t.eigentask"), "--key", at("me.pub.pem"))).out, /^signature +ok +ed25519:/m);
+  t.match((await ran("verify", at("t.eigentask"), "--key", at("me.pub.pem"))).stdout, /^signature +ok +ed25519:/m);
   t.match(
-    (await run("verify", at("t.eigentask"), "--key", at("me.pem"))).err,
+    (await run("verify", at("t.eigentask"), "--key", at("me.pem"))).stderr,
     /--key .*me\.pem: .*got a private key: give/,
   );
   const damaged = await readFile(at("t.eigentask"));
   damaged[80]! ^= 1;
   await writeFile(at("damaged.eigentask"), damaged);
-  t.match(await run("verify", at("damaged.eigentask")), { status: 1, err: /its checksum does not match/ });
-  t.match(await run("verify", at("t.eigentask"), "--against", one), { status: 2, err: /--against needs a pack/ });
+  t.match(await run("verify", at("damaged.eigentask")), { status: 1, stderr: /its checksum does not match/ });
+  t.match(await run("verify", at("t.eigentask"), "--against", one), { status: 2, stderr: /--against needs a pack/ });
 });
 
 t.test("a file of another kind is called what it is", async (t) => {
@@ -204,8 +199,8 @@ t.test("a file of another kind is called what it is", async (t) => {
   ]);
   for (const [args, status, message] of cases) {
     const said = await run(...args);
-    t.match(said, { status, err: message }, args.join(" "));
-    t.notMatch(said.err, /begins with|[0-9a-f]{16}|\d{12}/, "no bytes, no numbers made of them");
+    t.match(said, { status, stderr: message }, args.join(" "));
+    t.notMatch(said.stderr, /begins with|[0-9a-f]{16}|\d{12}/, "no bytes, no numbers made of them");
   }
 });
 
@@ -226,9 +221,9 @@ t.test("a folder that is not there is refused by every command that writes a fil
   for (const command of commands)
     t.match(
       await run(...command, "-o", missing),
-      { status: 2, err: /there is no folder .*nowhere; make it first/ },
+      { status: 2, stderr: /there is no folder .*nowhere; make it first/ },
       command[0],
     );
   const below = await run("pack", one, "-o", join(at("text.json"), "x"));
-  t.match(below, { status: 2, err: /text\.json is not a folder/ });
+  t.match(below, { status: 2, stderr: /text\.json is not a folder/ });
 });

@@ -1,9 +1,11 @@
 /** Start of each test file (.taprc): test/support/start.ts, and test/support/required.ts, which finds no tool where EIGENLORA_BARE=1 is set. */
 import { spawnSync } from "node:child_process";
 import { readdirSync, readFileSync } from "node:fs";
-import { join } from "node:path";
+import { mkdir, writeFile } from "node:fs/promises";
+import { dirname, join, relative } from "node:path";
 import { fileURLToPath } from "node:url";
 import t, { type Test } from "tap";
+import { folderFor } from "../support/folder.ts";
 
 const root = fileURLToPath(new URL("../..", import.meta.url));
 
@@ -45,6 +47,19 @@ await Promise.reject(new Error("no base"));`,
   t.match(stdout, /not ok .*no base/);
 });
 
+t.test("EIGENLORA_PASSED leaves out what passed, and nothing of which a part was skipped", async (t) => {
+  const code = `import t from "tap";
+for (const name of ["passed", "in part", "failed", "new # 1"]) t.test(name, async (t) => t.pass());`;
+  const passed = folderFor(t);
+  const results = join(passed, relative(root, t.testdirName), "case.test.ts.tap");
+  await mkdir(dirname(results), { recursive: true });
+  const part = "# Subtest: in part\n    ok 1 - a # SKIP no tool\nok 2 - in part # time=1ms\n";
+  await writeFile(results, `ok 1 - passed # time=1ms\n${part}not ok 3 - failed # time=1ms\n`);
+  const { status, stdout } = started(t, code, { EIGENLORA_PASSED: passed });
+  t.equal(status, 0, { stdout });
+  t.same(stdout.match(/^ok .* # SKIP/gm), ["ok 1 - passed # SKIP"]);
+});
+
 t.test("EIGENLORA_BARE=1 hides every tool that is here", async (t) => {
   const code = `import t from "tap";
 import { find, packages, python, pythonLacks, without } from ${JSON.stringify(join(root, "test/support/required.ts"))};
@@ -53,6 +68,16 @@ t.comment(JSON.stringify([find(process.execPath), without("node", process.execPa
   const told = (env: object): unknown => JSON.parse(/\[.*\]/.exec(started(t, code, { ...given, ...env }).stdout)![0]);
   t.match(told({ EIGENLORA_BARE: "" }), [process.execPath, false, /^python-of-mine /, "/runtimes/node_modules", true]);
   t.match(told({ EIGENLORA_BARE: "1" }), [null, /^node is not here/, /^\/bare\//, "/bare/node_modules", false]);
+});
+
+t.test("a test runs on one runtime or backend, which its name tells: another one is not left out with it", (t) => {
+  const LOOP = /^.*\bof (?:(?:ORTS|RUNTIMES)\b|await backends\(\)).*\n(?:.*\n){0,5}/gm;
+  for (const folder of ["unit", "models"]) {
+    for (const file of readdirSync(join(root, "test", folder)))
+      for (const [loop] of readFileSync(join(root, "test", folder, file), "utf8").matchAll(LOOP))
+        t.match(loop, /\bt\.test\(`[^`]*\$\{/, file);
+  }
+  t.end();
 });
 
 t.test("tests look for tools by required.ts alone", async (t) => {
