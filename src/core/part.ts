@@ -4,13 +4,56 @@
 import { described } from "../arguments.ts";
 import { isOfModule, moduleOf, type PackModule, parseBrought, type TaskBlob } from "../format/format.ts";
 import type { ReadOptions } from "../source.ts";
-import { Derived, type Pack, type TaskInfo } from "./pack.ts";
+import type { Pack, TaskInfo } from "./pack.ts";
 
 /** Interface of a pack for runtimes and sessions. */
 export type PackView = Pick<Pack, "name" | "modules" | "tasks" | "load" | "bases" | "reads" | "residentBytes">;
 
 /** True if a module of a pack, or of its tasks' parameters, is wanted: "encoder.layer.0.attention.query", "classifier". */
 export type ModuleFilter = (module: string) => boolean;
+
+/** A view of a map whose values are made when they are asked for, each time anew: a pack may have many tasks, and few are looked at. */
+export class Derived<From, To> implements ReadonlyMap<string, To> {
+  readonly #map: ReadonlyMap<string, From>;
+  readonly #make: (value: From) => To;
+
+  constructor(map: ReadonlyMap<string, From>, make: (value: From) => To) {
+    this.#map = map;
+    this.#make = make;
+  }
+
+  get size(): number {
+    return this.#map.size;
+  }
+
+  has(id: string): boolean {
+    return this.#map.has(id);
+  }
+
+  get(id: string): To | undefined {
+    return this.has(id) ? this.#make(this.#map.get(id)!) : undefined;
+  }
+
+  keys(): MapIterator<string> {
+    return this.#map.keys();
+  }
+
+  *values(): Generator<To, undefined> {
+    for (const [, value] of this) yield value;
+  }
+
+  entries(): Generator<[string, To], undefined> {
+    return this[Symbol.iterator]();
+  }
+
+  *[Symbol.iterator](): Generator<[string, To], undefined> {
+    for (const [id, value] of this.#map) yield [id, this.#make(value)];
+  }
+
+  forEach(...call: Parameters<ReadonlyMap<string, To>["forEach"]>): void {
+    new Map(this).forEach(...call);
+  }
+}
 
 class PackPart implements PackView {
   readonly name: string;
