@@ -22,8 +22,8 @@ import {
   refuseModule,
   refuseSaved,
 } from "./adapter.ts";
-import { assembleLora, type LoraKey, type LoraParts, readAlphas, refuser, sortTensors } from "./named-lora.ts";
-import { type KeyRole, type PeftFiles, parsePeftKey } from "./peft.ts";
+import { assembleLora, type LoraKey, type LoraParts, scalesOf, sortTensors } from "./named-lora.ts";
+import { type KeyRole, type PeftFiles, parsePeftKey, refuser } from "./peft.ts";
 import { CONVERT, type PeftConfig, readPeftConfig, withoutBase } from "./peft-config.ts";
 
 /** The file of one LoRA of diffusers; `tensors` is pytorch_lora_weights.safetensors. */
@@ -55,12 +55,11 @@ export async function readDiffusers(files: DiffusersFiles): Promise<Adapter> {
       throw refuser(tensors)(alpha, both);
     }
     checkDora(tensors, parts);
-    const alphas = await readAlphas(tensors, parts);
-    const scaleOf = (name: string, rank: number): number => (alphas.get(name) ?? rank) / rank;
+    const scales = await scalesOf(tensors, parts);
     const named = [...configs];
     const revision = common(named.map(([, config]) => config.revision));
     return {
-      ...assembleLora(tensors, parts, scaleOf, ({ prefix }) => configs.get(prefix)),
+      ...assembleLora(tensors, parts, scales, ({ prefix }) => configs.get(prefix)),
       baseModel: common(named.map(([, { baseModel }]) => baseModel)),
       metadata: { ...metadata, ...(revision !== undefined && { revision }) },
       warnings: named.flatMap(([prefix, { warnings }]) =>

@@ -19,8 +19,8 @@ import {
   refuseModule,
   refuseSaved,
 } from "./adapter.ts";
-import { assembleLora, type LoraKey, refuser, sortTensors } from "./named-lora.ts";
-import type { PeftFiles } from "./peft.ts";
+import { assembleLora, type LoraKey, sortTensors } from "./named-lora.ts";
+import { type PeftFiles, refuser } from "./peft.ts";
 
 /** The file of one LoRA of llama.cpp; `tensors` is the GGUF file. */
 export interface GgufFiles extends Omit<PeftFiles, "config" | "base"> {

@@ -16,8 +16,8 @@ import {
   refuseModule,
 } from "./adapter.ts";
 import { foreignName, tensorsOf } from "./diffusers.ts";
-import { assembleLora, type LoraKey, readAlphas, refuser, sortTensors } from "./named-lora.ts";
-import type { KeyRole, PeftFiles } from "./peft.ts";
+import { assembleLora, type LoraKey, scalesOf, sortTensors } from "./named-lora.ts";
+import { type KeyRole, type PeftFiles, refuser } from "./peft.ts";
 
 /** The file of one LoRA of kohya or LyCORIS; `tensors` is the safetensors file. */
 export interface KohyaFiles extends Omit<PeftFiles, "config" | "base"> {
@@ -52,9 +52,8 @@ export async function readKohya({ base, ...files }: KohyaFiles): Promise<Adapter
     const tensors = withPlainShapes(withoutTucker(found));
     const parse = (name: string): LoraKey | undefined => parseKey(name, names, found.name);
     const parts = sortTensors(tensors, parse, () => EXPECTED, foreignOf);
-    const alphas = await readAlphas(tensors, parts);
-    const scaleOf = (name: string, rank: number): number => (alphas.get(name) ?? rank) / rank;
-    return { ...assembleLora(tensors, parts, scaleOf), baseModel: found.metadata.get("ss_sd_model_name") || undefined };
+    const scales = await scalesOf(tensors, parts);
+    return { ...assembleLora(tensors, parts, scales), baseModel: found.metadata.get("ss_sd_model_name") || undefined };
   });
 }
 

@@ -355,10 +355,14 @@ export interface PeftTensors {
   read(key: string, scale?: number): Promise<Float32Array<ArrayBuffer>>;
 }
 
+export const refuser =
+  ({ name: file }: Pick<TensorFile, "name">): PeftTensors["refuse"] =>
+  (field, message) =>
+    new AdapterError(message, { file, field });
+
 export function peftTensors(file: TensorFile, config: ModuleConfig, base?: WeightHost): PeftTensors {
   const shape = (key: string): readonly number[] => file.tensors.get(key)!.shape;
-  const refuse = (field: string, message: string): AdapterError =>
-    new AdapterError(message, { file: file.name, field });
+  const refuse = refuser(file);
   return {
     file,
     config,

@@ -74,16 +74,6 @@ const TASK_OPTIONS = ["id", "dtype", "metadata"] as const;
 /** Share of its ΔW that a learned task loses when it is stored: it has learned noise, too. */
 const LEARNED_ERROR = 0.3;
 
-/** Options of every trainer. */
-export interface TrainerOptions {
-  /** Names of the new task's labels, at least two. Language models have none. */
-  readonly labels?: readonly string[] | undefined;
-  /** Start of coefficients, and of a LoRA that is made from components. Default: "auto"; "fresh" for a LoRA. */
-  readonly init?: Start | undefined;
-  /** The same seed gives the same numbers on the same provider. Default: 0. */
-  readonly seed?: number | undefined;
-}
-
 /** Options of a trainer's `fit`. */
 export interface FitOptions extends ObjectiveOptions, OptimizerOptions {
   /** Passes over the examples. Default: 8. */
@@ -133,7 +123,7 @@ export class Trainer {
   #busy = false;
 
   /** @internal Use `createTrainer`. @throws RangeError for fewer than two labels, or two alike */
-  constructor(setup: TrainingSetup, { init, seed = 0 }: Omit<TrainerOptions, "labels">) {
+  constructor(setup: TrainingSetup, { init, seed = 0 }: Pick<CreateTrainerOptions, "init" | "seed">) {
     const { labels, supervision, terms } = setup;
     const none = labels.length === 0 && supervision.tokens;
     if (!none && (labels.length < 2 || new Set(labels).size < labels.length || labels.includes(""))) {
@@ -383,7 +373,13 @@ export class Trainer {
 // task.
 
 /** Options of `createTrainer`. */
-export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions, AbortOptions {
+export interface CreateTrainerOptions extends SequenceOptions, AbortOptions {
+  /** Names of the new task's labels, at least two. Language models have none. */
+  readonly labels?: readonly string[] | undefined;
+  /** Start of coefficients, and of a LoRA that is made from components. Default: "auto"; "fresh" for a LoRA. */
+  readonly init?: Start | undefined;
+  /** The same seed gives the same numbers on the same provider. Default: 0. */
+  readonly seed?: number | undefined;
   /**
    * Turns texts into the model's inputs, one row each: a tokenizer of transformers.js or @huggingface/tokenizers as it is, or a function.
    * Not needed for examples with feeds.
