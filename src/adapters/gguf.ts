@@ -23,7 +23,7 @@ import { assembleLora, type LoraKey, sortTensors } from "./named-lora.ts";
 import { type PeftFiles, refuser } from "./peft.ts";
 
 /** The file of one LoRA of llama.cpp; `tensors` is the GGUF file. */
-export interface GgufFiles extends Omit<PeftFiles, "config" | "base"> {
+export interface GgufFiles extends Omit<PeftFiles, "config"> {
   /** Heads of the base. Files of Llama's architecture need them, since they do not contain them. */
   readonly base?: BaseFacts | undefined;
 }

@@ -20,7 +20,7 @@ import { assembleLora, type LoraKey, scalesOf, sortTensors } from "./named-lora.
 import { type KeyRole, type PeftFiles, refuser } from "./peft.ts";
 
 /** The file of one LoRA of kohya or LyCORIS; `tensors` is the safetensors file. */
-export interface KohyaFiles extends Omit<PeftFiles, "config" | "base"> {
+export interface KohyaFiles extends Omit<PeftFiles, "config"> {
   /** Names of the base's modules. Default: names are read as those of Stable Diffusion's UNets and of CLIP. */
   readonly base?: BaseFacts | undefined;
 }

@@ -147,7 +147,6 @@ function shownBy(
     fanInFanOut: false,
     loraBias: keys.has("loraBias"),
     dora: keys.has("magnitude"),
-    start: undefined,
     forModule: () => ({ rank, scale: scaleOf(rank) }),
   };
 }
@@ -162,7 +161,7 @@ export function transposeMatrices<F extends TensorFile>(file: F, names: RegExp):
 // scale itself.
 
 /** The files of one adapter of MLX LM: adapter_config.json and, as `tensors`, adapters.safetensors. */
-export type MlxFiles = Omit<PeftFiles, "base">;
+export type MlxFiles = PeftFiles;
 
 /**
  * Opens an adapter: checks its configuration and the names, shapes and dtypes of all tensors. Values are read, and checked, when a

@@ -24,7 +24,7 @@ import { assembleLora, type LoraKey, sortTensors, transposeMatrices } from "./na
 import { type PeftFiles, parsePeftKey } from "./peft.ts";
 
 /** The file of one adapter of ONNX Runtime; `tensors` is the .onnx_adapter file. */
-export type OnnxAdapterFiles = Omit<PeftFiles, "config" | "base">;
+export type OnnxAdapterFiles = Omit<PeftFiles, "config">;
 
 /**
  * Opens an adapter: checks the names, shapes and types of all parameters. Values are read, and checked, when a module's `read` is
