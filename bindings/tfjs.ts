@@ -139,7 +139,6 @@ export interface TfGraphModel {
 /** Holder of the weights: a model, or variables by name. */
 export type TfjsModel = TfLayersModel | TfGraphModel | Map<string, TfVariable>;
 
-/** A weight, where TF.js has it. */
 interface Entry {
   readonly layout: Layout | undefined;
   /** Shape that the model was made with. */
@@ -196,7 +195,6 @@ function variableEntry(tf: Tfjs, own: TfVariable, show: (now: TfVariable) => voi
 
 // The weights of a GraphModel: constants of a graph that has forgotten its layers, but not the names and operators that come of them.
 
-/** A node of a GraphModel's graph. */
 interface Node {
   readonly name: string;
   readonly op: string;
@@ -211,7 +209,6 @@ interface Executor<Tensor> {
   readonly graph: { readonly nodes: Readonly<Record<string, Node | undefined>> };
 }
 
-/** A constant of a graph. */
 function graphEntry<Tensor extends { dispose(): void }>(
   executor: Executor<Tensor>,
   name: string,

@@ -104,7 +104,6 @@ export async function keptPack(
   return packs.get(name)!;
 }
 
-/** Bytes under the object's name. */
 function memory(name: string, bytes: Uint8Array): ByteSource {
   return {
     name,

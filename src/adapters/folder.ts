@@ -12,21 +12,14 @@ import type { TaskMetadata } from "../format/format.ts";
 import type { HubOptions } from "../http/hub.ts";
 import { type ByteSource, FETCH_OPTIONS } from "../source.ts";
 import { openGguf } from "../tensor/gguf.ts";
-import {
-  type Adapter,
-  type AdapterModule,
-  type BaseFacts,
-  compare,
-  openSafetensors,
-  readTaskMetadata,
-} from "./adapter.ts";
+import { type Adapter, type AdapterModule, type BaseFacts, compare, readTaskMetadata } from "./adapter.ts";
 import { foreignName, holdsLora, MODELS, readDiffusers, withTextModel } from "./diffusers.ts";
 import { readGguf } from "./gguf.ts";
 import { isKohyaName, readKohya } from "./kohya.ts";
 import { readMlx } from "./named-lora.ts";
 import { readOnnxAdapter } from "./onnx-adapter.ts";
 import { readPeft } from "./peft.ts";
-import { describeBase, kind, readJson, type Tree, treeAt } from "./tree.ts";
+import { describeBase, kind, namesIn, readJson, type Tree, treeAt } from "./tree.ts";
 
 /** Files kept open between reads, which is twice as fast. Any further file is opened for each read. */
 const MAX_HELD = 64;
@@ -325,7 +318,7 @@ async function searchTree(tree: Tree, path: string): Promise<AdapterLocation[]> 
     if (format) return loraFile(path, format);
     if (ARCHIVE.test(name)) throw refusal("is an archive; unpack it, and give its folder", path);
     if (extname(path) === ".safetensors") {
-      const names = await tensorNames(path);
+      const names = await namesIn(path, tree);
       // Names that its reader has advice about are left to it.
       if (holdsLora(names) || foreignName(names)) return loraFile(path, formatOf(names));
       const holds = `holds no LoRA, but ${names.length} tensors such as ${names[0] ?? "none"}`;
@@ -333,12 +326,6 @@ async function searchTree(tree: Tree, path: string): Promise<AdapterLocation[]> 
     }
     const expected = `expected ${PEFT} with ${CONFIG} beside it, their folder, or a LoRA in a safetensors, gguf or onnx_adapter file`;
     throw refusal(`is not an adapter; ${expected}`, path);
-  }
-
-  async function tensorNames(path: string): Promise<string[]> {
-    const file = await openSafetensors(await tree.open(path));
-    await file.close();
-    return [...file.tensors.keys()];
   }
 
   /** Takes a folder as an adapter if any of an adapter's files is in it, so that missing files are reported instead of passed over. */
@@ -380,7 +367,7 @@ async function searchTree(tree: Tree, path: string): Promise<AdapterLocation[]> 
   async function looseFormat(path: string): Promise<AdapterFormat | undefined> {
     const ending = extname(path);
     if (ending === ".safetensors") {
-      const names = await tensorNames(path);
+      const names = await namesIn(path, tree);
       return holdsLora(names) ? formatOf(names) : undefined;
     }
     if (ending !== ".gguf") return ENDINGS.get(ending);
@@ -412,7 +399,6 @@ async function searchTree(tree: Tree, path: string): Promise<AdapterLocation[]> 
   }
 }
 
-/** Tells the format of a safetensors file by the names of its tensors. */
 function formatOf(names: readonly string[]): "diffusers" | "kohya" {
   return names.some(isKohyaName) ? "kohya" : "diffusers";
 }

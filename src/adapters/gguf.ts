@@ -145,7 +145,6 @@ function asTransformers(file: GgufFile, name: string, { permuted }: GgufArchitec
 // Names of weights in GGUF files, by architecture, and the modules of transformers they stand for (gguf-py, tensor_mapping.py;
 // llama.cpp's convert_hf_to_gguf.py). Unknown architectures are refused, since a wrong order of rows would go unnoticed.
 
-/** Names of weights, and the order of their rows, in an architecture. */
 interface GgufArchitecture {
   /** Modules by GGUF's names; N stands for the number of the layer. */
   readonly modules: ReadonlyMap<string, string>;

@@ -81,7 +81,6 @@ interface Parameter extends TensorInfo {
   readonly byteLength: number;
 }
 
-/** Follows offsets in a file. */
 function flatBuffer(source: ByteSource, byteLength: number, options: ReadOptions | undefined) {
   const fail = (message: string): FormatError =>
     new FormatError(`${message}; damaged, save the adapter again`, { file: source.name, part: "FlatBuffer" });
@@ -204,7 +203,6 @@ function turned(name: string, { shape: [rows = 0, columns = 0], values }: Factor
   return { name, shape: [columns, rows], bytes: f32Bytes(transpose(values, rows, columns)) };
 }
 
-/** A parameter of f32 to write. */
 interface OnnxAdapterEntry {
   readonly name: string;
   readonly shape: readonly number[];

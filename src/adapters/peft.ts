@@ -92,7 +92,6 @@ function withIdentity(metadata: TaskMetadata, config: PeftConfig): TaskMetadata 
   };
 }
 
-/** Makes modules and saved tensors of a file. */
 function assemble(tensors: PeftTensors, config: PeftConfig): Pick<Adapter, "modules" | "saved" | "warnings"> {
   const { refuse, shape, read, file } = tensors;
   const { parts, rows, whole, biases, warnings } = place(tensors, config);
@@ -232,7 +231,6 @@ export function readModule(name: string, keys: ReadonlyMap<KeyRole, string>, giv
 /** Largest rank and kernel that a pack holds. */
 const MAX_SIZE = 65_535;
 
-/** The tensors of both factors. */
 interface FactorKeys {
   readonly keyA: string;
   readonly keyB: string;
@@ -506,7 +504,6 @@ function leftoverError(keys: readonly string[], refuse: PeftTensors["refuse"]): 
 /** The tensors that one adapted module may have. `baseWeight` and `baseBias` are copies of the base's own. */
 export type KeyRole = "A" | "B" | "embeddingA" | "embeddingB" | "loraBias" | "magnitude" | "baseWeight" | "baseBias";
 
-/** Meaning of a tensor's name. */
 interface PeftKey {
   /**
    * "part" of an adapted module; replaced "rows" of an embedding; a parameter by its "plain" name: saved whole, or a bias; the same
@@ -593,7 +590,6 @@ interface SavedModules {
   readonly rows: [string, readonly number[]][];
 }
 
-/** Adds the saved tensors. */
 async function addSaved(adapter: Exportable, add: Add): Promise<SavedModules> {
   const taskType = taskTypeOf(adapter);
   const found: SavedModules = { heads: new Set(), biased: [], deltas: [], rows: [] };

@@ -476,7 +476,6 @@ function ancestors({ producers }: Graph, value: string): ReadonlySet<NodeProto> 
 // Removes Transposes of weights in front of products, as with an embedding that is the last layer too. Runtimes transpose constant
 // weights at load time and hold both copies. The backward pass uses the weight as it is; after this the product does too.
 
-/** Removes Transposes of weights that only products read, in place. */
 function takeUntransposed(graph: Graph, opset: number): void {
   const { proto: main, consumers, outputs } = graph;
   const emit = new Emitter(main, opset, `${PREFIX}/untransposed`);

@@ -211,7 +211,6 @@ const gather: Rule = {
   },
 };
 
-/** Puts zeros where nothing was taken. */
 const slice: Rule = {
   inputs: [0],
   backward(node) {

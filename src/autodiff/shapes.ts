@@ -253,13 +253,11 @@ export class Shapes {
 
 // Reasons why a model cannot be trained: collected during the search and reported all at once.
 
-/** Nodes that a message names for each problem. */
 const NAMED = 3;
 
 export class Problems {
   readonly #found = new Map<string, Set<string>>();
 
-  /** Adds a problem of a node's operator. */
   node({ opType, name, output }: NodeProto, why: string): void {
     this.add(`${opType} ${why}`, name === "" ? (output[0] ?? "") : name);
   }

@@ -104,7 +104,6 @@ export interface ByAnswersReport extends BuildReport {
   readonly left: readonly string[];
 }
 
-/** An outcome, and the task's file. */
 interface Outcome extends AnsweringTask {
   readonly file: Uint8Array<ArrayBuffer>;
 }
@@ -229,7 +228,6 @@ interface Attempt {
   onStep(step: number): void;
 }
 
-/** Brings tasks close to the answers of their adapters. */
 class Answering {
   readonly #options: ByAnswersOptions;
   readonly #until: number;
@@ -266,7 +264,6 @@ class Answering {
     return this.#outcomes.size > 0 ? [] : [...this.#refused.values()];
   }
 
-  /** Distils all tasks. */
   async all(level: Open): Promise<Outcome[]> {
     const { adapters } = this.#options;
     const steps = this.stepsOf(level);
@@ -468,7 +465,6 @@ interface Kind {
   make(size: number): Promise<Built>;
 }
 
-/** The pack of a size. */
 interface Sized {
   readonly kind: Kind;
   readonly size: number;
@@ -490,7 +486,6 @@ function kindsOf({ adapters, base, anyBase, workers }: ByAnswersOptions): readon
   return adapters.length < FEW ? [unshared] : [shared, unshared];
 }
 
-/** Sizes that are expected to be tried. */
 const EXPECTED = 3;
 /**
  * Tasks that sizes are tried on. Of 20 tasks of own-seed nine were stored closer where one of six was expected, for 141 kB instead of 103.
@@ -498,13 +493,11 @@ const EXPECTED = 3;
  */
 const TRIED = { labels: 16, tokens: 6 };
 
-/** A pack of some size, open. */
 interface Level extends Open, Sized {
   readonly report: BuildReport;
   readonly close: () => Promise<void>;
 }
 
-/** Packs of different sizes, one at a time. */
 class Making {
   readonly #engine: Engine;
   readonly #model: SourceInput;
@@ -512,7 +505,6 @@ class Making {
   readonly #answering: Answering;
   readonly #kinds: readonly Kind[];
   #level: Level | undefined;
-  /** Number of sizes that were tried. */
   #count = 0;
 
   constructor(engine: Engine, model: SourceInput, options: ByAnswersOptions) {

@@ -81,13 +81,11 @@ export interface TeacherOutputs {
 }
 
 const LEAST_TEXTS = 8;
-/** Questions of a step. */
 export const BATCH = 8;
 /** Batches that show how answers depend on coefficients, before any step. */
 export const BATCHES_TO_SOLVE = 24;
 /** Most synthetic questions to learn from: more of them taught no more. */
 const MOST_SYNTHETIC = 1024;
-/** Synthetic questions to evaluate by. */
 const SYNTHETIC_HOLDOUT = 128;
 
 /**
@@ -305,7 +303,6 @@ interface Vocabulary {
   decode?(ids: number[]): string;
 }
 
-/** Words to make questions of. */
 interface Words {
   /** Whole words of the vocabulary, by number: vocabularies are made from frequent words to rare ones. */
   readonly all: readonly string[];
@@ -313,7 +310,6 @@ interface Words {
   readonly names: readonly string[];
 }
 
-/** Words of a line. */
 const SHORTEST = 3;
 const LONGEST = 12;
 /**
@@ -321,7 +317,6 @@ const LONGEST = 12;
  * made of articles and prepositions.
  */
 const FREQUENT = 30;
-/** The share of words that are taken from names. */
 const NAMED = 0.1;
 
 /**

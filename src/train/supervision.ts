@@ -735,8 +735,10 @@ function logSumExp(logits: Float32Array): number {
 }
 
 export function softmax(logits: Float32Array): Float32Array {
-  const total = logSumExp(logits);
-  return logits.map((value) => Math.exp(value - total));
+  const top = Math.max(...logits);
+  const powers = logits.map((value) => Math.exp(value - top));
+  const total = powers.reduce((a, b) => a + b, 0);
+  return powers.map((value) => value / total);
 }
 
 /** Index of the largest value; the first one of equals. */

@@ -649,7 +649,7 @@ async function fillStart(
   random: () => number,
   signal?: AbortSignal,
 ): Promise<void> {
-  const moments = await momentsOf(pack, terms, signal);
+  const donors = await donorsOf(pack, terms, signal);
   for (const parameter of terms.parameters) {
     const { module, kind, dims } = parameter;
     const values = terms.part(out, module, kind)!;
@@ -667,7 +667,7 @@ async function fillStart(
     else if (kind === "privateA" || kind === "ownA") fillNormal(values, random);
     // A module that the task leaves alone changes nothing at first.
     else if (typeof start === "object" && isStill(terms, parameter)) values.fill(0);
-    else fillCoefficients(values, moments.get(parameter), start === "mean", random);
+    else fillCoefficients(values, dims[1], donors.get(parameter), start === "mean", random);
   }
 }
 
@@ -677,37 +677,19 @@ function isStill({ modules }: TrainedTerms, { module, kind }: TrainedParameter):
   return kind === (B && !B.mean ? "alphaB" : A && !A.mean ? "alphaA" : undefined);
 }
 
-/** Statistics of one parameter [rank, K] over the pack's first tasks. */
-interface Moments {
-  /** Sums over tasks [rank, K]. */
-  readonly sums: Float64Array;
-  /** Number of tasks with the row [rank]. */
-  readonly tasks: Float64Array;
-  /** Sums of squares over the rows of all tasks [K]. */
-  readonly squares: Float64Array;
-}
-
-async function momentsOf(
+/** Coefficients of each parameter in the pack's first tasks: [rank, K], or fewer rows. */
+async function donorsOf(
   pack: Pack,
   terms: TrainedTerms,
   signal?: AbortSignal,
-): Promise<Map<TrainedParameter, Moments>> {
-  const all = new Map<TrainedParameter, Moments>();
+): Promise<Map<TrainedParameter, Float32Array[]>> {
+  const all = new Map<TrainedParameter, Float32Array[]>();
   for (const blob of await firstTasks(pack, MOST_DONORS, signal)) {
     for (const parameter of terms.parameters) {
       const tensor = parameter.kind.startsWith("alpha") ? tensorOf(pack, blob, parameter) : undefined;
-      if (!tensor) continue;
       const [rank, K] = parameter.dims;
-      const zeros = (length: number): Float64Array => new Float64Array(length);
-      const moments = all.get(parameter) ?? { sums: zeros(rank * K), tasks: zeros(rank), squares: zeros(K) };
-      all.set(parameter, moments);
-      for (const [i, value] of readTensor(blob.bytes, tensor)
-        .subarray(0, rank * K)
-        .entries()) {
-        moments.sums[i]! += value;
-        moments.squares[i % K]! += value * value;
-        if (i % K === 0) moments.tasks[i / K]!++;
-      }
+      const given = tensor && readTensor(blob.bytes, tensor).subarray(0, rank * K);
+      if (given) all.set(parameter, [...(all.get(parameter) ?? []), given]);
     }
   }
   return all;
@@ -716,24 +698,33 @@ async function momentsOf(
 /** Fills in the mean of the tasks' coefficients; random numbers with their spread where no task has the row, or no mean is wanted. */
 function fillCoefficients(
   values: Float32Array,
-  moments: Moments | undefined,
+  K: number,
+  donors: readonly Float32Array[] | undefined,
   mean: boolean,
   random: () => number,
 ): void {
-  if (!moments) return fillNormal(values, random);
-  const { sums, tasks, squares } = moments;
-  const K = squares.length;
-  const count = tasks.reduce((a, b) => a + b, 0);
-  const columns = new Float64Array(K);
-  for (const [i, value] of sums.entries()) columns[i % K]! += value;
-  for (let i = 0; i < values.length; i++) {
-    const having = tasks[Math.floor(i / K)]!;
-    if (mean && having > 0) values[i] = sums[i]! / having;
-    else {
-      const centre = columns[i % K]! / count;
-      const variance = Math.max(0, squares[i % K]! / count - centre * centre);
-      values[i] = centre + Math.sqrt(variance) * normal(random);
+  if (!donors) return fillNormal(values, random);
+  const columns = Array.from({ length: K }, (_, k) => {
+    let count = 0;
+    let sum = 0;
+    let squares = 0;
+    for (const rows of donors) {
+      for (let i = k; i < rows.length; i += K) {
+        count++;
+        sum += rows[i]!;
+        squares += rows[i]! ** 2;
+      }
     }
+    const centre = sum / count;
+    return { centre, deviation: Math.sqrt(Math.max(0, squares / count - centre * centre)) };
+  });
+  for (let i = 0; i < values.length; i++) {
+    const having = donors.filter(({ length }) => i < length);
+    const { centre, deviation } = columns[i % K]!;
+    values[i] =
+      mean && having.length > 0
+        ? having.reduce((sum, rows) => sum + rows[i]!, 0) / having.length
+        : centre + deviation * normal(random);
   }
 }
 
