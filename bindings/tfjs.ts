@@ -173,8 +173,8 @@ function entriesOf(tf: Tfjs, model: TfjsModel): Map<string, Entry> {
   return entries;
 }
 
-function isGraphModel(model: unknown): model is { readonly executor: Executor<TfTensor> } {
-  return typeof (model as { executor?: Executor<TfTensor> } | null)?.executor?.weightMap === "object";
+function isGraphModel(model: unknown): model is { readonly executor: Executor } {
+  return typeof (model as { executor?: Executor } | null)?.executor?.weightMap === "object";
 }
 
 /** A variable has the values of its own shape; for others there is another in its place. */
@@ -204,15 +204,12 @@ interface Node {
 }
 
 /** The executor of a GraphModel, with its tensors by the names of nodes. */
-interface Executor<Tensor> {
-  weightMap: Record<string, Tensor[]>;
+interface Executor {
+  weightMap: Record<string, TfTensor[]>;
   readonly graph: { readonly nodes: Readonly<Record<string, Node | undefined>> };
 }
 
-function graphEntry<Tensor extends { dispose(): void }>(
-  executor: Executor<Tensor>,
-  name: string,
-): { tensor(): Tensor; put(value: Tensor): void } {
+function graphEntry(executor: Executor, name: string): Pick<Entry, "tensor" | "put"> {
   const list = executor.weightMap[name]!;
   return {
     tensor: () => list[0]!,

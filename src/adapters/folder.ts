@@ -10,6 +10,7 @@ import { AdapterError, TaskError } from "../errors.ts";
 import { isTaskId } from "../format/directory.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import type { HubOptions } from "../http/hub.ts";
+import { localSource } from "../open-source.ts";
 import { type ByteSource, FETCH_OPTIONS } from "../source.ts";
 import { openGguf } from "../tensor/gguf.ts";
 import { type Adapter, type AdapterModule, type BaseFacts, compare, readTaskMetadata } from "./adapter.ts";
@@ -130,18 +131,14 @@ function rename(found: readonly AdapterLocation[], names: ReadonlyMap<string, st
 async function openOnDemand(path: string): Promise<ByteSource> {
   const probe = await openDisk(path);
   await probe.close?.();
-  return {
-    name: path,
-    byteLength: probe.byteLength,
-    async read(offset, length, options) {
-      const source = await openDisk(path);
-      try {
-        return await source.read(offset, length, options);
-      } finally {
-        await source.close?.();
-      }
-    },
-  };
+  return localSource(path, probe.byteLength!, async (start, end) => {
+    const source = await openDisk(path);
+    try {
+      return await source.read(start, end - start);
+    } finally {
+      await source.close?.();
+    }
+  });
 }
 
 /**

@@ -132,13 +132,8 @@ export async function buildTrainingGraph(
   const picked = options.tokens ? pickPositions(indexGraph(main, model.name), model.opset, logits) : undefined;
   const indexed: ModelFile = { ...file, model: { ...model, graph: indexGraph(main, model.name) } };
   const feeds = probeFeeds(indexed.model, own, injected, picked !== undefined, problems);
-  const path = await probePath(
-    indexed,
-    trained.map(({ name }) => name),
-    logits,
-    problems,
-    { probe: options.probe, feeds, initializers: injected.initializers },
-  );
+  const sources = trained.map(({ name }) => name);
+  const path = await probePath(indexed, sources, logits, problems, options.probe, feeds, injected.initializers);
   const emit = new Emitter(main, model.opset);
   emit.gathers = options.gathers ?? false;
   let loss = "";
