@@ -97,10 +97,8 @@ export async function keptPack(
   const there = packs.get(name);
   if (there) return there;
   const bytes = await r2Source(bucket, key).readAll!();
-  const pack = await openPack(
-    localSource(key, bytes.length, (start, end) => bytes.subarray(start, end)),
-    options,
-  );
+  const source = localSource(key, bytes.length, (start, end) => bytes.subarray(start, end));
+  const pack = await openPack(source, options);
   // Hashes are computed outside of this thread, and so awaited: now, in this request.
   if (options.integrity !== undefined) await pack.prefetch(pack.tasks.keys());
   // Requests at the same time each read it; the first to be done is kept.

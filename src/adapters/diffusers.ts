@@ -12,6 +12,7 @@ import { parseJson, type TensorFile } from "../tensor/tensor-file.ts";
 import {
   type Adapter,
   type AdapterFactors,
+  type AdapterFile,
   type Add,
   checkAdapter,
   type Exportable,
@@ -23,11 +24,8 @@ import {
   refuseSaved,
 } from "./adapter.ts";
 import { assembleLora, type LoraKey, type LoraParts, scalesOf, sortTensors } from "./named-lora.ts";
-import { type KeyRole, type PeftFiles, parsePeftKey, refuser } from "./peft.ts";
+import { type KeyRole, parsePeftKey, refuser } from "./peft.ts";
 import { type PeftConfig, readPeftConfig } from "./peft-config.ts";
-
-/** The file of one LoRA of diffusers; `tensors` is pytorch_lora_weights.safetensors. */
-export type DiffusersFiles = Omit<PeftFiles, "config">;
 
 /** Field of the header with configurations. */
 const METADATA = "lora_adapter_metadata";
@@ -43,7 +41,7 @@ const ALPHAS = "network_alphas";
  * const file = "https://example.org/styles/ukiyo-e/pytorch_lora_weights.safetensors";
  * const adapter = await readDiffusers({ id: "ukiyo-e", file, tensors: file });
  */
-export async function readDiffusers(files: DiffusersFiles): Promise<Adapter> {
+export async function readDiffusers(files: AdapterFile): Promise<Adapter> {
   return readAdapterFile(files, openSafetensors, async (tensors, metadata) => {
     const bare = bareModel(tensors.tensors.keys());
     const parse = (name: string): LoraKey | undefined => parseDiffusersKey(name, bare);

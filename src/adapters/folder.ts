@@ -1,6 +1,6 @@
 /**
- * Opens adapters under given paths, in the order of their ids, each with the reader of its format. This file, find.ts and tree.ts are the
- * only adapter code that needs a file system.
+ * Opens adapters under given paths, in the order of their ids, each with the reader of its format. This file and tree.ts are the only
+ * adapter code that needs a file system.
  */
 
 import { basename, dirname, extname, join, relative, resolve, sep } from "node:path";
@@ -96,13 +96,8 @@ function rename(found: readonly AdapterLocation[], names: ReadonlyMap<string, st
     if (meant.length !== 1) {
       const paths = meant.map(({ path }) => path).join(", ");
       const why = paths === "" ? "no adapter has this id or path" : `means several; use a path: ${paths}`;
-      throw new TaskError(`rename ${old} to ${id}: ${why}`, {
-        task: old,
-        nearest: nearest(
-          old,
-          found.map((location) => location.id),
-        ),
-      });
+      const known = found.map((location) => location.id);
+      throw new TaskError(`rename ${old} to ${id}: ${why}`, { task: old, nearest: nearest(old, known) });
     }
     ids.set(meant[0]!, id);
   }

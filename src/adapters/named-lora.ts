@@ -160,16 +160,13 @@ export function transposeMatrices<F extends TensorFile>(file: F, names: RegExp):
 // MLX LM saves `adapter_config.json` and `adapters.safetensors`. Factors in the file are [in, r] and [r, out]; the configuration holds the
 // scale itself.
 
-/** The files of one adapter of MLX LM: adapter_config.json and, as `tensors`, adapters.safetensors. */
-export type MlxFiles = PeftFiles;
-
 /**
  * Opens an adapter: checks its configuration and the names, shapes and dtypes of all tensors. Values are read, and checked, when a
  * module's `read` is called.
  * @throws AdapterError naming the field or tensor that cannot be represented, and what to do
  * @throws FormatError when the tensor file breaks the safetensors format; SourceError when it cannot be read
  */
-export async function readMlx({ config, ...files }: MlxFiles): Promise<Adapter> {
+export async function readMlx({ config, ...files }: PeftFiles): Promise<Adapter> {
   const { scale, baseModel, warnings } = readConfig(config, `${files.file}/adapter_config.json`);
   return readAdapterFile(files, openSafetensors, (found) => {
     const tensors = transposeMatrices(found, /\.lora_[ab]$/);

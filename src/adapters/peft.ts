@@ -7,11 +7,11 @@
 import { checkOptions } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
 import { isHead, type Layout, type TaskMetadata } from "../format/format.ts";
-import type { SourceInput } from "../source.ts";
 import type { SafetensorsEntry } from "../tensor/safetensors.ts";
 import { isFloatDtype, show, type TensorFile, transpose } from "../tensor/tensor-file.ts";
 import {
   type Adapter,
+  type AdapterFile,
   type AdapterModule,
   type Add,
   checkAdapter,
@@ -28,18 +28,10 @@ import {
 } from "./adapter.ts";
 import { headsOf, type PeftConfig, readPeftConfig } from "./peft-config.ts";
 
-/** The files of one PEFT adapter. */
-export interface PeftFiles {
-  /** Task id. */
-  readonly id: string;
-  /** The adapter's folder or address, for messages. */
-  readonly file: string;
+/** The files of one adapter of PEFT, with adapter_model.safetensors as its tensors, or of MLX LM, with adapters.safetensors. */
+export interface PeftFiles extends AdapterFile {
   /** Parsed adapter_config.json. */
   readonly config: unknown;
-  /** adapter_model.safetensors: path, URL, Blob, bytes or ByteSource. Closed by the adapter's `close`. */
-  readonly tensors: SourceInput;
-  /** Parsed task.json, where there is one. */
-  readonly task?: unknown;
 }
 
 /**

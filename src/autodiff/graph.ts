@@ -308,13 +308,9 @@ function choice(learn: string, name: string, nodes: NodeProto[], outputs: readon
   const others = outputs.map((one) =>
     makeNode("Identity", inner("else", one.name), [none(one)], inner("else", one.name)),
   );
-  return makeNode(
-    "If",
-    name,
-    [learn],
-    outputs.map(({ name }) => name),
-    { then_branch: graph("then", nodes), else_branch: graph("else", others, { initializer }) },
-  );
+  const names = outputs.map(({ name }) => name);
+  const branches = { then_branch: graph("then", nodes), else_branch: graph("else", others, { initializer }) };
+  return makeNode("If", name, [learn], names, branches);
 }
 
 /** Weight of a value of unknown type, which must not leave a part: the output of a graph declares its type. */

@@ -417,10 +417,8 @@ function leastSquares(space: Subspace, rows: Float64Array, count: number): Least
       // The mean curvature is 1.
       const scale = trace > 0 ? width / trace : 0;
       const even = gram(vectors, K, width);
-      const factor = cholesky(
-        even.map((value, i) => DAMPING * value + scale * left[i]!),
-        K,
-      );
+      const damped = even.map((value, i) => DAMPING * value + scale * left[i]!);
+      const factor = cholesky(damped, K);
       const along = multiplyTransposed(x, vectors, count, K, width);
       const alpha = along.map((value, i) => DAMPING * value + scale * right[i]!);
       forwardSolve(factor, K, alpha, count);

@@ -382,10 +382,8 @@ class Answering {
   /** The agreement of a task file with its adapter. */
   async #agreement(level: Open, adapter: Adapter, file: Uint8Array<ArrayBuffer>): Promise<number> {
     const { pack, session } = level;
-    const {
-      task: { head },
-      outputs: { supervision, holdout },
-    } = await this.#teach(level, adapter);
+    const { task, outputs } = await this.#teach(level, adapter);
+    const { supervision, holdout } = outputs;
     let id = "closer";
     while (pack.tasks.has(id)) id += "'";
     await pack.addTask(id, file);
@@ -393,7 +391,7 @@ class Answering {
     const fidelity = new MeanDivergence();
     try {
       stored = await taskAdapter(pack, id);
-      const { model, weights } = await adapterWeights(session, stored, head);
+      const { model, weights } = await adapterWeights(session, stored, task.head);
       for await (const { row, logits } of answers({ model, supervision }, holdout, weights, this.#options))
         fidelity.add(row.wanted, logits);
     } finally {

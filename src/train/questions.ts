@@ -137,12 +137,8 @@ export async function teacherOutputs(
   }
   const stored = blob.parameters.find(({ name }) => name === `${last?.module}.weight`)?.shape[0];
   if (stored !== undefined && stored !== count) {
-    throw new TaskError(
-      `task "${id}" has ${stored} labels, ${adapter.file} ${count}: it was not made of this adapter`,
-      {
-        task: id,
-      },
-    );
+    const message = `task "${id}" has ${stored} labels, ${adapter.file} ${count}: it was not made of this adapter`;
+    throw new TaskError(message, { task: id });
   }
   const labels = Array.from({ length: count }, (_, i) => String(i));
   const wholeTexts = given ? options.texts !== undefined : !templateOf(adapter.metadata);
@@ -287,11 +283,8 @@ function crossed(asked: readonly Row[], words: Words, count: number, random: () 
   return Array.from({ length: count }, (_, i) => {
     const near = closest[(asked.length + i) % labels]!;
     const both = [pick(near, random), pick(near, random)].flatMap(({ text }) => text!.split(" "));
-    const mixed = shuffle(
-      both.map((word) => (random() < DRAWN ? draw(words, random) : word)),
-      random,
-    );
-    return mixed.slice(0, lengthOf(random)).join(" ");
+    const mixed = both.map((word) => (random() < DRAWN ? draw(words, random) : word));
+    return shuffle(mixed, random).slice(0, lengthOf(random)).join(" ");
   });
 }
 
@@ -490,9 +483,6 @@ function askedAt(row: Row, ids: readonly number[], at: readonly number[]): Row {
 /** The row asked for every token behind the one at `from`. */
 function askedFrom(row: Row, from: number): Row {
   const ids = idsOf(row).slice(0, -1);
-  return askedAt(
-    row,
-    ids,
-    [...ids.keys()].filter((i) => i >= from),
-  );
+  const at = [...ids.keys()].filter((i) => i >= from);
+  return askedAt(row, ids, at);
 }

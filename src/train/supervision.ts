@@ -403,10 +403,8 @@ export function splitHoldout<T>(
   const train: T[] = [];
   const holdout: T[] = [];
   for (const label of [...new Set(rows.map(labelOf))].sort((a, b) => a - b)) {
-    const shuffled = shuffle(
-      rows.filter((row) => labelOf(row) === label),
-      random,
-    );
+    const own = rows.filter((row) => labelOf(row) === label);
+    const shuffled = shuffle(own, random);
     const count = Math.max(0, Math.min(Math.round(shuffled.length * share), shuffled.length - 2));
     holdout.push(...shuffled.slice(0, count));
     train.push(...shuffled.slice(count));
@@ -688,10 +686,8 @@ function fillInputs(
     const given = example?.get(name);
     if (of) {
       const side = decodes && !name.startsWith("decoder_") ? "source" : "ids";
-      feeds[name] = rowsOf(
-        all.map((tokens) => tokens[side]!.map(of)),
-        given?.data instanceof Int32Array,
-      );
+      const rows = all.map((tokens) => tokens[side]!.map(of));
+      feeds[name] = rowsOf(rows, given?.data instanceof Int32Array);
     } else if (given && (given.data.length === 0 || ZERO.test(name))) {
       const dims =
         given.data.length === 0 ? given.dims.map((size, axis) => (axis === 0 ? all.length : size)) : given.dims;
