@@ -25,7 +25,7 @@ import {
 } from "./adapter.ts";
 import { assembleLora, type LoraKey, type LoraParts, scalesOf, sortTensors } from "./named-lora.ts";
 import { type KeyRole, parsePeftKey, refuser } from "./peft.ts";
-import { type PeftConfig, readPeftConfig } from "./peft-config.ts";
+import { CONVERT, type PeftConfig, readPeftConfig, withoutBase } from "./peft-config.ts";
 
 /** Field of the header with configurations. */
 const METADATA = "lora_adapter_metadata";
@@ -111,6 +111,8 @@ function configsOf(file: SafetensorsFile, prefixes: ReadonlySet<string>): Map<st
     [...fields].map(([prefix, found]) => {
       const where = `${file.name}, ${METADATA}${prefix && ` of ${prefix}`}`;
       const config = readPeftConfig({ peft_type: "LORA", ...Object.fromEntries(found) }, where);
+      if (config.start)
+        throw new AdapterError(`${withoutBase(config.start)}. ${CONVERT}`, { file: where, field: "init_lora_weights" });
       if (config.tokenRows.length > 0) {
         const message = "trainable_token_indices is set, but there are no rows in the file; save the adapter again";
         throw new AdapterError(message, { file: where, field: "trainable_token_indices" });

@@ -5,6 +5,7 @@
 
 import { basename, dirname, extname, join, relative, resolve, sep } from "node:path";
 import { checkList, checkOptions, nearest } from "../arguments.ts";
+import type { WeightHost } from "../core/base.ts";
 import { openDisk } from "../disk.ts";
 import { AdapterError, TaskError } from "../errors.ts";
 import { isTaskId } from "../format/directory.ts";
@@ -19,8 +20,9 @@ import { readGguf } from "./gguf.ts";
 import { isKohyaName, readKohya } from "./kohya.ts";
 import { readMlx } from "./named-lora.ts";
 import { readOnnxAdapter } from "./onnx-adapter.ts";
-import { readPeft } from "./peft.ts";
-import { describeBase, kind, namesIn, readJson, type Tree, treeAt } from "./tree.ts";
+import { type PeftFiles, readPeft } from "./peft.ts";
+import { readPeftConfig } from "./peft-config.ts";
+import { describeBase, kind, namesIn, openWeights, readJson, type Tree, treeAt } from "./tree.ts";
 
 /** Files kept open between reads, which is twice as fast. Any further file is opened for each read. */
 const MAX_HELD = 64;
@@ -31,7 +33,8 @@ export interface ReadAdaptersOptions extends HubOptions {
   readonly rename?: ReadonlyMap<string, string> | undefined;
   /**
    * Path of a file that names the base's modules (for files of kohya) or its heads (for GGUF files): its folder, config.json, safetensors
-   * file or index, list of names in JSON, or GGUF file; or a name of the Hub. Read when an adapter needs it. Default: none.
+   * file or index, list of names in JSON, or GGUF file; or a name of the Hub. An adapter that began as PiSSA or OLoRA needs its weights:
+   * its folder or safetensors file. Read when an adapter needs it. Default: none.
    */
   readonly base?: string | undefined;
 }
@@ -49,11 +52,15 @@ export async function readAdapters(paths: readonly string[], options: ReadAdapte
   /** Sources that stay open, or open for each read. */
   const sources: ByteSource[] = [];
   let facts: Promise<BaseFacts> | undefined;
+  /** The base's weights, opened for the first adapter that needs them and closed with the last. */
+  let weights: Promise<WeightHost | undefined> | undefined;
+  let users = 0;
   const adapters: Adapter[] = [];
   try {
     for (const location of locations) adapters.push(await openAdapter(location));
   } catch (error) {
     for (const source of sources) await source.close?.();
+    await (await weights)?.close?.();
     throw error;
   }
   return adapters;
@@ -76,7 +83,21 @@ export async function readAdapters(paths: readonly string[], options: ReadAdapte
       return (format === "kohya" ? readKohya : readGguf)({ ...files, base: await facts });
     }
     const config = await readJson(join(path, CONFIG));
-    return format === "mlx" ? readMlx({ ...files, config }) : readPeft({ ...files, config });
+    return format === "mlx" ? readMlx({ ...files, config }) : readStarted({ ...files, config });
+  }
+
+  async function readStarted(files: PeftFiles): Promise<Adapter> {
+    if (readPeftConfig(files.config, `${files.file}/${CONFIG}`).start === undefined) return readPeft(files);
+    const { base: given } = options;
+    if (given !== undefined) weights ??= openWeights(given, options);
+    const base = await weights;
+    const adapter = await readPeft({ ...files, base });
+    users++;
+    const close = async (): Promise<void> => {
+      await adapter.close();
+      if (--users === 0) await base?.close?.();
+    };
+    return { ...adapter, close };
   }
 
   async function open(path: string): Promise<ByteSource> {

@@ -147,6 +147,7 @@ function shownBy(
     fanInFanOut: false,
     loraBias: keys.has("loraBias"),
     dora: keys.has("magnitude"),
+    start: undefined,
     forModule: () => ({ rank, scale: scaleOf(rank) }),
   };
 }
@@ -166,7 +167,7 @@ export function transposeMatrices<F extends TensorFile>(file: F, names: RegExp):
  * @throws AdapterError naming the field or tensor that cannot be represented, and what to do
  * @throws FormatError when the tensor file breaks the safetensors format; SourceError when it cannot be read
  */
-export async function readMlx({ config, ...files }: PeftFiles): Promise<Adapter> {
+export async function readMlx({ config, ...files }: Omit<PeftFiles, "base">): Promise<Adapter> {
   const { scale, baseModel, warnings } = readConfig(config, `${files.file}/adapter_config.json`);
   return readAdapterFile(files, openSafetensors, (found) => {
     const tensors = transposeMatrices(found, /\.lora_[ab]$/);

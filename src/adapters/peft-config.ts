@@ -6,6 +6,7 @@
 
 import { AdapterError } from "../errors.ts";
 import { show } from "../tensor/tensor-file.ts";
+import type { BaseStart } from "./start.ts";
 
 /** Facts that a configuration gives about the tensors. */
 export interface PeftConfig {
@@ -18,6 +19,8 @@ export interface PeftConfig {
   readonly bias: "none" | "all" | "lora_only";
   readonly loraBias: boolean;
   readonly dora: boolean;
+  /** Set where PEFT changes the weights of linear layers before it loads the factors (start.ts). */
+  readonly start: BaseStart | undefined;
   /** A module is saved when its name ends in one of these. Includes the heads that PEFT saves for the task type. */
   readonly modulesToSave: readonly string[];
   /** Rows replaced by trainable_token_indices: [ending of the embedding's name, indices]; "" matches any. */
@@ -31,8 +34,13 @@ export interface PeftConfig {
 const MAX_TEXT = 1365;
 
 /** PEFT's own way to an adapter of the original base. */
-const CONVERT =
+export const CONVERT: string =
   "Convert it in PEFT, where it was trained: save_pretrained(path, path_initial_model_for_weight_conversion=initial_adapter)";
+
+/** Says why an adapter with a start is refused without its base. */
+export function withoutBase(start: BaseStart): string {
+  return `init_lora_weights is "${start}": PEFT takes the start out of the base when it loads the adapter`;
+}
 
 const PLAIN = "Train a plain LoRA, or merge it with PEFT and use the merged model";
 
@@ -71,8 +79,8 @@ export function headsOf(taskType: string | undefined): readonly string[] {
   return EMBEDDED_HEADS.get(taskType ?? "") ?? [];
 }
 
-/** Initialisations that take a start out of the base's weights before training, and again whenever PEFT loads the adapter. */
-const MUTATING = /^(pissa|olora$|corda|lora_ga$)/;
+/** Initialisations that change the base by more than its weights tell: by data, gradients, or numbers drawn at random. */
+const MUTATING = /^(pissa|corda|lora_ga$)/;
 const UNTOUCHED: readonly unknown[] = [undefined, null, true, false, "gaussian", "eva", "orthogonal", "mica"];
 
 /**
@@ -98,7 +106,8 @@ export function readPeftConfig(config: unknown, file: string): PeftConfig {
   const modulesToSave = field("modules_to_save", [], isNames, "an array of module names");
   const taskType = text("task_type");
 
-  warnings.push(...startWarnings(config.init_lora_weights, refuse));
+  const { start, warnings: unsure } = startOf(config.init_lora_weights, refuse);
+  warnings.push(...unsure);
   // The file holds what it ties, but for rows of tokens, which reach tied layers with it and without.
   flag("ensure_weight_tying");
   return {
@@ -109,6 +118,7 @@ export function readPeftConfig(config: unknown, file: string): PeftConfig {
     bias,
     loraBias: flag("lora_bias"),
     dora: flag("use_dora"),
+    start,
     modulesToSave: [...new Set([...modulesToSave, ...headsOf(taskType)])],
     tokenRows: tokenRows(config.trainable_token_indices, (message) => refuse("trainable_token_indices", message)),
     forModule(name) {
@@ -184,12 +194,17 @@ function isOff(value: unknown): boolean {
   return !value || (Array.isArray(value) && value.length === 0);
 }
 
-/** @throws AdapterError for an adapter whose ΔW is relative to a changed base */
-function startWarnings(init: unknown, refuse: Refuse): string[] {
-  if (UNTOUCHED.includes(init)) return [];
+/** @throws AdapterError for a start that changes the base in a way that cannot be computed again */
+function startOf(init: unknown, refuse: Refuse): Pick<PeftConfig, "start" | "warnings"> {
+  if (UNTOUCHED.includes(init)) return { start: undefined, warnings: [] };
   const name = typeof init === "string" ? init.toLowerCase() : "";
-  if (MUTATING.test(name))
-    throw refuse("init_lora_weights", `is ${show(init)}: the adapter was trained against a changed base. ${CONVERT}`);
+  if (name === "pissa" || name === "olora") return { start: name, warnings: [] };
+  if (MUTATING.test(name)) {
+    throw refuse(
+      "init_lora_weights",
+      `is ${show(init)}: the adapter was trained against a changed base, which the original does not determine. ${CONVERT}`,
+    );
+  }
   if (name === "loftq") {
     throw refuse(
       "init_lora_weights",
@@ -197,7 +212,8 @@ function startWarnings(init: unknown, refuse: Refuse): string[] {
         "(model.get_base_model().save_pretrained), use it, and set init_lora_weights to true in the file",
     );
   }
-  return [`init_lora_weights is ${show(init)}, which PEFT 0.21 does not know: check that it leaves the base as it was`];
+  const unknown = `init_lora_weights is ${show(init)}, which PEFT 0.21 does not know: check that it leaves the base as it was`;
+  return { start: undefined, warnings: [unknown] };
 }
 
 function tokenRows(value: unknown, refuse: (message: string) => AdapterError): [string, number[]][] {

@@ -5,10 +5,13 @@
  */
 
 import { checkOptions } from "../arguments.ts";
+import type { BaseInput, WeightHost } from "../core/base.ts";
+import { openHost } from "../core/open-base.ts";
 import { AdapterError } from "../errors.ts";
 import { isHead, type Layout, type TaskMetadata } from "../format/format.ts";
 import type { SafetensorsEntry } from "../tensor/safetensors.ts";
 import { isFloatDtype, show, type TensorFile, transpose } from "../tensor/tensor-file.ts";
+import type { Term } from "../tensor/term.ts";
 import {
   type Adapter,
   type AdapterFile,
@@ -26,12 +29,18 @@ import {
   refuseBoth,
   type SavedTensor,
 } from "./adapter.ts";
-import { headsOf, type PeftConfig, readPeftConfig } from "./peft-config.ts";
+import { CONVERT, headsOf, type PeftConfig, readPeftConfig, withoutBase } from "./peft-config.ts";
+import type { BaseStart } from "./start.ts";
 
 /** The files of one adapter of PEFT, with adapter_model.safetensors as its tensors, or of MLX LM, with adapters.safetensors. */
 export interface PeftFiles extends AdapterFile {
   /** Parsed adapter_config.json. */
   readonly config: unknown;
+  /**
+   * Weights of the base model, for an adapter that began as PiSSA or OLoRA: ΔW then is relative to these. A host is the caller's to
+   * close, after the adapter. Default: none; such an adapter is refused.
+   */
+  readonly base?: BaseInput | undefined;
 }
 
 /**
@@ -45,19 +54,27 @@ export interface PeftFiles extends AdapterFile {
  * const adapter = await readPeft({ id: "sst2", file: at, config, tensors: `${at}/adapter_model.safetensors` });
  */
 export async function readPeft(files: PeftFiles): Promise<Adapter> {
-  checkOptions("readPeft", files, ["id", "file", "config", "tensors", "task"]);
-  const { config: json, ...others } = files;
+  checkOptions("readPeft", files, ["id", "file", "config", "tensors", "task", "base"]);
+  const { config: json, base: given, ...others } = files;
   const config = readPeftConfig(json, `${files.file}/adapter_config.json`);
-  return readAdapterFile(others, openSafetensors, (tensors, metadata) => {
-    const { modules, saved, warnings } = assemble(peftTensors(tensors, config), config);
-    return {
-      modules,
-      saved,
-      baseModel: config.baseModel,
-      metadata: withIdentity(metadata, config),
-      warnings: [...config.warnings, ...warnings, ...tieWarnings([...modules.keys()], saved)],
-    };
-  });
+  const base = config.start && given !== undefined ? await openHost(given) : undefined;
+  const close = async (): Promise<void> => (base === given ? undefined : base?.close?.());
+  try {
+    const adapter = await readAdapterFile(others, openSafetensors, (tensors, metadata) => {
+      const { modules, saved, warnings } = assemble(peftTensors(tensors, config, base), config);
+      return {
+        modules,
+        saved,
+        baseModel: config.baseModel,
+        metadata: withIdentity(metadata, config),
+        warnings: [...[...config.warnings, ...warnings], ...tieWarnings([...modules.keys()], saved)],
+      };
+    });
+    return base === undefined ? adapter : { ...adapter, close: () => adapter.close().then(close) };
+  } catch (error) {
+    await close();
+    throw error;
+  }
 }
 
 /** Embeddings that heads are tied to in many language models, and the heads, by the last part of their name. */
@@ -205,7 +222,7 @@ export function readModule(name: string, keys: ReadonlyMap<KeyRole, string>, giv
       : config.fanInFanOut
         ? "in-out"
         : "out-in";
-  return {
+  const module: AdapterModule = {
     name,
     out,
     in: kernel.reduce((a, b) => a * b, inputs),
@@ -218,6 +235,26 @@ export function readModule(name: string, keys: ReadonlyMap<KeyRole, string>, giv
       return { rank, A, Bt, magnitude: magnitude === undefined ? undefined : await read(magnitude) };
     },
   };
+  // Embeddings begin as they are, whatever the start of linear layers.
+  return config.start === undefined || embedding ? module : started(module, config.start, scale, tensors);
+}
+
+/** The module relative to the base as it was before training. */
+function started(
+  module: AdapterModule,
+  start: BaseStart,
+  scale: number,
+  { base, file, refuse }: PeftTensors,
+): AdapterModule {
+  if (module.layout === "conv") throw refuse("init_lora_weights", `init_lora_weights is "${start}", for a convolution`);
+  if (base === undefined) {
+    const advice = `Give the base's weights, as \`base\` (--base). Or: ${CONVERT}`;
+    throw refuse("init_lora_weights", `${withoutBase(start)}. ${advice}`);
+  }
+  const rank = module.rank + Math.min(module.rank, module.in, module.out);
+  const read = async (): Promise<Term> =>
+    (await import("./start.ts")).fromBase(start, module, await module.read(), scale, base, file.name);
+  return { ...module, rank, read };
 }
 
 /** Largest rank and kernel that a pack holds. */
@@ -291,12 +328,14 @@ function checkExtra(
 // Assigns every tensor of a PEFT file to its module or parameter; a file with a tensor left over is refused. Reads no values.
 
 /** The part of a configuration that decides how a module is read. */
-type ModuleConfig = Pick<PeftConfig, "fanInFanOut" | "loraBias" | "dora" | "forModule">;
+type ModuleConfig = Pick<PeftConfig, "fanInFanOut" | "loraBias" | "dora" | "start" | "forModule">;
 
 /** A tensor file, its configuration, and what every check of them needs. */
 export interface PeftTensors {
   readonly file: TensorFile;
   readonly config: ModuleConfig;
+  /** The base, where it was given and the adapter's training began from a changed one. */
+  readonly base?: WeightHost | undefined;
   shape(key: string): readonly number[];
   /** "KEY is [SHAPE]". */
   describe(key: string): string;
@@ -311,12 +350,13 @@ export const refuser =
   (field, message) =>
     new AdapterError(message, { file, field });
 
-export function peftTensors(file: TensorFile, config: ModuleConfig): PeftTensors {
+export function peftTensors(file: TensorFile, config: ModuleConfig, base?: WeightHost): PeftTensors {
   const shape = (key: string): readonly number[] => file.tensors.get(key)!.shape;
   const refuse = refuser(file);
   return {
     file,
     config,
+    base,
     shape,
     describe: (key) => `${key} is [${shape(key).join(", ")}]`,
     refuse,

@@ -173,7 +173,7 @@ export const as: OptionSpec<ReadonlyMap<string, string>> = assignments(
 export const task: Maybe<string> = text("ID", "The task.");
 export const key: Maybe<string> = text("KEY.pem", "Sign what is written with this Ed25519 key.");
 const READ_FOR =
-  "Adapters of kohya and llama.cpp may need it: its folder, config.json, a list of names, a safetensors or GGUF file.";
+  "Adapters of kohya and llama.cpp may need it: its folder, config.json, a list of names, a safetensors or GGUF file. PiSSA and OLoRA need weights.";
 /** Names the base whose fingerprints a command stores. */
 export const base: Maybe<string> = text(
   "MODEL",

@@ -14,8 +14,9 @@ import {
   type SharedModule,
   sharedModules,
 } from "../adapters/adapter.ts";
-import type { BaseInput, Located } from "../core/base.ts";
-import { AliasMatcher, fingerprint, locate, WeightResolver, weightAt } from "../core/mismatch.ts";
+import { inBase } from "../adapters/start.ts";
+import type { BaseInput } from "../core/base.ts";
+import { AliasMatcher, fingerprint, WeightResolver, weightAt } from "../core/mismatch.ts";
 import { openHost } from "../core/open-base.ts";
 import { AdapterError } from "../errors.ts";
 import type { ModuleExtraction, ModuleStack, SideBasis } from "../extract/components.ts";
@@ -400,20 +401,6 @@ export async function naming<T>({ shape, owners }: SharedModule<Adapter>, work: 
     if (!(cause instanceof UnstorableError)) throw cause;
     const { file } = owners.find(({ id }) => id === cause.owner) ?? owners[0]!;
     throw new AdapterError(cause.message, { file, field: shape.name, cause });
-  }
-}
-
-/** A module's weight in a base whose names nothing maps. @throws BaseMismatchError where it is not there */
-function inBase(resolver: WeightResolver, module: ModuleShape): Located {
-  try {
-    return locate(resolver, module);
-  } catch (error) {
-    const { message } = error as Error;
-    (error as Error).message = message.replace(
-      "map them with the option `names`",
-      "let the base list them by the module's",
-    );
-    throw error;
   }
 }
 

@@ -7,7 +7,7 @@ import { readAdapters } from "eigenlora/node";
 import { createEngine } from "eigenlora/onnxruntime";
 import { createSessions } from "eigenlora/session";
 import t, { type Test } from "tap";
-import { json, words } from "../support/command-line.ts";
+import { json, run, words } from "../support/command-line.ts";
 import { tensorsOf as read } from "../support/compare.ts";
 import { workIn } from "../support/folder.ts";
 import { fromBinary, ModelProtoSchema, toBinary } from "../support/internals/models.ts";
@@ -24,10 +24,11 @@ const IDS = goldens.input_ids;
 const ROWS = ["rows", "rows-more", "rows-ensured", "rows-apart", "rows-head", "rows-lora-head"];
 const EMBEDDINGS = ["lora-embedding", "lora-ensured"];
 const SAVED = ["saved-embedding", "saved-ensured"];
+const STARTS = ["pissa", "olora", "pissa-dora"];
 
 async function packOf(t: Test, tasks: readonly string[], options: object = LOSSLESS): Promise<Pack> {
   const paths = tasks.map((task) => at(`adapters/${task}`));
-  const adapters = await readAdapters(paths);
+  const adapters = await readAdapters(paths, { base: at("base.safetensors") });
   const pack = await openPack(concat((await buildPack(adapters, options)).chunks));
   t.teardown(async () => {
     for (const one of [pack, ...adapters]) await one.close();
@@ -54,7 +55,7 @@ async function logitsOf(session: Session, Tensor: typeof NODE.Tensor, tasks?: re
 
 t.test("sessions: every mode and exporter", async (t) => {
   for (const [name, pack, tasks, modes] of [
-    ["unfolded", await packOf(t, [...ROWS, ...EMBEDDINGS]), [...ROWS, ...EMBEDDINGS], MODES],
+    ["unfolded", await packOf(t, [...ROWS, ...EMBEDDINGS, ...STARTS]), [...ROWS, ...EMBEDDINGS, ...STARTS], MODES],
     [
       "components",
       await packOf(t, ["rows", "rows-more"], { ...LOSSLESS, select: { kind: "k", k: 8 } }),
@@ -230,13 +231,13 @@ function product(x: readonly number[], w: ArrayLike<number>, n: number): number[
 t.test("own weights: one weight, two, shared memory, stored as [in, out]", async (t) => {
   const weights = await tensorsOf();
   agrees(t, forward(weights, weights.get(TABLE)!), goldens.tied[""], "the model in plain JavaScript");
-  const pack = await packOf(t, ROWS.slice(0, 3));
+  const pack = await packOf(t, [...ROWS.slice(0, 3), ...STARTS]);
   const more = await packOf(t, ROWS);
   const table = weights.get(TABLE)!;
   const two = (head: Tensor): Map<string, Tensor> => new Map([...weights, [HEAD, head]]);
   const copy = (): Tensor => ({ ...table, data: table.data.slice() as Float32Array });
   for (const policy of ["copy"] as const) {
-    for (const task of ROWS.slice(0, 3)) {
+    for (const task of [...ROWS.slice(0, 3), ...STARTS]) {
       const one = await changedBy(pack, task, { base: new Map(weights), policy });
       agrees(t, forward(one, one.get(TABLE)!), goldens.tied[task], `one weight, ${task}`);
       const shared = await changedBy(pack, task, { base: two({ ...table }), policy });
@@ -290,10 +291,10 @@ t.test("own weights: an embedding that changes without its head", async (t) => {
 
 t.test("commands: fold, export, attach", async (t) => {
   const folder = workIn(t);
-  const adapters = ROWS.slice(0, 3).map((task) => at(`adapters/${task}`));
+  const adapters = [...ROWS.slice(0, 3), ...STARTS].map((task) => at(`adapters/${task}`));
   const pack = words`pack ${adapters} -o p.eigen --energy 1 --dtype f32 --base ${at("base.safetensors")}`;
   await json(0, ...pack);
-  for (const task of ROWS.slice(0, 3)) {
+  for (const task of [...ROWS.slice(0, 3), ...STARTS]) {
     await json(0, "fold", "p.eigen", "--task", task, "--base", at("base.safetensors"), "-o", `${task}.safetensors`);
     const folded = await tensorsOf(join(folder, `${task}.safetensors`));
     agrees(t, forward(folded, folded.get(TABLE)!), goldens.tied[task], `fold, ${task}`);
@@ -309,4 +310,9 @@ t.test("commands: fold, export, attach", async (t) => {
   const attached = await NODE.InferenceSession.create(join(folder, "with.onnx"));
   const feeds = { input_ids: int64(NODE, [IDS]), ...(await feedsIn(join(folder, "with.tasks", "rows.safetensors"))) };
   agrees(t, (await attached.run(feeds))["logits"]!.data as Float32Array, goldens.tied["rows"], "attach");
+  const refused = await run("pack", at("adapters/pissa"), "-o", "q.eigen");
+  t.match(refused, {
+    status: 1,
+    stderr: /init_lora_weights is "pissa": PEFT takes the start out of the base.*--base.*path_initial_model/,
+  });
 });

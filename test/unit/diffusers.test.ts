@@ -220,7 +220,7 @@ t.test("what is refused of a header", async (t) => {
     config({ "unet.trainable_token_indices": [1] }),
   );
   const olora = config({ "unet.r": 2, "unet.init_lora_weights": "olora" });
-  await refuses(t, /init_lora_weights is "olora".*changed base.*Convert it in PEFT/, x, olora);
+  await refuses(t, /init_lora_weights is "olora".*out of the base.*Convert it in PEFT/, x, olora);
   await refuses(t, /use_dora is true, but the file has no/, x, config({ "unet.r": 2, "unet.use_dora": true }));
   await refuses(
     t,

@@ -59,6 +59,9 @@ CASES = {
     "lora-ensured": dict(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
     "saved-embedding": dict(modules_to_save=["embed_tokens"]),
     "saved-ensured": dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    "pissa": dict(init_lora_weights="pissa", target_modules=[*QV, "down_proj"], rank_pattern={"v_proj": 3}, use_rslora=True),
+    "olora": dict(init_lora_weights="olora", target_modules=[*QV, "down_proj"], alpha_pattern={"v_proj": 5}),
+    "pissa-dora": dict(init_lora_weights="pissa", use_dora=True),
 }
 
 
