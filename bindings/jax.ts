@@ -33,7 +33,6 @@ export interface Jax {
 /** Arrays in objects and lists. */
 export type JaxTree = JaxArray | { [name: string]: JaxTree } | JaxTree[];
 
-/** Path to an array of the tree. */
 interface Leaf {
   readonly path: string;
   readonly holder: Record<string, JaxArray>;

@@ -45,7 +45,6 @@ export type SessionOptions<O extends Ort> = O["InferenceSession"]["create"] exte
   ? Options
   : never;
 
-/** The part of those options that is looked at here. */
 interface KnownOptions {
   readonly executionProviders?: readonly (string | { readonly name: string; readonly forceCpuNodeNames?: string[] })[];
 }
@@ -161,7 +160,6 @@ function configured(options: object, entries: Readonly<Record<string, string>>):
   return { ...options, extra: { ...extra, session: { ...entries, ...extra?.session } } };
 }
 
-/** True if a session's options put the model on WebGPU. */
 function onWebgpu({ executionProviders = [] }: KnownOptions): boolean {
   const [first] = executionProviders;
   return (typeof first === "string" ? first : first?.name) === "webgpu";
@@ -240,7 +238,6 @@ async function computesOn(ort: Ort, device: GPUDevice, provider: string | { read
   }
 }
 
-/** y = x + x of four numbers. */
 function oneAddition(): Uint8Array {
   const x = makeValue("x", FLOAT, [4]);
   const y = makeValue("y", FLOAT, [4]);

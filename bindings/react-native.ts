@@ -5,8 +5,8 @@
 
 import { described } from "../src/arguments.ts";
 import { SourceError } from "../src/errors.ts";
-import { throwIfAborted } from "../src/pace.ts";
-import { type ByteSource, checkRange } from "../src/source.ts";
+import { localSource } from "../src/open-source.ts";
+import type { ByteSource } from "../src/source.ts";
 import { fromBase64 as decode, toBase64 as encode } from "../src/text.ts";
 
 /** A file, as the app's library reads it. */
@@ -57,21 +57,13 @@ export function fileSource(file: DeviceFile): ByteSource {
   const { name, byteLength } = file;
   if (!Number.isSafeInteger(byteLength) || byteLength < 0 || typeof file.read !== "function")
     throw new TypeError(`fileSource: expected { name, byteLength, read }, got byteLength ${described(byteLength)}`);
-  return {
-    name,
-    byteLength,
-    async read(offset, length, options) {
-      throwIfAborted(options?.signal);
-      checkRange(name, offset, length, byteLength);
-      if (length === 0) return new Uint8Array(0);
-      const bytes = bytesOf(await readAs(file, offset, length), name);
-      throwIfAborted(options?.signal);
-      if (bytes.length === length) return bytes;
-      throw new SourceError(`its \`read\` gave ${bytes.length} bytes, ${length} from ${offset} were asked for`, {
-        file: name,
-      });
-    },
-  };
+  return localSource(name, byteLength, async (start, end) => {
+    const length = end - start;
+    const bytes = length === 0 ? new Uint8Array(0) : bytesOf(await readAs(file, start, length), name);
+    if (bytes.length === length) return bytes;
+    const message = `its \`read\` gave ${bytes.length} bytes, ${length} from ${start} were asked for`;
+    throw new SourceError(message, { file: name });
+  });
 }
 
 /** @throws SourceError with the library's error as its cause */

@@ -139,7 +139,6 @@ export interface TfGraphModel {
 /** Holder of the weights: a model, or variables by name. */
 export type TfjsModel = TfLayersModel | TfGraphModel | Map<string, TfVariable>;
 
-/** A weight, where TF.js has it. */
 interface Entry {
   readonly layout: Layout | undefined;
   /** Shape that the model was made with. */
@@ -174,8 +173,8 @@ function entriesOf(tf: Tfjs, model: TfjsModel): Map<string, Entry> {
   return entries;
 }
 
-function isGraphModel(model: unknown): model is { readonly executor: Executor<TfTensor> } {
-  return typeof (model as { executor?: Executor<TfTensor> } | null)?.executor?.weightMap === "object";
+function isGraphModel(model: unknown): model is { readonly executor: Executor } {
+  return typeof (model as { executor?: Executor } | null)?.executor?.weightMap === "object";
 }
 
 /** A variable has the values of its own shape; for others there is another in its place. */
@@ -196,7 +195,6 @@ function variableEntry(tf: Tfjs, own: TfVariable, show: (now: TfVariable) => voi
 
 // The weights of a GraphModel: constants of a graph that has forgotten its layers, but not the names and operators that come of them.
 
-/** A node of a GraphModel's graph. */
 interface Node {
   readonly name: string;
   readonly op: string;
@@ -206,16 +204,12 @@ interface Node {
 }
 
 /** The executor of a GraphModel, with its tensors by the names of nodes. */
-interface Executor<Tensor> {
-  weightMap: Record<string, Tensor[]>;
+interface Executor {
+  weightMap: Record<string, TfTensor[]>;
   readonly graph: { readonly nodes: Readonly<Record<string, Node | undefined>> };
 }
 
-/** A constant of a graph. */
-function graphEntry<Tensor extends { dispose(): void }>(
-  executor: Executor<Tensor>,
-  name: string,
-): { tensor(): Tensor; put(value: Tensor): void } {
+function graphEntry(executor: Executor, name: string): Pick<Entry, "tensor" | "put"> {
   const list = executor.weightMap[name]!;
   return {
     tensor: () => list[0]!,

@@ -64,7 +64,6 @@ export type PipelineSessionOptions = Readonly<Record<string, Omit<EigenSessionOp
 /** Sessions of ours, by the pipeline's names. */
 export type PipelineSessions = Readonly<Record<string, EigenSession<PipelineOrt>>>;
 
-/** One session of ours, or several that switch together. */
 type Whole = EigenSession<PipelineOrt> | EigenSessions<PipelineOrt>;
 
 /** Options of `attachPack`. */
@@ -342,7 +341,6 @@ interface Wrapped {
   readonly dims?: unknown;
 }
 
-/** Makes the first input of a text. */
 type Beginning = (options: object) => { readonly input_ids: Wrapped };
 
 /**
@@ -395,7 +393,6 @@ interface Found {
 /** The pipeline's own sessions by its names, those that matter here. */
 type OwnSessions = ReadonlyMap<string, PipelineSession>;
 
-/** Finds the files and options of sessions, by their names. */
 type Find = () => Promise<Map<string, Found>>;
 
 /** The class of a session, whose `create` is put aside for a moment. */

@@ -6,6 +6,7 @@
 import { checkOptions, described } from "../src/arguments.ts";
 import { type OpenOptions, openPack, type Pack } from "../src/core/pack.ts";
 import { SourceError } from "../src/errors.ts";
+import { localSource } from "../src/open-source.ts";
 import { throwIfAborted } from "../src/pace.ts";
 import { type ByteSource, checkRange, type ReadOptions } from "../src/source.ts";
 
@@ -96,24 +97,13 @@ export async function keptPack(
   const there = packs.get(name);
   if (there) return there;
   const bytes = await r2Source(bucket, key).readAll!();
-  const pack = await openPack(memory(key, bytes), options);
+  const source = localSource(key, bytes.length, (start, end) => bytes.subarray(start, end));
+  const pack = await openPack(source, options);
   // Hashes are computed outside of this thread, and so awaited: now, in this request.
   if (options.integrity !== undefined) await pack.prefetch(pack.tasks.keys());
   // Requests at the same time each read it; the first to be done is kept.
   if (!packs.has(name)) packs.set(name, pack);
   return packs.get(name)!;
-}
-
-/** Bytes under the object's name. */
-function memory(name: string, bytes: Uint8Array): ByteSource {
-  return {
-    name,
-    byteLength: bytes.length,
-    async read(offset, length) {
-      checkRange(name, offset, length, bytes.length);
-      return bytes.subarray(offset, offset + length);
-    },
-  };
 }
 
 /** @throws SourceError when there is no object, or R2 fails */

@@ -24,7 +24,6 @@ export {
   type TaskDtypes,
   type TaskFileOptions,
   Trainer,
-  type TrainerOptions,
   type TrainingStep,
   type Unlabelled,
 } from "./train/index.ts";

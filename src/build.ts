@@ -2,12 +2,21 @@
  * `eigenlora/build`: from adapters to packs and back, in any JavaScript runtime. Not for run-time bundles. Adapters in folders are
  * read by `eigenlora/node`.
  */
-export type { Adapter, AdapterModule, BaseFacts, Exportable, ModuleShape, SavedTensor } from "./adapters/adapter.ts";
-export { type DiffusersFiles, diffusersFile, readDiffusers } from "./adapters/diffusers.ts";
-export { type GgufFiles, ggufFile, readGguf } from "./adapters/gguf.ts";
-export { type KohyaFiles, kohyaFile, readKohya } from "./adapters/kohya.ts";
-export { type MlxFiles, readMlx } from "./adapters/named-lora.ts";
-export { type OnnxAdapterFiles, onnxAdapterFile, readOnnxAdapter } from "./adapters/onnx-adapter.ts";
+export type {
+  Adapter,
+  AdapterFile,
+  AdapterModule,
+  BasedAdapterFile,
+  BaseFacts,
+  Exportable,
+  ModuleShape,
+  SavedTensor,
+} from "./adapters/adapter.ts";
+export { diffusersFile, readDiffusers } from "./adapters/diffusers.ts";
+export { ggufFile, readGguf } from "./adapters/gguf.ts";
+export { kohyaFile, readKohya } from "./adapters/kohya.ts";
+export { readMlx } from "./adapters/named-lora.ts";
+export { onnxAdapterFile, readOnnxAdapter } from "./adapters/onnx-adapter.ts";
 export { type PeftFiles, peftFiles, readPeft } from "./adapters/peft.ts";
 export { type ReadTaskFileOptions, readTaskFile, type TaskBasis } from "./core/task-file.ts";
 export type { ComponentSelection } from "./extract/components.ts";

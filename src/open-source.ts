@@ -79,8 +79,8 @@ export function addressOf(text: string, where: string): URL | undefined {
   }
 }
 
-/** @param get exactly the bytes of a range that was checked */
-function localSource(
+/** A source of known size. @param get exactly the bytes of a range that was checked */
+export function localSource(
   name: string,
   byteLength: number,
   get: (start: number, end: number) => Uint8Array | Promise<Uint8Array>,

@@ -78,7 +78,25 @@ export interface Adapter {
   close(): Promise<void>;
 }
 
-// The files of an adapter, whatever its format: tensors from a path, URL, Blob, buffer or ByteSource, and task.json.
+// The files of an adapter, whatever its format.
+
+/** The file with an adapter's tensors, and its task.json. */
+export interface AdapterFile {
+  /** Task id. */
+  readonly id: string;
+  /** The adapter's folder or address, for messages. */
+  readonly file: string;
+  /** Path, URL, Blob, bytes or ByteSource. Closed by the adapter's `close`. */
+  readonly tensors: SourceInput;
+  /** Parsed task.json, where there is one. */
+  readonly task?: unknown;
+}
+
+/** A file that leaves facts to the base model. */
+export interface BasedAdapterFile extends AdapterFile {
+  /** Default: names are read as those of Stable Diffusion's UNets and of CLIP; GGUF files of Llama's architecture are refused. */
+  readonly base?: BaseFacts | undefined;
+}
 
 /**
  * Opens a file with one of the readers of src/tensor; closes its source if that fails.
@@ -113,12 +131,7 @@ type Found = Pick<Adapter, "modules" | "saved"> & Partial<Pick<Adapter, "baseMod
  * @throws errors of `open` and `read`; AdapterError for an invalid task.json
  */
 export async function readAdapterFile<F extends TensorFile & { close(): Promise<void> }>(
-  {
-    id,
-    file,
-    tensors,
-    task,
-  }: Pick<Adapter, "id" | "file"> & { readonly tensors: SourceInput; readonly task?: unknown },
+  { id, file, tensors, task }: AdapterFile,
   open: (input: SourceInput) => Promise<F>,
   read: (found: F, metadata: TaskMetadata) => Found | Promise<Found>,
 ): Promise<Adapter> {

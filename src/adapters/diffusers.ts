@@ -12,6 +12,7 @@ import { parseJson, type TensorFile } from "../tensor/tensor-file.ts";
 import {
   type Adapter,
   type AdapterFactors,
+  type AdapterFile,
   type Add,
   checkAdapter,
   type Exportable,
@@ -22,12 +23,9 @@ import {
   refuseModule,
   refuseSaved,
 } from "./adapter.ts";
-import { assembleLora, type LoraKey, type LoraParts, readAlphas, refuser, sortTensors } from "./named-lora.ts";
-import { type KeyRole, type PeftFiles, parsePeftKey } from "./peft.ts";
+import { assembleLora, type LoraKey, type LoraParts, scalesOf, sortTensors } from "./named-lora.ts";
+import { type KeyRole, parsePeftKey, refuser } from "./peft.ts";
 import { CONVERT, type PeftConfig, readPeftConfig, withoutBase } from "./peft-config.ts";
-
-/** The file of one LoRA of diffusers; `tensors` is pytorch_lora_weights.safetensors. */
-export type DiffusersFiles = Omit<PeftFiles, "config" | "base">;
 
 /** Field of the header with configurations. */
 const METADATA = "lora_adapter_metadata";
@@ -43,7 +41,7 @@ const ALPHAS = "network_alphas";
  * const file = "https://example.org/styles/ukiyo-e/pytorch_lora_weights.safetensors";
  * const adapter = await readDiffusers({ id: "ukiyo-e", file, tensors: file });
  */
-export async function readDiffusers(files: DiffusersFiles): Promise<Adapter> {
+export async function readDiffusers(files: AdapterFile): Promise<Adapter> {
   return readAdapterFile(files, openSafetensors, async (tensors, metadata) => {
     const bare = bareModel(tensors.tensors.keys());
     const parse = (name: string): LoraKey | undefined => parseDiffusersKey(name, bare);
@@ -55,12 +53,11 @@ export async function readDiffusers(files: DiffusersFiles): Promise<Adapter> {
       throw refuser(tensors)(alpha, both);
     }
     checkDora(tensors, parts);
-    const alphas = await readAlphas(tensors, parts);
-    const scaleOf = (name: string, rank: number): number => (alphas.get(name) ?? rank) / rank;
+    const scales = await scalesOf(tensors, parts);
     const named = [...configs];
     const revision = common(named.map(([, config]) => config.revision));
     return {
-      ...assembleLora(tensors, parts, scaleOf, ({ prefix }) => configs.get(prefix)),
+      ...assembleLora(tensors, parts, scales, ({ prefix }) => configs.get(prefix)),
       baseModel: common(named.map(([, { baseModel }]) => baseModel)),
       metadata: { ...metadata, ...(revision !== undefined && { revision }) },
       warnings: named.flatMap(([prefix, { warnings }]) =>

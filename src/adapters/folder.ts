@@ -1,6 +1,6 @@
 /**
- * Opens adapters under given paths, in the order of their ids, each with the reader of its format. This file, find.ts and tree.ts are the
- * only adapter code that needs a file system.
+ * Opens adapters under given paths, in the order of their ids, each with the reader of its format. This file and tree.ts are the only
+ * adapter code that needs a file system.
  */
 
 import { basename, dirname, extname, join, relative, resolve, sep } from "node:path";
@@ -11,16 +11,10 @@ import { AdapterError, TaskError } from "../errors.ts";
 import { isTaskId } from "../format/directory.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import type { HubOptions } from "../http/hub.ts";
+import { localSource } from "../open-source.ts";
 import { type ByteSource, FETCH_OPTIONS } from "../source.ts";
 import { openGguf } from "../tensor/gguf.ts";
-import {
-  type Adapter,
-  type AdapterModule,
-  type BaseFacts,
-  compare,
-  openSafetensors,
-  readTaskMetadata,
-} from "./adapter.ts";
+import { type Adapter, type AdapterModule, type BaseFacts, compare, readTaskMetadata } from "./adapter.ts";
 import { foreignName, holdsLora, MODELS, readDiffusers, withTextModel } from "./diffusers.ts";
 import { readGguf } from "./gguf.ts";
 import { isKohyaName, readKohya } from "./kohya.ts";
@@ -28,7 +22,7 @@ import { readMlx } from "./named-lora.ts";
 import { readOnnxAdapter } from "./onnx-adapter.ts";
 import { type PeftFiles, readPeft } from "./peft.ts";
 import { readPeftConfig } from "./peft-config.ts";
-import { describeBase, kind, openWeights, readJson, type Tree, treeAt } from "./tree.ts";
+import { describeBase, kind, namesIn, openWeights, readJson, type Tree, treeAt } from "./tree.ts";
 
 /** Files kept open between reads, which is twice as fast. Any further file is opened for each read. */
 const MAX_HELD = 64;
@@ -123,13 +117,8 @@ function rename(found: readonly AdapterLocation[], names: ReadonlyMap<string, st
     if (meant.length !== 1) {
       const paths = meant.map(({ path }) => path).join(", ");
       const why = paths === "" ? "no adapter has this id or path" : `means several; use a path: ${paths}`;
-      throw new TaskError(`rename ${old} to ${id}: ${why}`, {
-        task: old,
-        nearest: nearest(
-          old,
-          found.map((location) => location.id),
-        ),
-      });
+      const known = found.map((location) => location.id);
+      throw new TaskError(`rename ${old} to ${id}: ${why}`, { task: old, nearest: nearest(old, known) });
     }
     ids.set(meant[0]!, id);
   }
@@ -158,18 +147,14 @@ function rename(found: readonly AdapterLocation[], names: ReadonlyMap<string, st
 async function openOnDemand(path: string): Promise<ByteSource> {
   const probe = await openDisk(path);
   await probe.close?.();
-  return {
-    name: path,
-    byteLength: probe.byteLength,
-    async read(offset, length, options) {
-      const source = await openDisk(path);
-      try {
-        return await source.read(offset, length, options);
-      } finally {
-        await source.close?.();
-      }
-    },
-  };
+  return localSource(path, probe.byteLength!, async (start, end) => {
+    const source = await openDisk(path);
+    try {
+      return await source.read(start, end - start);
+    } finally {
+      await source.close?.();
+    }
+  });
 }
 
 /**
@@ -346,7 +331,7 @@ async function searchTree(tree: Tree, path: string): Promise<AdapterLocation[]> 
     if (format) return loraFile(path, format);
     if (ARCHIVE.test(name)) throw refusal("is an archive; unpack it, and give its folder", path);
     if (extname(path) === ".safetensors") {
-      const names = await tensorNames(path);
+      const names = await namesIn(path, tree);
       // Names that its reader has advice about are left to it.
       if (holdsLora(names) || foreignName(names)) return loraFile(path, formatOf(names));
       const holds = `holds no LoRA, but ${names.length} tensors such as ${names[0] ?? "none"}`;
@@ -354,12 +339,6 @@ async function searchTree(tree: Tree, path: string): Promise<AdapterLocation[]> 
     }
     const expected = `expected ${PEFT} with ${CONFIG} beside it, their folder, or a LoRA in a safetensors, gguf or onnx_adapter file`;
     throw refusal(`is not an adapter; ${expected}`, path);
-  }
-
-  async function tensorNames(path: string): Promise<string[]> {
-    const file = await openSafetensors(await tree.open(path));
-    await file.close();
-    return [...file.tensors.keys()];
   }
 
   /** Takes a folder as an adapter if any of an adapter's files is in it, so that missing files are reported instead of passed over. */
@@ -401,7 +380,7 @@ async function searchTree(tree: Tree, path: string): Promise<AdapterLocation[]> 
   async function looseFormat(path: string): Promise<AdapterFormat | undefined> {
     const ending = extname(path);
     if (ending === ".safetensors") {
-      const names = await tensorNames(path);
+      const names = await namesIn(path, tree);
       return holdsLora(names) ? formatOf(names) : undefined;
     }
     if (ending !== ".gguf") return ENDINGS.get(ending);
@@ -433,7 +412,6 @@ async function searchTree(tree: Tree, path: string): Promise<AdapterLocation[]> 
   }
 }
 
-/** Tells the format of a safetensors file by the names of its tensors. */
 function formatOf(names: readonly string[]): "diffusers" | "kohya" {
   return names.some(isKohyaName) ? "kohya" : "diffusers";
 }

@@ -9,6 +9,7 @@ import { type Derived, transpose, transposed, withDerived } from "../tensor/tens
 import {
   type Adapter,
   type AdapterModule,
+  type BasedAdapterFile,
   type BaseFacts,
   checkAdapter,
   type Exportable,
@@ -19,14 +20,8 @@ import {
   refuseModule,
   refuseSaved,
 } from "./adapter.ts";
-import { assembleLora, type LoraKey, refuser, sortTensors } from "./named-lora.ts";
-import type { PeftFiles } from "./peft.ts";
-
-/** The file of one LoRA of llama.cpp; `tensors` is the GGUF file. */
-export interface GgufFiles extends Omit<PeftFiles, "config" | "base"> {
-  /** Heads of the base. Files of Llama's architecture need them, since they do not contain them. */
-  readonly base?: BaseFacts | undefined;
-}
+import { assembleLora, type LoraKey, sortTensors } from "./named-lora.ts";
+import { refuser } from "./peft.ts";
 
 /**
  * Opens an adapter: checks its header and the names, shapes and types of all tensors. Values are read, and checked, when a module's
@@ -37,7 +32,7 @@ export interface GgufFiles extends Omit<PeftFiles, "config" | "base"> {
  * const base = { heads: 4, kvHeads: 2 }; // num_attention_heads and num_key_value_heads of the model's config.json
  * const adapter = await readGguf({ id: "rhymes", file: "rhymes.gguf", tensors: "rhymes.gguf", base });
  */
-export async function readGguf({ base = {}, ...files }: GgufFiles): Promise<Adapter> {
+export async function readGguf({ base = {}, ...files }: BasedAdapterFile): Promise<Adapter> {
   return readAdapterFile(
     files,
     (input) => openFile(input, openGguf, "a GGUF file"),
@@ -145,7 +140,6 @@ function asTransformers(file: GgufFile, name: string, { permuted }: GgufArchitec
 // Names of weights in GGUF files, by architecture, and the modules of transformers they stand for (gguf-py, tensor_mapping.py;
 // llama.cpp's convert_hf_to_gguf.py). Unknown architectures are refused, since a wrong order of rows would go unnoticed.
 
-/** Names of weights, and the order of their rows, in an architecture. */
 interface GgufArchitecture {
   /** Modules by GGUF's names; N stands for the number of the layer. */
   readonly modules: ReadonlyMap<string, string>;
@@ -288,13 +282,8 @@ async function entriesOf(
   const which = architecture.permuted.get(found.pattern);
   const heads = which && base[which];
   if (which && (heads === undefined || out % (2 * heads) !== 0)) {
-    throw new AdapterError(
-      `${name}: its ${out} rows are ordered by heads, and ${heads ?? "no"} heads are known; give the base`,
-      {
-        file: adapter.id,
-        field: name,
-      },
-    );
+    const message = `${name}: its ${out} rows are ordered by heads, and ${heads ?? "no"} heads are known; give the base`;
+    throw new AdapterError(message, { file: adapter.id, field: name });
   }
   // An embedding's A is [vocabulary, r], since its rows are looked up.
   const a = embedding ? transpose(A.values, rank, inputs) : A.values;

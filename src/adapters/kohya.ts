@@ -9,21 +9,15 @@ import type { SafetensorsEntry } from "../tensor/safetensors.ts";
 import { type Derived, type TensorFile, withDerived } from "../tensor/tensor-file.ts";
 import {
   type Adapter,
-  type BaseFacts,
+  type BasedAdapterFile,
   type Exportable,
   openSafetensors,
   readAdapterFile,
   refuseModule,
 } from "./adapter.ts";
 import { foreignName, tensorsOf } from "./diffusers.ts";
-import { assembleLora, type LoraKey, readAlphas, refuser, sortTensors } from "./named-lora.ts";
-import type { KeyRole, PeftFiles } from "./peft.ts";
-
-/** The file of one LoRA of kohya or LyCORIS; `tensors` is the safetensors file. */
-export interface KohyaFiles extends Omit<PeftFiles, "config" | "base"> {
-  /** Names of the base's modules. Default: names are read as those of Stable Diffusion's UNets and of CLIP. */
-  readonly base?: BaseFacts | undefined;
-}
+import { assembleLora, type LoraKey, scalesOf, sortTensors } from "./named-lora.ts";
+import { type KeyRole, refuser } from "./peft.ts";
 
 const PARTS: ReadonlyMap<string, KeyRole | "alpha"> = new Map([
   ["lora_down.weight", "A"],
@@ -46,15 +40,14 @@ export function isKohyaName(name: string): boolean {
  * @example
  * const adapter = await readKohya({ id: "ukiyo-e", file: "ukiyo-e.safetensors", tensors: "ukiyo-e.safetensors" });
  */
-export async function readKohya({ base, ...files }: KohyaFiles): Promise<Adapter> {
+export async function readKohya({ base, ...files }: BasedAdapterFile): Promise<Adapter> {
   const names = base?.names && flatNames(base.names);
   return readAdapterFile(files, openSafetensors, async (found) => {
     const tensors = withPlainShapes(withoutTucker(found));
     const parse = (name: string): LoraKey | undefined => parseKey(name, names, found.name);
     const parts = sortTensors(tensors, parse, () => EXPECTED, foreignOf);
-    const alphas = await readAlphas(tensors, parts);
-    const scaleOf = (name: string, rank: number): number => (alphas.get(name) ?? rank) / rank;
-    return { ...assembleLora(tensors, parts, scaleOf), baseModel: found.metadata.get("ss_sd_model_name") || undefined };
+    const scales = await scalesOf(tensors, parts);
+    return { ...assembleLora(tensors, parts, scales), baseModel: found.metadata.get("ss_sd_model_name") || undefined };
   });
 }
 

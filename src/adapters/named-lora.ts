@@ -22,6 +22,7 @@ import {
   type PeftTensors,
   peftTensors,
   readModule,
+  refuser,
   twice,
 } from "./peft.ts";
 import type { PeftConfig } from "./peft-config.ts";
@@ -45,11 +46,6 @@ export interface LoraParts {
   /** Key of its alpha. */
   alpha?: string;
 }
-
-export const refuser =
-  (file: TensorFile): PeftTensors["refuse"] =>
-  (field, message) =>
-    new AdapterError(message, { file: file.name, field });
 
 /**
  * Assigns every tensor to its module, sorted by name.
@@ -91,11 +87,11 @@ export function sortTensors(
   return new Map([...parts].sort(([a], [b]) => compare(a, b)));
 }
 
-/** Alphas by module. @throws AdapterError for one that is no number, or belongs to no module */
-export async function readAlphas(
+/** Scales of modules: alpha ÷ rank, 1 without an alpha. @throws AdapterError for one that is no number, or belongs to no module */
+export async function scalesOf(
   file: TensorFile,
   parts: ReadonlyMap<string, LoraParts>,
-): Promise<Map<string, number>> {
+): Promise<(module: string, rank: number) => number> {
   const refuse = refuser(file);
   const alphas = new Map<string, number>();
   for (const [module, { alpha: key, keys }] of parts) {
@@ -108,7 +104,7 @@ export async function readAlphas(
       throw refuse(key, `${key} is ${value}, expected a number; take another copy of the file`);
     alphas.set(module, value!);
   }
-  return alphas;
+  return (module, rank) => (alphas.get(module) ?? rank) / rank;
 }
 
 /**
@@ -165,16 +161,13 @@ export function transposeMatrices<F extends TensorFile>(file: F, names: RegExp):
 // MLX LM saves `adapter_config.json` and `adapters.safetensors`. Factors in the file are [in, r] and [r, out]; the configuration holds the
 // scale itself.
 
-/** The files of one adapter of MLX LM: adapter_config.json and, as `tensors`, adapters.safetensors. */
-export type MlxFiles = Omit<PeftFiles, "base">;
-
 /**
  * Opens an adapter: checks its configuration and the names, shapes and dtypes of all tensors. Values are read, and checked, when a
  * module's `read` is called.
  * @throws AdapterError naming the field or tensor that cannot be represented, and what to do
  * @throws FormatError when the tensor file breaks the safetensors format; SourceError when it cannot be read
  */
-export async function readMlx({ config, ...files }: MlxFiles): Promise<Adapter> {
+export async function readMlx({ config, ...files }: Omit<PeftFiles, "base">): Promise<Adapter> {
   const { scale, baseModel, warnings } = readConfig(config, `${files.file}/adapter_config.json`);
   return readAdapterFile(files, openSafetensors, (found) => {
     const tensors = transposeMatrices(found, /\.lora_[ab]$/);
@@ -189,7 +182,7 @@ interface MlxConfig extends Pick<Adapter, "baseModel" | "warnings"> {
 }
 
 function readConfig(config: unknown, file: string): MlxConfig {
-  const refuse = (field: string, message: string): AdapterError => new AdapterError(message, { file, field });
+  const refuse = refuser({ name: file });
   const { fine_tune_type: type = "lora", lora_parameters, model } = (config ?? {}) as Record<string, unknown>;
   if (type !== "lora" && type !== "dora") {
     throw refuse(

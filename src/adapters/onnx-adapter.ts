@@ -10,6 +10,7 @@ import { decodeFloats } from "../tensor/safetensors.ts";
 import { isFloatDtype, type TensorFile, type TensorInfo, transpose } from "../tensor/tensor-file.ts";
 import {
   type Adapter,
+  type AdapterFile,
   checkAdapter,
   type Exportable,
   type FactorMatrix,
@@ -21,10 +22,7 @@ import {
   refuseSaved,
 } from "./adapter.ts";
 import { assembleLora, type LoraKey, sortTensors, transposeMatrices } from "./named-lora.ts";
-import { type PeftFiles, parsePeftKey } from "./peft.ts";
-
-/** The file of one adapter of ONNX Runtime; `tensors` is the .onnx_adapter file. */
-export type OnnxAdapterFiles = Omit<PeftFiles, "config" | "base">;
+import { parsePeftKey } from "./peft.ts";
 
 /**
  * Opens an adapter: checks the names, shapes and types of all parameters. Values are read, and checked, when a module's `read` is
@@ -34,7 +32,7 @@ export type OnnxAdapterFiles = Omit<PeftFiles, "config" | "base">;
  * @example
  * const adapter = await readOnnxAdapter({ id: "rhymes", file: "rhymes.onnx_adapter", tensors: "rhymes.onnx_adapter" });
  */
-export async function readOnnxAdapter(files: OnnxAdapterFiles): Promise<Adapter> {
+export async function readOnnxAdapter(files: AdapterFile): Promise<Adapter> {
   return readAdapterFile(
     files,
     (input) => openFile(input, openOnnxAdapter, "an adapter of ONNX Runtime"),
@@ -55,8 +53,7 @@ function parseKey(name: string): LoraKey | undefined {
 }
 
 // The `.onnx_adapter` format of ONNX Runtime (onnxruntime/lora/adapter_format/adapter_schema.fbs): a FlatBuffer of named tensors,
-// which are inputs of a model. Trusts nothing: every offset is checked against the file before it is followed. Writing is
-// `onnx-adapter-writer.ts`.
+// which are inputs of a model. Trusts nothing: every offset is checked against the file before it is followed.
 
 /** "TORT", of every file; versions that are read. */
 const IDENTIFIER = "TORT";
@@ -81,7 +78,6 @@ interface Parameter extends TensorInfo {
   readonly byteLength: number;
 }
 
-/** Follows offsets in a file. */
 function flatBuffer(source: ByteSource, byteLength: number, options: ReadOptions | undefined) {
   const fail = (message: string): FormatError =>
     new FormatError(`${message}; damaged, save the adapter again`, { file: source.name, part: "FlatBuffer" });
@@ -204,7 +200,6 @@ function turned(name: string, { shape: [rows = 0, columns = 0], values }: Factor
   return { name, shape: [columns, rows], bytes: f32Bytes(transpose(values, rows, columns)) };
 }
 
-/** A parameter of f32 to write. */
 interface OnnxAdapterEntry {
   readonly name: string;
   readonly shape: readonly number[];

@@ -9,12 +9,12 @@ import type { BaseInput, WeightHost } from "../core/base.ts";
 import { openHost } from "../core/open-base.ts";
 import { AdapterError } from "../errors.ts";
 import { isHead, type Layout, type TaskMetadata } from "../format/format.ts";
-import type { SourceInput } from "../source.ts";
 import type { SafetensorsEntry } from "../tensor/safetensors.ts";
 import { isFloatDtype, show, type TensorFile, transpose } from "../tensor/tensor-file.ts";
 import type { Term } from "../tensor/term.ts";
 import {
   type Adapter,
+  type AdapterFile,
   type AdapterModule,
   type Add,
   checkAdapter,
@@ -32,18 +32,10 @@ import {
 import { CONVERT, headsOf, type PeftConfig, readPeftConfig, withoutBase } from "./peft-config.ts";
 import type { BaseStart } from "./start.ts";
 
-/** The files of one PEFT adapter. */
-export interface PeftFiles {
-  /** Task id. */
-  readonly id: string;
-  /** The adapter's folder or address, for messages. */
-  readonly file: string;
+/** The files of one adapter of PEFT, with adapter_model.safetensors as its tensors, or of MLX LM, with adapters.safetensors. */
+export interface PeftFiles extends AdapterFile {
   /** Parsed adapter_config.json. */
   readonly config: unknown;
-  /** adapter_model.safetensors: path, URL, Blob, bytes or ByteSource. Closed by the adapter's `close`. */
-  readonly tensors: SourceInput;
-  /** Parsed task.json, where there is one. */
-  readonly task?: unknown;
   /**
    * Weights of the base model, for an adapter that began as PiSSA or OLoRA: ΔW then is relative to these. A host is the caller's to
    * close, after the adapter. Default: none; such an adapter is refused.
@@ -109,7 +101,6 @@ function withIdentity(metadata: TaskMetadata, config: PeftConfig): TaskMetadata 
   };
 }
 
-/** Makes modules and saved tensors of a file. */
 function assemble(tensors: PeftTensors, config: PeftConfig): Pick<Adapter, "modules" | "saved" | "warnings"> {
   const { refuse, shape, read, file } = tensors;
   const { parts, rows, whole, biases, warnings } = place(tensors, config);
@@ -269,7 +260,6 @@ function started(
 /** Largest rank and kernel that a pack holds. */
 const MAX_SIZE = 65_535;
 
-/** The tensors of both factors. */
 interface FactorKeys {
   readonly keyA: string;
   readonly keyB: string;
@@ -355,10 +345,14 @@ export interface PeftTensors {
   read(key: string, scale?: number): Promise<Float32Array<ArrayBuffer>>;
 }
 
+export const refuser =
+  ({ name: file }: Pick<TensorFile, "name">): PeftTensors["refuse"] =>
+  (field, message) =>
+    new AdapterError(message, { file, field });
+
 export function peftTensors(file: TensorFile, config: ModuleConfig, base?: WeightHost): PeftTensors {
   const shape = (key: string): readonly number[] => file.tensors.get(key)!.shape;
-  const refuse = (field: string, message: string): AdapterError =>
-    new AdapterError(message, { file: file.name, field });
+  const refuse = refuser(file);
   return {
     file,
     config,
@@ -542,7 +536,6 @@ function leftoverError(keys: readonly string[], refuse: PeftTensors["refuse"]): 
 /** The tensors that one adapted module may have. `baseWeight` and `baseBias` are copies of the base's own. */
 export type KeyRole = "A" | "B" | "embeddingA" | "embeddingB" | "loraBias" | "magnitude" | "baseWeight" | "baseBias";
 
-/** Meaning of a tensor's name. */
 interface PeftKey {
   /**
    * "part" of an adapted module; replaced "rows" of an embedding; a parameter by its "plain" name: saved whole, or a bias; the same
@@ -629,7 +622,6 @@ interface SavedModules {
   readonly rows: [string, readonly number[]][];
 }
 
-/** Adds the saved tensors. */
 async function addSaved(adapter: Exportable, add: Add): Promise<SavedModules> {
   const taskType = taskTypeOf(adapter);
   const found: SavedModules = { heads: new Set(), biased: [], deltas: [], rows: [] };

@@ -36,7 +36,6 @@ export interface Tree {
   readonly hub?: { readonly name: HubName; readonly root: string } | undefined;
 }
 
-/** The disk. */
 const DISK: Tree = {
   async kind(path) {
     const found = await stat(path).catch(() => undefined);
@@ -149,7 +148,6 @@ async function weightFiles(folder: string, tree: Tree): Promise<string[]> {
   });
 }
 
-/** Opens the files of one model as one base. */
 async function openHosts(files: readonly string[], tree: Tree): Promise<WeightHost> {
   const hosts: WeightHost[] = [];
   const close = async (): Promise<void> => {
@@ -220,7 +218,8 @@ async function namesInFolder(folder: string, tree: Tree): Promise<string[]> {
   return (await Promise.all(files.map((name) => namesIn(join(folder, name), tree)))).flat();
 }
 
-async function namesIn(path: string, tree: Tree): Promise<string[]> {
+/** Names of the tensors in a safetensors file. */
+export async function namesIn(path: string, tree: Tree): Promise<string[]> {
   const file = await openSafetensors(await tree.open(path));
   await file.close();
   return [...file.tensors.keys()];

@@ -342,7 +342,6 @@ class Fused extends OperatorNode {
     return name !== "" && this.#graph.consumers.has(name);
   }
 
-  /** Makes a value an output of the node. */
   give(output: number, value: string): void {
     const name = this.proto.output[output] ?? "";
     if (name !== "") this.given.push([name, value]);

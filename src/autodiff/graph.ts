@@ -132,13 +132,8 @@ export async function buildTrainingGraph(
   const picked = options.tokens ? pickPositions(indexGraph(main, model.name), model.opset, logits) : undefined;
   const indexed: ModelFile = { ...file, model: { ...model, graph: indexGraph(main, model.name) } };
   const feeds = probeFeeds(indexed.model, own, injected, picked !== undefined, problems);
-  const path = await probePath(
-    indexed,
-    trained.map(({ name }) => name),
-    logits,
-    problems,
-    { probe: options.probe, feeds, initializers: injected.initializers },
-  );
+  const sources = trained.map(({ name }) => name);
+  const path = await probePath(indexed, sources, logits, problems, options.probe, feeds, injected.initializers);
   const emit = new Emitter(main, model.opset);
   emit.gathers = options.gathers ?? false;
   let loss = "";
@@ -313,13 +308,9 @@ function choice(learn: string, name: string, nodes: NodeProto[], outputs: readon
   const others = outputs.map((one) =>
     makeNode("Identity", inner("else", one.name), [none(one)], inner("else", one.name)),
   );
-  return makeNode(
-    "If",
-    name,
-    [learn],
-    outputs.map(({ name }) => name),
-    { then_branch: graph("then", nodes), else_branch: graph("else", others, { initializer }) },
-  );
+  const names = outputs.map(({ name }) => name);
+  const branches = { then_branch: graph("then", nodes), else_branch: graph("else", others, { initializer }) };
+  return makeNode("If", name, [learn], names, branches);
 }
 
 /** Weight of a value of unknown type, which must not leave a part: the output of a graph declares its type. */
@@ -476,7 +467,6 @@ function ancestors({ producers }: Graph, value: string): ReadonlySet<NodeProto> 
 // Removes Transposes of weights in front of products, as with an embedding that is the last layer too. Runtimes transpose constant
 // weights at load time and hold both copies. The backward pass uses the weight as it is; after this the product does too.
 
-/** Removes Transposes of weights that only products read, in place. */
 function takeUntransposed(graph: Graph, opset: number): void {
   const { proto: main, consumers, outputs } = graph;
   const emit = new Emitter(main, opset, `${PREFIX}/untransposed`);

@@ -83,15 +83,9 @@ export interface ProbedPath {
   readonly shapes: Shapes;
 }
 
-interface Probing {
-  readonly probe: ShapeProbe;
-  /** Two feeds with every input; undefined when there are none, which `problems` reports. */
-  readonly feeds: readonly ReadonlyMap<string, Feed>[] | undefined;
-  readonly initializers: readonly Added[];
-}
-
 /**
  * Finds path and shapes of the gradients from `end` to `sources`, and takes positions early in the graph, in place.
+ * @param feeds two, with every input; undefined when there are none, which `problems` reports
  * @throws FormatError with all problems, where they prevent the runs that find shapes
  */
 export async function probePath(
@@ -99,7 +93,9 @@ export async function probePath(
   sources: readonly string[],
   end: string,
   problems: Problems,
-  { probe, feeds, initializers }: Probing,
+  probe: ShapeProbe,
+  feeds: readonly ReadonlyMap<string, Feed>[] | undefined,
+  initializers: readonly Added[],
 ): Promise<ProbedPath> {
   const { model, refused, ranks } = shadowOf(file.model);
   const path = findPath(model.graph, sources, end, problems, refused);

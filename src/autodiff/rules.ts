@@ -200,18 +200,13 @@ const gather: Rule = {
     const trailing = Array.from({ length: rank - axis - 1 }, (_, i) => i + 1);
     // The index replaces one dimension by all of its own.
     let { g } = node;
+    const more = dims.slice(1).map((_, i) => axis + i);
     if (dims.length === 0) g = emit.unsqueeze(g, [axis]);
-    if (dims.length > 1)
-      g = emit.op(
-        "Squeeze",
-        g,
-        dims.slice(1).map((_, i) => axis + i),
-      );
+    if (more.length > 0) g = emit.op("Squeeze", g, more);
     node.give(0, emit.mul(g, emit.unsqueeze(met, trailing)));
   },
 };
 
-/** Puts zeros where nothing was taken. */
 const slice: Rule = {
   inputs: [0],
   backward(node) {
@@ -468,22 +463,10 @@ const gemm: Rule = {
     const [a, b] = [node.x(0), node.x(1)];
     const [transA, transB] = [node.int("transA"), node.int("transB")];
     const alpha = { float: node.float("alpha", 1) };
-    if (node.wants(0)) {
-      node.give(
-        0,
-        transA
-          ? emit.op("Gemm", b, g, { alpha, transA: transB, transB: 1 })
-          : emit.op("Gemm", g, b, { alpha, transB: transB ? 0 : 1 }),
-      );
-    }
-    if (node.wants(1)) {
-      node.give(
-        1,
-        transB
-          ? emit.op("Gemm", g, a, { alpha, transA: 1, transB: transA })
-          : emit.op("Gemm", a, g, { alpha, transA: transA ? 0 : 1 }),
-      );
-    }
+    const product = (left: string, right: string, transA: number, transB: number): string =>
+      emit.op("Gemm", left, right, { alpha, transA, transB });
+    if (node.wants(0)) node.give(0, transA ? product(b, g, transB, 1) : product(g, b, 0, 1 - transB));
+    if (node.wants(1)) node.give(1, transB ? product(g, a, 1, transA) : product(a, g, 1 - transA, 0));
     const beta = node.float("beta", 1);
     node.giveSummed(2, () => (beta === 1 ? g : emit.mul(g, beta)));
   },

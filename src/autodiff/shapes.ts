@@ -56,12 +56,10 @@ export async function probeShapes(
   for (const value of asked) {
     const weight = weightOf(graph, value);
     if (weight) found.set(value, [weight, weight]);
-    const inputs = feeds.flatMap((feed) => feed.get(value) ?? []);
-    if (inputs.length > 0)
-      found.set(
-        value,
-        inputs.map(({ dataType, dims }) => ({ type: nameOf(dataType), dims, data: undefined })),
-      );
+    const inputs = feeds
+      .flatMap((feed) => feed.get(value) ?? [])
+      .map(({ dataType, dims }) => ({ type: nameOf(dataType), dims, data: undefined }));
+    if (inputs.length > 0) found.set(value, inputs);
   }
   const fetches = asked.filter((value) => !found.has(value)).map((value, i) => ({ value, as: `${PREFIX}/probe/${i}` }));
   const [outputs, nodes] = [proto.output, proto.node.length];
@@ -188,11 +186,8 @@ export class Shapes {
 
   /** Registers `name` as `value` with one index of a dimension. */
   narrow(value: string, axis: number, name: string): void {
-    const runs = this.#found.get(value)!;
-    this.#found.set(
-      name,
-      runs.map(({ type, dims }) => ({ type, dims: dims.with(axis, 1), data: undefined })),
-    );
+    const runs = this.#found.get(value)!.map(({ type, dims }) => ({ type, dims: dims.with(axis, 1), data: undefined }));
+    this.#found.set(name, runs);
   }
 
   /** Registers a vector of integers that was added to the graph. */
@@ -253,13 +248,11 @@ export class Shapes {
 
 // Reasons why a model cannot be trained: collected during the search and reported all at once.
 
-/** Nodes that a message names for each problem. */
 const NAMED = 3;
 
 export class Problems {
   readonly #found = new Map<string, Set<string>>();
 
-  /** Adds a problem of a node's operator. */
   node({ opType, name, output }: NodeProto, why: string): void {
     this.add(`${opType} ${why}`, name === "" ? (output[0] ?? "") : name);
   }

@@ -32,7 +32,7 @@ import {
   type TeachOptions,
   teacherOutputs,
 } from "./questions.ts";
-import { drawnFrom, type Row, type Supervision, toBatches } from "./supervision.ts";
+import { type Distribution, drawnFrom, type Row, type Supervision, toBatches } from "./supervision.ts";
 import { checkNumbers, checkSession } from "./trainable-model.ts";
 import {
   type CreateTrainerOptions,
@@ -189,32 +189,29 @@ export async function distilTask(
   const stored = blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype;
   const dtype = { coefficients, head: stored ?? coefficients };
   const stepped = trainer.stepsOf(blob);
-  const asStored = () => trainer.taskFile({ id, dtype, stored: stepped });
+  const student: Student = { trainer, holdout, asStored: () => trainer.taskFile({ id, dtype, stored: stepped }) };
   const random = uniform(seed);
   const batches = toBatches(train, batch, await supervision.lengths(train), random).slice(0, BATCHES_TO_SOLVE);
   const fixed = options.learningRates?.terms === 0;
   const solved = fixed
     ? undefined
     : await solvedCoefficients(session, adapter, { blob, head }, batches, { supervision, signal, random });
-  const start = await betterStart(trainer, id, solved, { holdout, before: before.mean, asStored });
-  const begun = asStored();
+  const start = await betterStart(student, id, before.mean, solved);
+  const begun = student.asStored();
   // Tokens have no head, whose outputs could be divided.
   const sure = head.length > 0 && !supervision.tokens ? sureTemperature([...train, ...holdout]) : 1;
   const { temperature = sure } = options;
   const fit: FitRowsOptions = {
     ...{ steps, batch, temperature, signal },
-    learningRates: ratesOf({ tokens: supervision.tokens, divergence: start, steps, synthetic }, options.learningRates),
+    learningRates: ratesOf(supervision.tokens ? "tokens" : "labels", start, steps, synthetic, options.learningRates),
     dtype: isQuantized(coefficients) ? dtype : undefined,
     ...{ stored: stepped, tested: tested.has(session), featureWeight: featureWeight(train) },
   };
-  const softened = (row: Row): Row => {
-    return {
-      ...row,
-      wanted: row.wanted.map(({ probabilities }) => ({ probabilities: tempered(probabilities, temperature) })),
-    };
-  };
-  const rows = supervision.tokens ? train : train.map(softened);
-  const { fitted, taken } = await fitWhileItGains(trainer, rows, fit, { holdout, asStored, onStep: options.onStep });
+  const softened = ({ probabilities }: Distribution): Distribution => ({
+    probabilities: tempered(probabilities, temperature),
+  });
+  const rows = supervision.tokens ? train : train.map((row): Row => ({ ...row, wanted: row.wanted.map(softened) }));
+  const { fitted, taken } = await fitWhileItGains(student, rows, fit, options.onStep);
   if (taken > 0) tested.add(session);
   let best = fitted;
   // Judged as stored: number formats of few bits may cost more than training gains.
@@ -236,22 +233,23 @@ export async function distilTask(
   return { id, file, ...figures, steps: taken, kept: better ? "distilled" : "projected" };
 }
 
+/** A task that is distilled, and the answers that it is judged by. */
+interface Student {
+  readonly trainer: Trainer;
+  readonly holdout: readonly Row[];
+  /** Its file, in the number formats and steps of the pack's task. */
+  asStored(): Uint8Array<ArrayBuffer>;
+}
+
 /**
  * Trains until steps no longer bring answers to questions that were held back closer to the adapter's.
  * @returns the closest task, and the number of steps that were taken
  */
 async function fitWhileItGains(
-  trainer: Trainer,
+  { trainer, holdout, asStored }: Student,
   rows: readonly Row[],
   fit: FitRowsOptions,
-  {
-    holdout,
-    asStored,
-    onStep,
-  }: { readonly holdout: readonly Row[]; readonly asStored: () => Uint8Array<ArrayBuffer> } & Pick<
-    DistillOptions,
-    "onStep"
-  >,
+  onStep: DistillOptions["onStep"],
 ): Promise<{ readonly fitted: Uint8Array<ArrayBuffer>; readonly taken: number }> {
   let fitted = asStored();
   let taken = 0;
@@ -308,15 +306,12 @@ function featureWeight(rows: readonly Row[]): number {
 
 /** Learning rates of `fit`. @param divergence when the steps begin */
 function ratesOf(
-  {
-    tokens,
-    divergence,
-    steps,
-    synthetic,
-  }: { readonly tokens: boolean; readonly divergence: number; readonly steps: number; readonly synthetic: boolean },
+  kind: "labels" | "tokens",
+  divergence: number,
+  steps: number,
+  synthetic: boolean,
   given: DistillOptions["learningRates"] = {},
 ): FitOptions["learningRates"] {
-  const kind = tokens ? "tokens" : "labels";
   const rate = Math.min(MOST_RATE, (WAY[kind] * Math.sqrt(divergence)) / Math.max(steps, FEW_STEPS[kind]));
   const { terms = rate } = given;
   // Words in no order teach a head no better than they harm it: it answers as well without, in fewer bytes.
@@ -329,10 +324,10 @@ function ratesOf(
  * @returns the divergence to begin with
  */
 async function betterStart(
-  trainer: Trainer,
+  { trainer, holdout, asStored }: Student,
   task: string,
+  before: number,
   solved: Awaited<ReturnType<typeof solvedCoefficients>> | undefined,
-  { holdout, before, asStored }: { holdout: readonly Row[]; before: number; asStored: () => Uint8Array<ArrayBuffer> },
 ): Promise<number> {
   if (!solved?.size) return before;
   for (const [module, { A, B }] of solved) {
@@ -392,7 +387,6 @@ function trainableHead(pack: Pack, id: string, { terms, parameters }: TaskBlob):
 /** Least curvature of every direction, as a share of the mean curvature: sample texts never cover all that a model will see. */
 const DAMPING = 0.1;
 
-/** The least squares problem of one factor. */
 interface LeastSquares {
   /** @param gradient [_, width] of rows */
   add(gradient: Float32Array): void;
@@ -423,10 +417,8 @@ function leastSquares(space: Subspace, rows: Float64Array, count: number): Least
       // The mean curvature is 1.
       const scale = trace > 0 ? width / trace : 0;
       const even = gram(vectors, K, width);
-      const factor = cholesky(
-        even.map((value, i) => DAMPING * value + scale * left[i]!),
-        K,
-      );
+      const damped = even.map((value, i) => DAMPING * value + scale * left[i]!);
+      const factor = cholesky(damped, K);
       const along = multiplyTransposed(x, vectors, count, K, width);
       const alpha = along.map((value, i) => DAMPING * value + scale * right[i]!);
       forwardSolve(factor, K, alpha, count);
@@ -468,7 +460,6 @@ async function solvedCoefficients(
   return new Map(solved.filter(([, { A, B }]) => [...A, ...B].every(Number.isFinite)));
 }
 
-/** Opens the least squares problems of both factors, by module. */
 async function problemsOf(
   { pack }: Session,
   adapter: Adapter,

@@ -25,6 +25,5 @@ export {
   createTrainer,
   type FitOptions,
   Trainer,
-  type TrainerOptions,
   type TrainingStep,
 } from "./trainer.ts";

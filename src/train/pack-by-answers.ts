@@ -34,6 +34,7 @@ import { answers } from "./objective.ts";
 import {
   adapterWeights,
   checkQuestions,
+  type Distillable,
   type TeacherOutputs,
   type TeachOptions,
   teacherOutputs,
@@ -41,6 +42,7 @@ import {
 } from "./questions.ts";
 import { MeanDivergence } from "./supervision.ts";
 import { checkNumbers } from "./trainable-model.ts";
+import type { TrainingStep } from "./trainer.ts";
 
 /** Options of `packByAnswers`. Without texts or examples, questions are made of the tokenizer's words. */
 export interface ByAnswersOptions
@@ -102,7 +104,6 @@ export interface ByAnswersReport extends BuildReport {
   readonly left: readonly string[];
 }
 
-/** An outcome, and the task's file. */
 interface Outcome extends AnsweringTask {
   readonly file: Uint8Array<ArrayBuffer>;
 }
@@ -217,7 +218,16 @@ const CLOSER = [0.45, 0.3, 0.2, DEFAULT_ERROR] as const;
  */
 const DEFAULT_AGREEMENT = { labels: 0.96, answers: 0.98, texts: 0.99 };
 
-/** Brings tasks close to the answers of their adapters. */
+/** A task that is to be distilled. */
+interface Attempt {
+  readonly level: Open;
+  readonly adapter: Adapter;
+  readonly steps: number;
+  /** Factor of the share of answers that may differ. */
+  readonly differ: number;
+  onStep(step: number): void;
+}
+
 class Answering {
   readonly #options: ByAnswersOptions;
   readonly #until: number;
@@ -254,14 +264,14 @@ class Answering {
     return this.#outcomes.size > 0 ? [] : [...this.#refused.values()];
   }
 
-  /** Distils all tasks. */
   async all(level: Open): Promise<Outcome[]> {
     const { adapters } = this.#options;
     const steps = this.stepsOf(level);
     const outcomes: Outcome[] = [];
     for (const [i, adapter] of adapters.entries()) {
       const before = this.#trying + i * steps;
-      outcomes.push(await this.#outcome(level, adapter, steps, (step) => this.#tell(level, adapter.id, before + step)));
+      const onStep = (step: number): void => this.#tell(level, adapter.id, before + step);
+      outcomes.push(await this.#outcome({ level, adapter, steps, differ: 1, onStep }));
       // Answers of all adapters together would be the most that is held.
       this.#teacher.delete(adapter.id);
     }
@@ -284,7 +294,7 @@ class Answering {
       const done = (before * adapters.length + i) * each;
       const onStep = (step: number): void =>
         this.#tell(level, `${adapter.id} to try a size`, Math.min(done + step, this.#trying));
-      outcomes.push(await this.#outcome(level, adapter, steps, onStep, steps < all ? MORE_DIFFER : 1));
+      outcomes.push(await this.#outcome({ level, adapter, steps, differ: steps < all ? MORE_DIFFER : 1, onStep }));
     }
     return outcomes;
   }
@@ -295,25 +305,22 @@ class Answering {
     this.#options.onProgress?.({ stage: "distilling", done: this.#done, total, unit: "steps", detail });
   }
 
-  async #teach(level: Open, adapter: Adapter): Promise<TeacherOutputs> {
-    const known = this.#teacher.get(adapter.id);
-    if (known) return known;
-    const task = await distillable(level.session, adapter.id);
-    const steps = this.stepsOf(level);
-    const outputs = await teacherOutputs(level.session, adapter, task, { ...this.#options, steps });
-    this.#teacher.set(adapter.id, outputs);
-    return outputs;
-  }
-
-  /** @param differ factor of the share of answers that may differ */
-  async #outcome(
+  async #teach(
     level: Open,
     adapter: Adapter,
-    steps: number,
-    onStep: (step: number) => void,
-    differ: number = 1,
-  ): Promise<Outcome> {
-    onStep(0);
+  ): Promise<{ readonly task: Distillable; readonly outputs: TeacherOutputs }> {
+    const task = await distillable(level.session, adapter.id);
+    const steps = this.stepsOf(level);
+    const outputs =
+      this.#teacher.get(adapter.id) ??
+      (await teacherOutputs(level.session, adapter, task, { ...this.#options, steps }));
+    this.#teacher.set(adapter.id, outputs);
+    return { task, outputs };
+  }
+
+  async #outcome(attempt: Attempt): Promise<Outcome> {
+    const { level, adapter, steps, differ } = attempt;
+    attempt.onStep(0);
     const { finished, agreement, bytes, seed, end, decoderStart } = this.#options;
     const { id, file, byteLength, metadata } = adapter;
     const asked = { agreement, bytes, seed, end, decoderStart };
@@ -322,7 +329,7 @@ class Answering {
     if (!outcome) {
       if (this.late) return this.#undistilled(level, adapter);
       try {
-        outcome = await this.#distilled(level, adapter, steps, onStep, differ);
+        outcome = await this.#distilled(attempt);
         this.#refused.delete(id);
       } catch (error) {
         const isAstray = error instanceof BackendError && error.backend === "train";
@@ -340,25 +347,13 @@ class Answering {
     return outcome;
   }
 
-  async #distilled(
-    level: Open,
-    adapter: Adapter,
-    steps: number,
-    onStep: (step: number) => void,
-    differ: number,
-  ): Promise<Outcome> {
-    const { session } = level;
-    const outputs = await this.#teach(level, adapter);
+  async #distilled({ level, adapter, steps, differ, onStep }: Attempt): Promise<Outcome> {
+    const { task, outputs } = await this.#teach(level, adapter);
     const { bytes: most, agreement: wanted = most === undefined ? DEFAULT_AGREEMENT[outputs.asked] : 0 } =
       this.#options;
     const least = 1 - differ * (1 - wanted);
-    const { id, file, kept, agreement } = await distilTask(
-      session,
-      adapter,
-      await distillable(session, adapter.id),
-      outputs,
-      { ...this.#options, steps, onStep: ({ step }) => onStep(step) },
-    );
+    const how = { ...this.#options, steps, onStep: ({ step }: TrainingStep) => onStep(step) };
+    const { id, file, kept, agreement } = await distilTask(level.session, adapter, task, outputs, how);
     let best: Outcome = { id, file, kept, agreement, bytes: parseTaskFile(file, id).blob.length };
     for (const error of CLOSER) {
       if (best.agreement! >= least) break;
@@ -387,20 +382,20 @@ class Answering {
   /** The agreement of a task file with its adapter. */
   async #agreement(level: Open, adapter: Adapter, file: Uint8Array<ArrayBuffer>): Promise<number> {
     const { pack, session } = level;
-    const { supervision, holdout } = await this.#teach(level, adapter);
-    const { head } = await distillable(session, adapter.id);
+    const { task, outputs } = await this.#teach(level, adapter);
+    const { supervision, holdout } = outputs;
     let id = "closer";
     while (pack.tasks.has(id)) id += "'";
     await pack.addTask(id, file);
-    let task: Adapter | undefined;
+    let stored: Adapter | undefined;
     const fidelity = new MeanDivergence();
     try {
-      task = await taskAdapter(pack, id);
-      const { model, weights } = await adapterWeights(session, task, head);
+      stored = await taskAdapter(pack, id);
+      const { model, weights } = await adapterWeights(session, stored, task.head);
       for await (const { row, logits } of answers({ model, supervision }, holdout, weights, this.#options))
         fidelity.add(row.wanted, logits);
     } finally {
-      await task?.close();
+      await stored?.close();
       await pack.removeTask(id);
     }
     return fidelity.agreement;
@@ -468,7 +463,6 @@ interface Kind {
   make(size: number): Promise<Built>;
 }
 
-/** The pack of a size. */
 interface Sized {
   readonly kind: Kind;
   readonly size: number;
@@ -490,7 +484,6 @@ function kindsOf({ adapters, base, anyBase, workers }: ByAnswersOptions): readon
   return adapters.length < FEW ? [unshared] : [shared, unshared];
 }
 
-/** Sizes that are expected to be tried. */
 const EXPECTED = 3;
 /**
  * Tasks that sizes are tried on. Of 20 tasks of own-seed nine were stored closer where one of six was expected, for 141 kB instead of 103.
@@ -498,13 +491,11 @@ const EXPECTED = 3;
  */
 const TRIED = { labels: 16, tokens: 6 };
 
-/** A pack of some size, open. */
 interface Level extends Open, Sized {
   readonly report: BuildReport;
   readonly close: () => Promise<void>;
 }
 
-/** Packs of different sizes, one at a time. */
 class Making {
   readonly #engine: Engine;
   readonly #model: SourceInput;
@@ -512,7 +503,6 @@ class Making {
   readonly #answering: Answering;
   readonly #kinds: readonly Kind[];
   #level: Level | undefined;
-  /** Number of sizes that were tried. */
   #count = 0;
 
   constructor(engine: Engine, model: SourceInput, options: ByAnswersOptions) {

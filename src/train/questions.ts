@@ -81,13 +81,11 @@ export interface TeacherOutputs {
 }
 
 const LEAST_TEXTS = 8;
-/** Questions of a step. */
 export const BATCH = 8;
 /** Batches that show how answers depend on coefficients, before any step. */
 export const BATCHES_TO_SOLVE = 24;
 /** Most synthetic questions to learn from: more of them taught no more. */
 const MOST_SYNTHETIC = 1024;
-/** Synthetic questions to evaluate by. */
 const SYNTHETIC_HOLDOUT = 128;
 
 /**
@@ -139,12 +137,8 @@ export async function teacherOutputs(
   }
   const stored = blob.parameters.find(({ name }) => name === `${last?.module}.weight`)?.shape[0];
   if (stored !== undefined && stored !== count) {
-    throw new TaskError(
-      `task "${id}" has ${stored} labels, ${adapter.file} ${count}: it was not made of this adapter`,
-      {
-        task: id,
-      },
-    );
+    const message = `task "${id}" has ${stored} labels, ${adapter.file} ${count}: it was not made of this adapter`;
+    throw new TaskError(message, { task: id });
   }
   const labels = Array.from({ length: count }, (_, i) => String(i));
   const wholeTexts = given ? options.texts !== undefined : !templateOf(adapter.metadata);
@@ -289,11 +283,8 @@ function crossed(asked: readonly Row[], words: Words, count: number, random: () 
   return Array.from({ length: count }, (_, i) => {
     const near = closest[(asked.length + i) % labels]!;
     const both = [pick(near, random), pick(near, random)].flatMap(({ text }) => text!.split(" "));
-    const mixed = shuffle(
-      both.map((word) => (random() < DRAWN ? draw(words, random) : word)),
-      random,
-    );
-    return mixed.slice(0, lengthOf(random)).join(" ");
+    const mixed = both.map((word) => (random() < DRAWN ? draw(words, random) : word));
+    return shuffle(mixed, random).slice(0, lengthOf(random)).join(" ");
   });
 }
 
@@ -305,7 +296,6 @@ interface Vocabulary {
   decode?(ids: number[]): string;
 }
 
-/** Words to make questions of. */
 interface Words {
   /** Whole words of the vocabulary, by number: vocabularies are made from frequent words to rare ones. */
   readonly all: readonly string[];
@@ -313,7 +303,6 @@ interface Words {
   readonly names: readonly string[];
 }
 
-/** Words of a line. */
 const SHORTEST = 3;
 const LONGEST = 12;
 /**
@@ -321,7 +310,6 @@ const LONGEST = 12;
  * made of articles and prepositions.
  */
 const FREQUENT = 30;
-/** The share of words that are taken from names. */
 const NAMED = 0.1;
 
 /**
@@ -495,9 +483,6 @@ function askedAt(row: Row, ids: readonly number[], at: readonly number[]): Row {
 /** The row asked for every token behind the one at `from`. */
 function askedFrom(row: Row, from: number): Row {
   const ids = idsOf(row).slice(0, -1);
-  return askedAt(
-    row,
-    ids,
-    [...ids.keys()].filter((i) => i >= from),
-  );
+  const at = [...ids.keys()].filter((i) => i >= from);
+  return askedAt(row, ids, at);
 }

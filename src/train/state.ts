@@ -72,10 +72,8 @@ export function optimizerOf(
   }));
   // Numbers that are not trained must not count in the norm that is clipped.
   const groups = [...ofTerms, ...ofHead].filter(({ rate }) => rate !== 0);
-  const optimizer = new Adam(
-    groups.map(({ of, ...group }) => ({ values: of(state), ...group })),
-    { steps, clip, warmup, decay },
-  );
+  const parts = groups.map(({ of, ...group }) => ({ values: of(state), ...group }));
+  const optimizer = new Adam(parts, { steps, clip, warmup, decay });
   return { step: (gradients) => optimizer.step(groups.map(({ of }) => of(gradients))) };
 }
 

@@ -85,25 +85,49 @@ export function supervisionOf(session: Session, options: SupervisionOptions): Su
   const names = session.inputNames;
   if (graph.tokens) return tokenSupervision(options, names, example, graph.tokens.positions);
   const short = [...(example ?? [])].flatMap(([name, { data }]) => (data instanceof Int32Array ? [name] : []));
-  return labelSupervision(createBatcher(options.encode, names, new Set(short)), options.labels ?? []);
+  return labelSupervision(options.encode, names, new Set(short), options.labels ?? []);
 }
 
 /** Most rows that run together: gradients need kept values of each row, so memory grows with their number. */
 const MOST_ROWS = 16;
 
-/** @param labels of the task, in order */
-function labelSupervision(inputs: Batcher, labels: readonly string[]): Supervision {
+/**
+ * Texts, or feeds of callers, one row of logits each. The tokenizer pads each batch: reading its texts again takes a hundredth of a step.
+ * @param names of the model's inputs; other outputs of a tokenizer are dropped
+ * @param short those that take int32
+ * @param labels of the task, in order
+ */
+export function labelSupervision(
+  tokenizer: Tokenizer | undefined,
+  names: readonly string[],
+  short: ReadonlySet<string>,
+  labels: readonly string[],
+): Supervision {
+  const encodeTexts = tokenizer && encoderOf(tokenizer, names);
+  const encode = async (texts: string[]): Promise<BatchFeeds> => {
+    const feeds = Object.entries(await encodeTexts!(texts)).filter(([name]) => names.includes(name));
+    const given = ([name, feed]: (typeof feeds)[number]) =>
+      short.has(name) ? { ...feed, type: "int32", data: Int32Array.from(feed.data as BigInt64Array, Number) } : feed;
+    return Object.fromEntries(feeds.map((entry) => [entry[0], given(entry)]));
+  };
+  /** Numbers of tokens, by text. */
+  const known = new Map<string, number>();
   return {
     tokens: false,
-    check: async (examples) => checkExamples(examples, labels, inputs.encodes),
+    check: async (examples) => checkExamples(examples, labels, encodeTexts !== undefined),
     ask: async (examples, where) => examples.map((example, i) => unanswered(example, `${where}: example ${i}`)),
-    lengths: (rows) => inputs.lengths(rows),
+    async lengths(rows) {
+      checkShapes(rows.flatMap(({ feeds }) => (feeds ? [feeds] : [])));
+      for (const { text } of rows)
+        if (text !== undefined && !known.has(text)) known.set(text, sizeOf(await encode([text])));
+      return new Map(rows.map((row) => [row, row.feeds ? sizeOf(row.feeds) : known.get(row.text!)!]));
+    },
     microBatches(rows) {
       const runs: Row[][] = [];
-      /** The last run of each key, which may have room. */
+      /** The last run of each kind, which may have room: texts are padded, feeds must have the same dimensions. */
       const open = new Map<string, Row[]>();
       for (const row of rows) {
-        const alike = inputs.alike(row);
+        const alike = row.feeds ? shapesOf(row.feeds) : "";
         let run = open.get(alike);
         if (!run || run.length === MOST_ROWS) {
           run = [];
@@ -114,9 +138,25 @@ function labelSupervision(inputs: Batcher, labels: readonly string[]): Supervisi
       }
       return microBatchesOf(runs);
     },
-    feeds: (rows) => inputs.batch(rows),
+    async feeds(rows) {
+      const texts = rows.flatMap(({ text }) => text ?? []);
+      if (texts.length === 0) return joinFeeds(rows.map(({ feeds }) => feeds!));
+      return texts.length === 1 ? encode(texts) : encode(texts).catch(refuseUnpadded);
+    },
     distribution: (logits) => ({ probabilities: softmax(logits) }),
   };
+}
+
+function refuseUnpadded(cause: unknown): never {
+  throw new TypeError(
+    "encode: texts of different lengths were not encoded together; pass the tokenizer itself (encode: tokenizer), or have it pad: " +
+      `tokenizer(texts, { padding: true, truncation: true }). It said: ${(cause as Error).message}`,
+    { cause },
+  );
+}
+
+function sizeOf(feeds: BatchFeeds): number {
+  return Math.max(...Object.values(feeds).map(({ dims }) => dims.reduce((a, b) => a * b, 1)));
 }
 
 /** Takes an example as a question. @throws TypeError for one without text and feeds */
@@ -145,7 +185,6 @@ function tokenSupervision(
   positions: string,
 ): Supervision {
   const read = sequenceReader(options, names);
-  // Feeds of callers run one by one.
   const lengthOf = ({ tokens, feeds }: Row): number =>
     feeds ? MOST_TOKENS : Math.max(tokens!.ids.length, tokens!.source?.length ?? 0);
   const readAll = async (examples: readonly Example[], where: string): Promise<Row[]> => {
@@ -180,7 +219,8 @@ function tokenSupervision(
     },
     async feeds(rows) {
       const all = rows.map(({ tokens }) => tokens!);
-      const feeds = rows[0]!.feeds ? joinFeeds(rows.map(({ feeds }) => feeds!)) : fillInputs(example, names, all);
+      // Feeds of callers run one by one.
+      const feeds = rows[0]!.feeds ?? fillInputs(example, names, all);
       const width = Math.max(...all.map(({ ids }) => ids.length));
       const places = all.flatMap(({ at }, row) => at.map((position) => BigInt(row * width + position)));
       return { ...feeds, [positions]: { type: "int64", dims: [places.length], data: BigInt64Array.from(places) } };
@@ -230,75 +270,6 @@ function likeliestOf(logits: Float32Array): Distribution {
   }
   const total = logSumExp(logits);
   return { classes: kept, probabilities: kept.map((c) => Math.exp(logits[c]! - total)) };
-}
-
-// Examples as batches of a model's inputs. The tokenizer pads each batch: reading its texts again takes a hundredth of a step.
-
-/** Puts rows into batches. */
-interface Batcher {
-  readonly encodes: boolean;
-  /** Measures rows, in any unit. Rows are padded to the longest of their batch, so batches take rows of similar lengths. */
-  lengths<R extends Unlabelled>(rows: readonly R[]): Promise<ReadonlyMap<R, number>>;
-  /** Key of rows that fit into one batch. Texts are padded; feeds of callers must have the same dimensions. */
-  alike(row: Unlabelled): string;
-  /** @throws TypeError when the rows cannot be put into one batch */
-  batch(rows: readonly Unlabelled[]): Promise<BatchFeeds>;
-}
-
-/**
- * @param names of the model's inputs; other outputs of a tokenizer are dropped
- * @param short those that take int32
- */
-export function createBatcher(
-  tokenizer: Tokenizer | undefined,
-  names: readonly string[],
-  short: ReadonlySet<string> = new Set(),
-): Batcher {
-  const encodeTexts = tokenizer && encoderOf(tokenizer, names);
-  const encode = async (texts: string[]): Promise<BatchFeeds> => {
-    const feeds = await encodeTexts!(texts);
-    const taken = Object.entries(feeds).filter(([name]) => names.includes(name));
-    return Object.fromEntries(
-      taken.map(([name, feed]) => {
-        if (!short.has(name)) return [name, feed];
-        return [name, { ...feed, type: "int32", data: Int32Array.from(feed.data as BigInt64Array, Number) }];
-      }),
-    );
-  };
-  /** Numbers of tokens, by text. */
-  const known = new Map<string, number>();
-  return {
-    encodes: encodeTexts !== undefined,
-
-    async lengths(rows) {
-      checkShapes(rows.flatMap(({ feeds }) => (feeds ? [feeds] : [])));
-      for (const { text } of rows)
-        if (text !== undefined && !known.has(text)) known.set(text, sizeOf(await encode([text])));
-      return new Map(rows.map((row) => [row, row.feeds ? sizeOf(row.feeds) : known.get(row.text!)!]));
-    },
-
-    alike: ({ feeds }) => (feeds ? shapesOf(feeds) : ""),
-
-    async batch(rows) {
-      const texts = rows.flatMap(({ text }) => text ?? []);
-      if (texts.length === 0) return joinFeeds(rows.map(({ feeds }) => feeds!));
-      if (texts.length < rows.length)
-        throw new TypeError("a batch of texts and feeds together; give all examples in one way");
-      return texts.length === 1 ? encode(texts) : encode(texts).catch(refuseUnpadded);
-    },
-  };
-}
-
-function refuseUnpadded(cause: unknown): never {
-  throw new TypeError(
-    "encode: texts of different lengths were not encoded together; pass the tokenizer itself (encode: tokenizer), or have it pad: " +
-      `tokenizer(texts, { padding: true, truncation: true }). It said: ${(cause as Error).message}`,
-    { cause },
-  );
-}
-
-function sizeOf(feeds: BatchFeeds): number {
-  return Math.max(...Object.values(feeds).map(({ dims }) => dims.reduce((a, b) => a * b, 1)));
 }
 
 // Training examples: checked before anything runs, split into training set and hold-out, cut into batches with targets. Knows no model.
@@ -432,10 +403,8 @@ export function splitHoldout<T>(
   const train: T[] = [];
   const holdout: T[] = [];
   for (const label of [...new Set(rows.map(labelOf))].sort((a, b) => a - b)) {
-    const shuffled = shuffle(
-      rows.filter((row) => labelOf(row) === label),
-      random,
-    );
+    const own = rows.filter((row) => labelOf(row) === label);
+    const shuffled = shuffle(own, random);
     const count = Math.max(0, Math.min(Math.round(shuffled.length * share), shuffled.length - 2));
     holdout.push(...shuffled.slice(0, count));
     train.push(...shuffled.slice(count));
@@ -642,7 +611,7 @@ export function batchTensors(engine: Engine, batch: BatchFeeds): Record<string, 
 }
 
 /** Dimensions of each input behind the first, as a string: feeds of one batch must agree in them. */
-export function shapesOf(feeds: BatchFeeds): string {
+function shapesOf(feeds: BatchFeeds): string {
   return JSON.stringify(Object.entries(feeds).map(([name, { dims }]) => [name, ...dims.slice(1)]));
 }
 
@@ -650,7 +619,7 @@ export function shapesOf(feeds: BatchFeeds): string {
  * Checks that inputs of one shape within an example are of one shape in all. Lengths may differ between examples.
  * @throws TypeError naming the input that differs
  */
-export function checkShapes(all: readonly BatchFeeds[]): void {
+function checkShapes(all: readonly BatchFeeds[]): void {
   const shape = (feeds: BatchFeeds, name: string): string | undefined => feeds[name]?.dims.slice(1).join(", ");
   const [first] = all;
   const names = Object.keys(first ?? {});
@@ -666,38 +635,24 @@ export function checkShapes(all: readonly BatchFeeds[]): void {
   }
 }
 
-/**
- * Joins the feeds of several examples along the first dimension.
- * @throws TypeError when their other dimensions differ
- */
-export function joinFeeds(all: readonly BatchFeeds[]): BatchFeeds {
+/** Joins the feeds of several examples, which differ in no other dimension, along the first. */
+function joinFeeds(all: readonly BatchFeeds[]): BatchFeeds {
   const [first] = all;
   if (all.length === 1) return first!;
-  const joined: Record<string, BatchFeeds[string]> = {};
-  for (const [name, { type, dims }] of Object.entries(first!)) {
-    const parts = all.map((feeds, i) => {
-      const part = feeds[name];
-      if (part && part.dims.slice(1).join() === dims.slice(1).join()) return part;
-      throw new TypeError(
-        `the input "${name}" of example ${i} is [${part?.dims.join(", ") ?? "missing"}], another one's [${dims.join(", ")}]: pad them alike, or take batches of 1`,
-      );
-    });
+  const joined = Object.entries(first!).map(([name, { type, dims }]) => {
+    const parts = all.map((feeds) => feeds[name]!);
     const arrays = parts.map(({ data }) => data as Float32Array);
-    const data = new (arrays[0]!.constructor as Float32ArrayConstructor)(
-      arrays.reduce((sum, { length }) => sum + length, 0),
-    );
+    const length = arrays.reduce((sum, array) => sum + array.length, 0);
+    const data = new (arrays[0]!.constructor as Float32ArrayConstructor)(length);
     let at = 0;
     for (const array of arrays) {
       data.set(array, at);
       at += array.length;
     }
-    joined[name] = {
-      ...(type === undefined ? {} : { type }),
-      dims: [parts.reduce((sum, part) => sum + part.dims[0]!, 0), ...dims.slice(1)],
-      data,
-    };
-  }
-  return joined;
+    const rows = parts.reduce((sum, part) => sum + part.dims[0]!, 0);
+    return [name, { ...(type !== undefined && { type }), dims: [rows, ...dims.slice(1)], data }] as const;
+  });
+  return Object.fromEntries(joined);
 }
 
 /** Value of an input at a token, by the token's id and place. Padding is 0. */
@@ -719,7 +674,7 @@ const ZERO = /^(use_cache_branch|num_logits_to_keep|logits_to_keep)$/;
  * @param names of the model's inputs
  * @throws TypeError for an input that does not follow from ids
  */
-export function fillInputs(
+function fillInputs(
   example: ReadonlyMap<string, Feed> | undefined,
   names: readonly string[],
   all: readonly Pick<Tokens, "ids" | "source">[],
@@ -731,10 +686,8 @@ export function fillInputs(
     const given = example?.get(name);
     if (of) {
       const side = decodes && !name.startsWith("decoder_") ? "source" : "ids";
-      feeds[name] = rowsOf(
-        all.map((tokens) => tokens[side]!.map(of)),
-        given?.data instanceof Int32Array,
-      );
+      const rows = all.map((tokens) => tokens[side]!.map(of));
+      feeds[name] = rowsOf(rows, given?.data instanceof Int32Array);
     } else if (given && (given.data.length === 0 || ZERO.test(name))) {
       const dims =
         given.data.length === 0 ? given.dims.map((size, axis) => (axis === 0 ? all.length : size)) : given.dims;
@@ -789,15 +742,6 @@ export function largest(values: ArrayLike<number>): number {
   let at = 0;
   for (let i = 1; i < values.length; i++) if (values[i]! > values[at]!) at = i;
   return at;
-}
-
-/** The probabilities of the same logits divided by a temperature. */
-export function tempered(probabilities: ArrayLike<number>, temperature: number): Float32Array {
-  const values = Array.from(probabilities);
-  const top = Math.max(...values);
-  const powers = values.map((p) => (p / top) ** (1 / temperature));
-  const total = powers.reduce((a, b) => a + b, 0);
-  return Float32Array.from(powers, (value) => value / total);
 }
 
 /** −Σ p · log softmax(logits), in nats. */

@@ -123,10 +123,8 @@ export async function sessionModel(
   labels: readonly string[],
 ): Promise<TrainableModel> {
   const { tokens, logitsOutput } = graph;
-  refuseOtherOutputs(
-    graph,
-    head.some(({ out }) => out === undefined),
-  );
+  const isLabelled = head.some(({ out }) => out === undefined);
+  refuseOtherOutputs(graph, isLabelled);
   /** Values of the task inputs that are not trained. */
   const idle: Record<string, EngineTensor> = {};
   const base = await readBase();
@@ -241,10 +239,8 @@ function withFeatures({ values, rows, features }: Targets, scale: number) {
   const both = new Float32Array(rows * all);
   for (const [row, own] of features.values.entries()) {
     both.set(values.subarray(row * classes, (row + 1) * classes), row * all);
-    both.set(
-      own.map((value) => scale * value),
-      row * all + classes,
-    );
+    const scaled = own.map((value) => scale * value);
+    both.set(scaled, row * all + classes);
   }
   return { values: both, squares: new Float32Array(all).fill(1, classes) };
 }

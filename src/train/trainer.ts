@@ -74,16 +74,6 @@ const TASK_OPTIONS = ["id", "dtype", "metadata"] as const;
 /** Share of its ΔW that a learned task loses when it is stored: it has learned noise, too. */
 const LEARNED_ERROR = 0.3;
 
-/** Options of every trainer. */
-export interface TrainerOptions {
-  /** Names of the new task's labels, at least two. Language models have none. */
-  readonly labels?: readonly string[] | undefined;
-  /** Start of coefficients, and of a LoRA that is made from components. Default: "auto"; "fresh" for a LoRA. */
-  readonly init?: Start | undefined;
-  /** The same seed gives the same numbers on the same provider. Default: 0. */
-  readonly seed?: number | undefined;
-}
-
 /** Options of a trainer's `fit`. */
 export interface FitOptions extends ObjectiveOptions, OptimizerOptions {
   /** Passes over the examples. Default: 8. */
@@ -133,7 +123,7 @@ export class Trainer {
   #busy = false;
 
   /** @internal Use `createTrainer`. @throws RangeError for fewer than two labels, or two alike */
-  constructor(setup: TrainingSetup, { init, seed = 0 }: Omit<TrainerOptions, "labels">) {
+  constructor(setup: TrainingSetup, { init, seed = 0 }: Pick<CreateTrainerOptions, "init" | "seed">) {
     const { labels, supervision, terms } = setup;
     const none = labels.length === 0 && supervision.tokens;
     if (!none && (labels.length < 2 || new Set(labels).size < labels.length || labels.includes(""))) {
@@ -383,7 +373,13 @@ export class Trainer {
 // task.
 
 /** Options of `createTrainer`. */
-export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions, AbortOptions {
+export interface CreateTrainerOptions extends SequenceOptions, AbortOptions {
+  /** Names of the new task's labels, at least two. Language models have none. */
+  readonly labels?: readonly string[] | undefined;
+  /** Start of coefficients, and of a LoRA that is made from components. Default: "auto"; "fresh" for a LoRA. */
+  readonly init?: Start | undefined;
+  /** The same seed gives the same numbers on the same provider. Default: 0. */
+  readonly seed?: number | undefined;
   /**
    * Turns texts into the model's inputs, one row each: a tokenizer of transformers.js or @huggingface/tokenizers as it is, or a function.
    * Not needed for examples with feeds.
@@ -653,7 +649,7 @@ async function fillStart(
   random: () => number,
   signal?: AbortSignal,
 ): Promise<void> {
-  const moments = await momentsOf(pack, terms, signal);
+  const donors = await donorsOf(pack, terms, signal);
   for (const parameter of terms.parameters) {
     const { module, kind, dims } = parameter;
     const values = terms.part(out, module, kind)!;
@@ -671,7 +667,7 @@ async function fillStart(
     else if (kind === "privateA" || kind === "ownA") fillNormal(values, random);
     // A module that the task leaves alone changes nothing at first.
     else if (typeof start === "object" && isStill(terms, parameter)) values.fill(0);
-    else fillCoefficients(values, moments.get(parameter), start === "mean", random);
+    else fillCoefficients(values, dims[1], donors.get(parameter), start === "mean", random);
   }
 }
 
@@ -681,37 +677,19 @@ function isStill({ modules }: TrainedTerms, { module, kind }: TrainedParameter):
   return kind === (B && !B.mean ? "alphaB" : A && !A.mean ? "alphaA" : undefined);
 }
 
-/** Statistics of one parameter [rank, K] over the pack's first tasks. */
-interface Moments {
-  /** Sums over tasks [rank, K]. */
-  readonly sums: Float64Array;
-  /** Number of tasks with the row [rank]. */
-  readonly tasks: Float64Array;
-  /** Sums of squares over the rows of all tasks [K]. */
-  readonly squares: Float64Array;
-}
-
-async function momentsOf(
+/** Coefficients of each parameter in the pack's first tasks: [rank, K], or fewer rows. */
+async function donorsOf(
   pack: Pack,
   terms: TrainedTerms,
   signal?: AbortSignal,
-): Promise<Map<TrainedParameter, Moments>> {
-  const all = new Map<TrainedParameter, Moments>();
+): Promise<Map<TrainedParameter, Float32Array[]>> {
+  const all = new Map<TrainedParameter, Float32Array[]>();
   for (const blob of await firstTasks(pack, MOST_DONORS, signal)) {
     for (const parameter of terms.parameters) {
       const tensor = parameter.kind.startsWith("alpha") ? tensorOf(pack, blob, parameter) : undefined;
-      if (!tensor) continue;
       const [rank, K] = parameter.dims;
-      const zeros = (length: number): Float64Array => new Float64Array(length);
-      const moments = all.get(parameter) ?? { sums: zeros(rank * K), tasks: zeros(rank), squares: zeros(K) };
-      all.set(parameter, moments);
-      for (const [i, value] of readTensor(blob.bytes, tensor)
-        .subarray(0, rank * K)
-        .entries()) {
-        moments.sums[i]! += value;
-        moments.squares[i % K]! += value * value;
-        if (i % K === 0) moments.tasks[i / K]!++;
-      }
+      const given = tensor && readTensor(blob.bytes, tensor).subarray(0, rank * K);
+      if (given) all.set(parameter, [...(all.get(parameter) ?? []), given]);
     }
   }
   return all;
@@ -720,24 +698,33 @@ async function momentsOf(
 /** Fills in the mean of the tasks' coefficients; random numbers with their spread where no task has the row, or no mean is wanted. */
 function fillCoefficients(
   values: Float32Array,
-  moments: Moments | undefined,
+  K: number,
+  donors: readonly Float32Array[] | undefined,
   mean: boolean,
   random: () => number,
 ): void {
-  if (!moments) return fillNormal(values, random);
-  const { sums, tasks, squares } = moments;
-  const K = squares.length;
-  const count = tasks.reduce((a, b) => a + b, 0);
-  const columns = new Float64Array(K);
-  for (const [i, value] of sums.entries()) columns[i % K]! += value;
-  for (let i = 0; i < values.length; i++) {
-    const having = tasks[Math.floor(i / K)]!;
-    if (mean && having > 0) values[i] = sums[i]! / having;
-    else {
-      const centre = columns[i % K]! / count;
-      const variance = Math.max(0, squares[i % K]! / count - centre * centre);
-      values[i] = centre + Math.sqrt(variance) * normal(random);
+  if (!donors) return fillNormal(values, random);
+  const columns = Array.from({ length: K }, (_, k) => {
+    let count = 0;
+    let sum = 0;
+    let squares = 0;
+    for (const rows of donors) {
+      for (let i = k; i < rows.length; i += K) {
+        count++;
+        sum += rows[i]!;
+        squares += rows[i]! ** 2;
+      }
     }
+    const centre = sum / count;
+    return { centre, deviation: Math.sqrt(Math.max(0, squares / count - centre * centre)) };
+  });
+  for (let i = 0; i < values.length; i++) {
+    const having = donors.filter(({ length }) => i < length);
+    const { centre, deviation } = columns[i % K]!;
+    values[i] =
+      mean && having.length > 0
+        ? having.reduce((sum, rows) => sum + rows[i]!, 0) / having.length
+        : centre + deviation * normal(random);
   }
 }
 

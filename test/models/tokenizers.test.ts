@@ -10,7 +10,7 @@ import { readAdapters } from "eigenlora/node";
 import { type BatchFeeds, createTrainer, distill, type Encode } from "eigenlora/train";
 import t from "tap";
 import { createEncoder, readReference, readTask } from "../../examples/minilm.js";
-import { createBatcher } from "../support/internals/learn.ts";
+import { labelSupervision } from "../support/internals/learn.ts";
 import { fitted, LABELS, tiny } from "../support/learning.ts";
 import { data, LOSSLESS, packOf } from "../support/packs.ts";
 import { packages, without } from "../support/required.ts";
@@ -182,12 +182,15 @@ const plain = (feeds: BatchFeeds): unknown =>
 
 t.test("a batch is the tokenizer's own; known texts are not measured again", async (t) => {
   const texts = Array.from({ length: 24 }, (_, i) => "abcdefghijklmnopqrstuvwx".slice(0, 2 + (i % 17)) + i);
-  const rows = texts.map((text) => ({ text }));
   const { encode, asked } = letters({ front: true, positions: true, features: true });
-  const inputs = createBatcher(encode, NAMES);
+  const inputs = labelSupervision(encode, NAMES, new Set(), []);
+  const rows = await inputs.ask(
+    texts.map((text) => ({ text })),
+    "a batch",
+  );
   const lengths = await inputs.lengths(rows);
   t.ok(lengths.get(rows[16]!)! > lengths.get(rows[0]!)!);
-  t.same(plain(await inputs.batch(rows.slice(3, 9))), plain(encode(texts.slice(3, 9))));
+  t.same(plain(await inputs.feeds(rows.slice(3, 9))), plain(encode(texts.slice(3, 9))));
   const before = asked.length;
   await inputs.lengths(rows);
   t.equal(asked.length, before);
@@ -201,15 +204,18 @@ t.test(
     Object.assign(env, { localModelPath: data("."), allowRemoteModels: false });
     const tokenizer = (await AutoTokenizer.from_pretrained("minilm")) as Encode & { model_max_length: number };
     const texts = ["a tool", "a graphical front end for the version control system git", "tool ".repeat(4000)];
-    const rows = texts.map((text) => ({ text }));
-    const inputs = createBatcher(tokenizer, ["input_ids", "attention_mask"]);
+    const inputs = labelSupervision(tokenizer, ["input_ids", "attention_mask"], new Set(), []);
+    const rows = await inputs.ask(
+      texts.map((text) => ({ text })),
+      "a batch",
+    );
     await inputs.lengths(rows);
-    const { input_ids, ...others } = await inputs.batch(rows);
+    const { input_ids, ...others } = await inputs.feeds(rows);
     t.same(Object.keys(others), ["attention_mask"], "nothing that the model does not take");
     t.same(input_ids!.dims, [3, tokenizer.model_max_length], "padded, and cut to what the model takes");
-    const lines = createBatcher((some) => tokenizer(some, {} as never, []), NAMES);
+    const lines = labelSupervision((some) => tokenizer(some, {} as never, []), NAMES, new Set(), []);
     await lines.lengths(rows);
-    await t.rejects(lines.batch(rows), {
+    await t.rejects(lines.feeds(rows), {
       name: "TypeError",
       message: /encode: .*encode: tokenizer.*padding: true, truncation: true/,
     });

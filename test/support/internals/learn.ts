@@ -10,6 +10,6 @@ export type { ShapeProbe } from "../../../dist/src/autodiff/shapes.js";
 export { Problems } from "../../../dist/src/autodiff/shapes.js";
 export { modelBase } from "../../../dist/src/train/pack-by-answers.js";
 export { Adam } from "../../../dist/src/train/state.js";
-export { createBatcher, MeanDivergence, toBatches } from "../../../dist/src/train/supervision.js";
+export { labelSupervision, MeanDivergence, toBatches } from "../../../dist/src/train/supervision.js";
 export * from "../../../dist/src/train/trained-terms.js";
 export { readDonor, startState } from "../../../dist/src/train/trainer.js";
