@@ -151,7 +151,7 @@ def make(name, folder):
     if isinstance(model, hf.PreTrainedModel):
         model.set_attn_implementation("eager")
     rows = {key: {0: "batch", **({1: "sequence"} if value.dtype == torch.int64 else {})} for key, value in feeds().items() if value.ndim > 1}
-    plain = Exported(model, lambda *values: model(**dict(zip(feeds(), values)), return_dict=True)[0]).eval()
+    plain = Exported(model, lambda *values: model(**dict(zip(feeds(), values)), return_dict=True)[0])
     onnx.save(torchscript(plain, tuple(feeds().values()), {key: rows.get(key) for key in feeds()}, {"answer": None}), folder / "model.onnx")
     described = {key: {"type": str(value.dtype).removeprefix("torch."), "dims": list(value.shape), "data": value.flatten().tolist()}
                  for key, value in feeds().items()}

@@ -38,14 +38,17 @@ def cleaned(model, keep=("namespace", SCOPES), values=True):
 
 
 class Exported(torch.nn.Module):
-    """A call of a model, whose children it has, so that nodes and weights get the paths of the checkpoint."""
+    """A call of a model, whose children it has, so that nodes and weights get the paths of the checkpoint. only: those that the call uses."""
 
-    def __init__(self, model, call):
+    def __init__(self, model, call, only=None):
         super().__init__()
         for name, child in model.named_children():
-            self.add_module(name, child)
-        for name, parameter in model.named_parameters(recurse=False):
+            if only is None or name in only:
+                self.add_module(name, child)
+        for name, parameter in model.named_parameters(recurse=False) if only is None else ():
             self.register_parameter(name, parameter)
+        # The exporter leaves modules in the mode in which it finds this one.
+        self.train(model.training)
         self.__dict__["call"] = call
 
     def forward(self, *given):

@@ -106,8 +106,8 @@ def clip():
     save(exported(Exported(model, whole), (ids, mask, pixels(torch.float32)), given | {"pixel_values": images},
                   {"logits_per_image": axes("image_batch", "text_batch"), "logits_per_text": axes("text_batch", "image_batch"),
                    "text_embeds": axes("text_batch"), "image_embeds": images}), folder / "onnx/model.onnx")
-    save(exported(Exported(model, text_of), (ids, mask), given, {"text_embeds": axes("text_batch")}), folder / "onnx/text_model.onnx")
-    save(exported(Exported(model, image_of), (pixels(torch.float32),), {"pixel_values": images}, {"image_embeds": images}), folder / "onnx/vision_model.onnx")
+    save(exported(Exported(model, text_of, ["text_model", "text_projection"]), (ids, mask), given, {"text_embeds": axes("text_batch")}), folder / "onnx/text_model.onnx")
+    save(exported(Exported(model, image_of, ["vision_model", "visual_projection"]), (pixels(torch.float32),), {"pixel_values": images}, {"image_embeds": images}), folder / "onnx/vision_model.onnx")
     tokenizer.save(str(folder / "tokenizer.json"))
     write(folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "bos_token": START, "eos_token": END, "pad_token": END,
                                              "unk_token": END, "model_max_length": 40, "clean_up_tokenization_spaces": False})

@@ -32,7 +32,7 @@ const head = (code, n, ...rest) => Uint8Array.from([code, ...u32(n), ...rest]);
 const bytesOf = (...parts) => new Uint8Array(Buffer.concat(parts.map((part) => Uint8Array.from(part))));
 /** A piece, so many times. */
 const times = (piece, count) => new Uint8Array(Buffer.alloc(piece.length * count, Buffer.from(piece)));
-/** An array of so many different items, of bytes that go again and again, or made of strings. */
+/** Makes an array of an item that is repeated, or of items from different strings. */
 const array = (count, item) =>
   bytesOf(head(0xdd, count), typeof item === "function" ? numbered(count, item) : times(item, count));
 /** So many different strings of three letters and more. */
@@ -161,7 +161,7 @@ function withKey(bytes, at, key, pieces, padded) {
   return [[bytes], ...pad, [short(key)], ...pieces];
 }
 const described = (key, pieces, padded) => withKey(msgpack(basis), 0, key, pieces, padded);
-/** In a map of metadata, under an empty key. */
+/** Metadata with pieces under an empty key. */
 const inKey = (pieces) => inMetadata([[Uint8Array.of(0x81, 0xa0)], ...pieces]);
 const inHeader = (pieces, padded = 0) =>
   packOf({ description: described("header", pieces, padded), coded: padded > 0 });
