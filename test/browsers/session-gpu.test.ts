@@ -202,7 +202,7 @@ t.test("a device that is lost", options, async (t) => {
   for (const { build, mode, code } of LOST) {
     const found = await resultOf(t, code);
     if (!found) continue;
-    // In mode "core" a switch is the CPU's.
+    // The CPU switches in mode "core".
     const folded = { run: gone, change: gone, next: gone, after: { run: gone, again: gone, switch: gone }, live: 0 };
     const core = { run: gone, next: gone, after: { run: gone, again: gone, switch: "fulfilled" } };
     const expected = { ...(mode === "folded" ? folded : core), release: "fulfilled", told: { message: /./ } };

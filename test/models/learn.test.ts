@@ -185,81 +185,53 @@ t.test("a task to go on from: its labels by their names, and nothing of it is le
 
 t.test("examples that cannot be learned from are refused before anything runs", async (t) => {
   const session = await tiny(NODE);
-  t.teardown(() => session.close());
+  const plain = await tiny(NODE, { trainable: false });
+  t.teardown(async () => (await session.close(), plain.close()));
   const trainer = await createTrainer(session, { labels: LABELS });
   const known = examples(NODE, session, 8, 1);
-  const fit = (all: Example[], options = {}): Promise<unknown> => trainer.fit(all, options).next();
-  await t.rejects(fit(known.map((one) => ({ ...one, label: "even" }))), {
-    name: "RangeError",
-    message: /8 examples have one label only, "even"/,
-  });
-  await t.rejects(fit([]), { name: "RangeError", message: "fit: there are no examples" });
-  await t.rejects(fit([...known, { ...known[0]!, label: "evn" }]), {
-    name: "RangeError",
-    message: /example 8: the label "evn" is none of the trainer's; did you mean even\?/,
-  });
-  await t.rejects(fit([...known, { ...known[0]!, label: 3 }]), { message: /example 8: the label 3/ });
-  await t.rejects(fit([{ text: " ", label: 0 }]), { message: /example 0: its text is empty/ });
-  await t.rejects(fit([{ text: "a", label: 0 }]), { name: "TypeError", message: /no `encode`/ });
-  await t.rejects(fit([{ label: 0 }]), { name: "TypeError", message: /neither text nor feeds/ });
-  await t.rejects(fit([{ ...known[0]!, weight: NaN }]), { message: /example 0: its weight is NaN/ });
-  const soft = (target: number[]): Example[] => [...known, { feeds: known[0]!.feeds, target }];
-  await t.rejects(fit(soft([0.5, 0.5])), {
-    name: "RangeError",
-    message: /example 8: its target has 2 probabilities, there are 3 labels/,
-  });
-  await t.rejects(fit(soft([0.5, 0.4, 0])), {
-    name: "RangeError",
-    message: /example 8: the probabilities of its target sum to 0.9/,
-  });
-  await t.rejects(fit(soft([1.5, -0.5, 0])), {
-    name: "RangeError",
-    message: /example 8: its target has the probability -0.5/,
-  });
-  await t.rejects(fit(soft([NaN, 0.5, 0.5])), {
-    name: "RangeError",
-    message: /example 8: its target has the probability NaN/,
-  });
-  await t.rejects(fit([...known, { ...known[0]!, target: [1, 0, 0] }]), {
-    name: "TypeError",
-    message: /example 8: expected a label or a target, got both/,
-  });
-  await t.rejects(fit([{ feeds: known[0]!.feeds }]), {
-    name: "TypeError",
-    message: /example 0: expected a label or a target, got neither/,
-  });
-  await t.rejects(fit(known, { steps: 1.5 }), { name: "RangeError", message: /steps/ });
-  await t.rejects(fit(known, { epochs: 0 }), { name: "RangeError", message: /epochs/ });
-  await t.rejects(fit(known, { holdout: 1 }), { name: "RangeError", message: /holdout/ });
-  await t.rejects(fit(known, { temperature: 0 }), { name: "RangeError", message: /temperature/ });
-  await t.rejects(fit(known, { decay: "constant" }), {
-    name: "RangeError",
-    message: /decay: expected "none" or "linear"/,
-  });
-  const bare = await createTrainer(session, { labels: LABELS, head: false });
-  await t.rejects(bare.fit(known, { temperature: 0.5 }).next(), {
-    name: "RangeError",
-    message: /needs a trainer with a head/,
-  });
-  const short = {
-    ...known[0]!,
-    feeds: { ...known[0]!.feeds!, input_ids: new NODE.Tensor("int64", new BigInt64Array(2), [1, 2]) as never },
-  };
-  await t.rejects(fit([...known, short], { batch: 9 }), {
-    name: "TypeError",
-    message: /the input "input_ids" of example \d+ is \[1, \d+\], another one's \[1, \d+\]/,
-  });
+  const { feeds } = known[0]!;
+  const soft = (...target: number[]): Example[] => [...known, { feeds, target }];
+  const input_ids = new NODE.Tensor("int64", new BigInt64Array(2), [1, 2]) as never;
+  const short = { ...known[0]!, feeds: { ...feeds!, input_ids } };
+  const misspelt = { ...known[0]!, label: "evn" };
+  const apart = /the input "input_ids" of example \d+ is \[1, \d+\], another one's \[1, \d+\]/;
+  const fits: [name: string, examples: Example[], message: string | RegExp, options?: object][] = [
+    ["RangeError", known.map((one) => ({ ...one, label: "even" })), /8 examples have one label only, "even"/],
+    ["RangeError", [], "fit: there are no examples"],
+    ["RangeError", [...known, misspelt], /example 8: the label "evn" is none of the trainer's; did you mean even\?/],
+    ["RangeError", [...known, { ...known[0]!, label: 3 }], /example 8: the label 3/],
+    ["RangeError", [{ text: " ", label: 0 }], /example 0: its text is empty/],
+    ["TypeError", [{ text: "a", label: 0 }], /no `encode`/],
+    ["TypeError", [{ label: 0 }], /neither text nor feeds/],
+    ["RangeError", [{ ...known[0]!, weight: NaN }], /example 0: its weight is NaN/],
+    ["RangeError", soft(0.5, 0.5), /example 8: its target has 2 probabilities, there are 3 labels/],
+    ["RangeError", soft(0.5, 0.4, 0), /example 8: the probabilities of its target sum to 0.9/],
+    ["RangeError", soft(1.5, -0.5, 0), /example 8: its target has the probability -0.5/],
+    ["RangeError", soft(NaN, 0.5, 0.5), /example 8: its target has the probability NaN/],
+    ["TypeError", [...known, { ...known[0]!, target: [1, 0, 0] }], /example 8: expected a label or a target, got both/],
+    ["TypeError", [{ feeds }], /example 0: expected a label or a target, got neither/],
+    ["RangeError", known, /steps/, { steps: 1.5 }],
+    ["RangeError", known, /epochs/, { epochs: 0 }],
+    ["RangeError", known, /holdout/, { holdout: 1 }],
+    ["RangeError", known, /temperature/, { temperature: 0 }],
+    ["RangeError", known, /decay: expected "none" or "linear"/, { decay: "constant" }],
+    ["TypeError", [...known, short], apart, { batch: 9 }],
+  ];
+  for (const [name, all, message, options = {}] of fits)
+    await t.rejects(trainer.fit(all, options).next(), { name, message }, `${message}`);
   await t.rejects(trainer.task(), { name: "TypeError", message: /call fit first/ });
-  await t.rejects(createTrainer(session, { labels: ["one"] }), { name: "RangeError", message: /labels/ });
-  await t.rejects(createTrainer(session, { labels: ["one", ""] }), { name: "RangeError", message: /none empty/ });
-  await t.rejects(createTrainer(session, { labels: LABELS, rank: 0 }), { name: "RangeError", message: /rank/ });
-  await t.rejects(createTrainer(session, { labels: LABELS, head: "nothing" }), {
-    name: "RangeError",
-    message: /the session trains "classifier", not "nothing"; create it with reserve: \{ head: "nothing" \}/,
-  });
-  const plain = await tiny(NODE, { trainable: false });
-  t.teardown(() => plain.close());
-  await t.rejects(createTrainer(plain, { labels: LABELS }), { name: "TypeError", message: /trainable: true/ });
+  const bare = await createTrainer(session, { labels: LABELS, head: false });
+  const heads = { name: "RangeError", message: /needs a trainer with a head/ };
+  await t.rejects(bare.fit(known, { temperature: 0.5 }).next(), heads);
+  const reserve = /the session trains "classifier", not "nothing"; create it with reserve: \{ head: "nothing" \}/;
+  for (const [name, on, options, message] of [
+    ["RangeError", session, { labels: ["one"] }, /labels/],
+    ["RangeError", session, { labels: ["one", ""] }, /none empty/],
+    ["RangeError", session, { labels: LABELS, rank: 0 }, /rank/],
+    ["RangeError", session, { labels: LABELS, head: "nothing" }, reserve],
+    ["TypeError", plain, { labels: LABELS }, /trainable: true/],
+  ] as const)
+    await t.rejects(createTrainer(on, options), { name, message });
 });
 
 t.test("aborting and leaving keep what was learned; a loss that explodes stops with the last good state", async (t) => {
