@@ -158,14 +158,31 @@ export async function readBeginning(
   return source.read(0, Math.min(byteLength, first ? most(first) + 1 : Infinity), options);
 }
 
+/** Calls to make once a signal is aborted. It has one listener for all of them, since Node warns of more than ten. */
+const onceAborted = new WeakMap<AbortSignal, Set<() => void>>();
+
+function abortAll({ currentTarget }: Event): void {
+  for (const stop of onceAborted.get(currentTarget as AbortSignal) ?? []) stop();
+}
+
+/** Calls `stop` when the signal is aborted. @returns a function that undoes that */
+export function onAbort(signal: AbortSignal, stop: () => void): () => void {
+  const stops = onceAborted.get(signal) ?? new Set();
+  onceAborted.set(signal, stops.add(stop));
+  // Listens no second time with the same function.
+  signal.addEventListener("abort", abortAll);
+  return () => {
+    if (stops.delete(stop) && stops.size === 0) signal.removeEventListener("abort", abortAll);
+  };
+}
+
 /** Waits for a promise, or throws the signal's reason as soon as it is aborted; the work behind the promise goes on. */
 export function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
   if (!signal) return promise;
   return new Promise<T>((resolve, reject) => {
     const abort = (): void => reject(reasonOf(signal) as Error);
     if (signal.aborted) abort();
-    signal.addEventListener("abort", abort, { once: true });
-    promise.then(resolve, reject).finally(() => signal.removeEventListener("abort", abort));
+    promise.then(resolve, reject).finally(onAbort(signal, abort));
   });
 }
 

@@ -11,6 +11,7 @@ import {
   FIRST_BYTES,
   joined,
   nameOfUrl,
+  onAbort,
   type ReadAllOptions,
   type ReadOptions,
   unlessAborted,
@@ -318,7 +319,7 @@ export class UrlSource implements ByteSource {
       this.reads.bytes += more;
       onBytes?.(more);
     };
-    signal?.addEventListener("abort", stop);
+    const deafen = signal && onAbort(signal, stop);
     try {
       setClock();
       this.reads.requests++;
@@ -345,7 +346,7 @@ export class UrlSource implements ByteSource {
       clearTimeout(timer);
       // Stops a body that nobody reads.
       void response?.body?.cancel().catch(() => undefined);
-      signal?.removeEventListener("abort", stop);
+      deafen?.();
     }
   }
 
