@@ -5,12 +5,13 @@
 
 import { AdapterError } from "../errors.ts";
 import { type GgufFile, openGguf } from "../tensor/gguf.ts";
-import { type Derived, transpose, transposed, withDerived } from "../tensor/tensor-file.ts";
+import { transpose } from "../tensor/term.ts";
 import {
   type Adapter,
   type AdapterModule,
   type BaseFacts,
   checkAdapter,
+  type Derived,
   type Exportable,
   f32Bytes,
   factorsOf,
@@ -18,6 +19,8 @@ import {
   readAdapterFile,
   refuseModule,
   refuseSaved,
+  transposed,
+  withDerived,
 } from "./adapter.ts";
 import { assembleLora, type LoraKey, refuser, sortTensors } from "./named-lora.ts";
 import type { PeftFiles } from "./peft.ts";

@@ -3,8 +3,7 @@
  * of a section that breaks a rule.
  */
 import { FormatError } from "../errors.ts";
-import { type Pause, paced, pacer, throwIfAborted } from "../pace.ts";
-import { Changes } from "../queue.ts";
+import { Changes, type Pause, paced, pacer, throwIfAborted } from "../pace.ts";
 import {
   CODED_HEAD_BYTES,
   type Coder,

@@ -21,8 +21,7 @@ import {
 import type { CoreBlock, TaskInput } from "../onnx/inject.ts";
 import type { AdaptedLayer } from "../onnx/linear.ts";
 import { pacer, throwIfAborted } from "../pace.ts";
-import { transpose } from "../tensor/tensor-file.ts";
-import type { Term } from "../tensor/term.ts";
+import { type Term, transpose } from "../tensor/term.ts";
 import type { Engine, Tensors } from "./engine.ts";
 import type { Mode } from "./options.ts";
 
