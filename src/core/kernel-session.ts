@@ -19,6 +19,7 @@ import {
   type Owner,
   type ScaleJob,
   type Slice,
+  type WeightJob,
 } from "../backends/backend.ts";
 import {
   type PackModule,
@@ -358,7 +359,7 @@ export class KernelSession {
     return out;
   }
 
-  #job(plan: ModulePlan, { transposed, dtype }: Stored, base: Slice): Omit<FoldJob, "out"> {
+  #job(plan: ModulePlan, { transposed, dtype }: Stored, base: Slice): WeightJob {
     const { in: inputs, out } = this.modules[plan.module]!;
     const { A, Bt } = this.factors(plan);
     const [rows, columns, left, right] = transposed ? [inputs, out, A, Bt] : [out, inputs, Bt, A];
@@ -543,7 +544,7 @@ export async function createBackend(
   onCpu?: string,
 ): Promise<{ backend: Backend; passedOver: string[] }> {
   const { backend = "auto", webgpu } = options;
-  checkChoice("backend", backend, ["auto", "webgpu", "wasm", "js"]);
+  checkChoice("backend", backend, ["auto", ...Object.keys(BACKENDS)]);
   if (backend !== "auto") return { backend: await BACKENDS[backend](options), passedOver: [] };
   const why = webgpu === false ? "left out" : webgpu?.device ? undefined : onCpu;
   const passedOver: string[] = why === undefined ? [] : [`webgpu: ${why}`];

@@ -11,7 +11,6 @@ import {
   FIRST_BYTES,
   joined,
   nameOfUrl,
-  onAbort,
   type ReadAllOptions,
   type ReadOptions,
   unlessAborted,
@@ -319,8 +318,7 @@ export class UrlSource implements ByteSource {
       this.reads.bytes += more;
       onBytes?.(more);
     };
-    const deafen = signal && onAbort(signal, stop);
-    try {
+    const ask = async (): Promise<T> => {
       setClock();
       this.reads.requests++;
       const headers: Record<string, string> = range === undefined ? {} : { Range: range };
@@ -328,7 +326,10 @@ export class UrlSource implements ByteSource {
       response = await unlessAborted(this.#send({ headers, signal: ended.signal }), ended.signal);
       setClock();
       this.#refuseBusy(response);
-      return await unlessAborted(take(response, this.#bodyOf(response, arrived, setClock)), ended.signal);
+      return take(response, this.#bodyOf(response, arrived, setClock));
+    };
+    try {
+      return await unlessAborted(unlessAborted(ask(), ended.signal), signal);
     } catch (cause) {
       throwIfAborted(signal);
       if (cause instanceof SourceError) throw cause;
@@ -343,10 +344,10 @@ export class UrlSource implements ByteSource {
       const named = message.replaceAll(this.#url.href, this.name).replace(QUERIES, "$1…");
       return this.#fail(`cannot be fetched: ${named}`, { transient, cause });
     } finally {
-      clearTimeout(timer);
+      stop();
       // Stops a body that nobody reads.
       void response?.body?.cancel().catch(() => undefined);
-      deafen?.();
+      clearTimeout(timer);
     }
   }
 

@@ -2,7 +2,7 @@
 
 export type { Backend, Block, FoldJob, Slice } from "../../../dist/src/backends/backend.js";
 export { createJsBackend } from "../../../dist/src/backends/js.js";
-export { createHeap, createWasmBackend, WASM_VARIANTS, type WasmVariant } from "../../../dist/src/backends/wasm.js";
+export { createWasmBackend, Heap, WASM_VARIANTS, type WasmVariant } from "../../../dist/src/backends/wasm.js";
 export { createWebgpuBackend, Faults } from "../../../dist/src/backends/webgpu.js";
 export { viewValues } from "../../../dist/src/core/base.js";
 export { createBackend } from "../../../dist/src/core/kernel-session.js";
