@@ -123,10 +123,7 @@ export async function openGguf(source: ByteSource, options?: ReadOptions): Promi
   };
 }
 
-interface Header {
-  readonly fields: Map<string, GgufField>;
-  readonly tensors: Map<string, GgufTensor>;
-}
+type Header = Pick<GgufFile, "fields"> & { readonly tensors: ReadonlyMap<string, GgufTensor> };
 
 async function readHeader(source: ByteSource, fail: Fail, options?: ReadOptions): Promise<Header> {
   if (source.byteLength !== undefined && source.byteLength < 24)
