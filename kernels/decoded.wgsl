@@ -1,4 +1,4 @@
-// Values of the formats of weights: 0 f32, 1 f16, 2 bf16. Behind the text of each kernel.
+// Values of the formats of weights: 0 f32, 1 f16, 2 bf16. `build.mjs` puts it behind each kernel.
 
 // Exact, subnormal halves included: unpack2x16float may flush them.
 fn f16_value(half: u32) -> f32 {

@@ -102,7 +102,7 @@ export interface WeightJob {
  * out (times the scales).
  */
 export interface FoldJob extends WeightJob {
-  /** As `base`. May be exactly `base`; must not overlap it otherwise. */
+  /** [rows, columns] like `base`. May be exactly `base`; must not overlap it otherwise. */
   readonly out: Slice;
   /** f32 [rows]; absent: ones. */
   readonly rowScale?: Slice | undefined;
