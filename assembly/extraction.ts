@@ -5,4 +5,4 @@
 export { products } from "./products";
 export { bestScale } from "./scale";
 export { tridiagonalize, turnBack } from "./tridiagonal";
-export { variant } from "./variant";
+export { variant } from "./lanes";

@@ -20,15 +20,15 @@ export async function compileKernels() {
   setFlagsFromString("--liftoff-only");
   /** @type {Record<string, Uint8Array>} */
   const binaries = {};
-  for (const [name, variant] of /** @type {const} */ ([
-    ["scalar", "scalar"],
-    ["simd", "simd"],
-    ["relaxed", "relaxed-simd"],
-    ["coded", "simd"],
-    ["extract-scalar", "scalar"],
-    ["extract-simd", "simd"],
+  for (const [name, entry, variant] of /** @type {const} */ ([
+    ["scalar", "exports", "scalar"],
+    ["simd", "exports", "simd"],
+    ["relaxed", "exports", "relaxed-simd"],
+    ["coded", "coded", "simd"],
+    ["extract-scalar", "extraction", "scalar"],
+    ["extract-simd", "extraction", "simd"],
   ]))
-    binaries[name] = await compile(name, variant, name === "coded");
+    binaries[name] = await compile(entry, variant, name === "coded");
   return binaries;
 }
 

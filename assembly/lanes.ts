@@ -4,6 +4,9 @@
  * only in these functions and in the number conversions.
  */
 
+/** Which build this is: 0 scalar; 1 SIMD, which every engine has had since 2021; 2 relaxed SIMD, which fuses multiply and add where the machine can. */
+export const variant: i32 = ASC_FEATURE_RELAXED_SIMD ? 2 : ASC_FEATURE_SIMD ? 1 : 0;
+
 /** Bytes of V. */
 // @ts-ignore: decorator
 @inline

@@ -41,12 +41,7 @@ async function compare(runs) {
           rowOf(`wasm ${variant}`, rank, dtype, measureFold(backend, dtype, rank, { warmUp: 5, runs }), machine),
         );
     }
-    rows.push({
-      name: `peak (${variant})`,
-      type: "f32",
-      gigaMultiplyAdds: machine.peak / 1e9,
-      gigaMultiplyAddsChained: machine.peakChained / 1e9,
-    });
+    rows.push({ name: `peak (${variant})`, type: "f32", gigaMultiplyAdds: machine.peak / 1e9 });
     backend.close();
   }
   const few = { warmUp: 2, runs: Math.min(runs, 5) };
@@ -62,9 +57,8 @@ async function compare(runs) {
   }
   const question = `How fast is fold of ${MATRICES} matrices of ${SIZE}×${SIZE}, one thread? GB/s: read and written.`;
   const notes = [
-    "floor: the larger of memory.copy of the same bytes and the multiply-adds at the rate of the faster of two loops",
-    "on registers (assembly/peak.ts). ratio: min over floor. ratioChained: the same with the loop s = s·x + y alone,",
-    "which waits for its own results where multiply and add are not fused.",
+    "floor: the larger of memory.copy of the same bytes and the multiply-adds at the rate of a loop on registers",
+    "(assembly/peak.ts). ratio: min over floor.",
   ];
   print(json, [{ question, rows, notes }], peers);
 }
@@ -83,8 +77,5 @@ function rowOf(name, rank, type, seconds, machine) {
   const times = { minMs: seconds.min * 1e3, medianMs: seconds.median * 1e3, GBps: gigabytes / seconds.min };
   if (!machine || type !== "f32") return { name, type, rank, ...times };
   const floor = Math.max(machine.copy.min, multiplyAdds / machine.peak);
-  return {
-    ...{ name, type, rank, ...times, floorMs: floor * 1e3, ratio: seconds.min / floor },
-    ratioChained: seconds.min / Math.max(machine.copy.min, multiplyAdds / machine.peakChained),
-  };
+  return { name, type, rank, ...times, floorMs: floor * 1e3, ratio: seconds.min / floor };
 }

@@ -10,7 +10,7 @@ import type { Feed } from "../src/onnx/feeds.ts";
 import { FLOAT } from "../src/onnx/linear.ts";
 import { makeNode, makeValue } from "../src/onnx/nodes.ts";
 import { create, GraphProtoSchema, ModelProtoSchema, toBinary } from "../src/onnx/protobuf.ts";
-import { Queue } from "../src/queue.ts";
+import { Queue } from "../src/pace.ts";
 import type { Engine, EngineGpu, EngineTensor, LoadOptions, Tensors } from "../src/session/engine.ts";
 
 // The part of onnxruntime that is used. The module is the caller's own import; types are structural, so that neither onnxruntime-web nor

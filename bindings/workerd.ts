@@ -97,7 +97,7 @@ export async function keptPack(
   const there = packs.get(name);
   if (there) return there;
   const bytes = await r2Source(bucket, key).readAll!();
-  const source = localSource(key, bytes.length, (start, end) => bytes.subarray(start, end));
+  const source = localSource(key, bytes.length, async (start, end) => bytes.subarray(start, end));
   const pack = await openPack(source, options);
   // Hashes are computed outside of this thread, and so awaited: now, in this request.
   if (options.integrity !== undefined) await pack.prefetch(pack.tasks.keys());

@@ -43,19 +43,6 @@ struct Job {
 var<private> job: Job;
 var<workgroup> partial: array<f32, LANES>;
 
-// Exact, subnormal halves included: unpack2x16float may flush them.
-fn f16_value(half: u32) -> f32 {
-  let sign = (half & 0x8000u) << 16u;
-  let magnitude = half & 0x7fffu;
-  if (magnitude >= 0x7c00u) {
-    return bitcast<f32>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13u));
-  }
-  if (magnitude >= 0x400u) {
-    return bitcast<f32>(sign | ((magnitude << 13u) + 0x38000000u));
-  }
-  return bitcast<f32>(sign | bitcast<u32>(f32(magnitude) * 5.9604644775390625e-8));
-}
-
 fn half_at(index: u32) -> u32 {
   return (basis[index >> 1u] >> ((index & 1u) * 16u)) & 0xffffu;
 }
@@ -78,11 +65,8 @@ fn component(row: u32, column: u32) -> f32 {
   if (FORMAT == 0u) {
     return bitcast<f32>(basis[job.basis + index]);
   }
-  if (FORMAT == 1u) {
-    return f16_value(half_at(2u * job.basis + index));
-  }
-  if (FORMAT == 2u) {
-    return bitcast<f32>(half_at(2u * job.basis + index) << 16u);
+  if (FORMAT <= 2u) {
+    return decoded(half_at(2u * job.basis + index));
   }
   return f16_value(half_at(2u * job.basis + row)) * integer_at(row, column);
 }

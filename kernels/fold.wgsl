@@ -67,19 +67,6 @@ struct OutWord {
   column: i32,
 }
 
-// Exact, subnormal halves included: unpack2x16float may flush them.
-fn f16_value(half: u32) -> f32 {
-  let sign = (half & 0x8000u) << 16u;
-  let magnitude = half & 0x7fffu;
-  if (magnitude >= 0x7c00u) {
-    return bitcast<f32>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13u));
-  }
-  if (magnitude >= 0x400u) {
-    return bitcast<f32>(sign | ((magnitude << 13u) + 0x38000000u));
-  }
-  return bitcast<f32>(sign | bitcast<u32>(f32(magnitude) * 5.9604644775390625e-8));
-}
-
 // pack2x16float may round either way.
 fn f16_bits(value: f32) -> u32 {
   let pattern = bitcast<u32>(value);
@@ -109,16 +96,6 @@ fn bf16_bits(value: f32) -> u32 {
     return (pattern >> 16u) | 0x40u;
   }
   return (pattern + 0x7fffu + ((pattern >> 16u) & 1u)) >> 16u;
-}
-
-fn decoded(bits: u32) -> f32 {
-  if (FORMAT == 0u) {
-    return bitcast<f32>(bits);
-  }
-  if (FORMAT == 1u) {
-    return f16_value(bits);
-  }
-  return bitcast<f32>(bits << 16u);
 }
 
 fn encoded(value: f32) -> u32 {

@@ -35,29 +35,12 @@ struct Job {
 
 var<workgroup> partial: array<f32, LANES>;
 
-// Exact, subnormal halves included: unpack2x16float may flush them.
-fn f16_value(half: u32) -> f32 {
-  let sign = (half & 0x8000u) << 16u;
-  let magnitude = half & 0x7fffu;
-  if (magnitude >= 0x7c00u) {
-    return bitcast<f32>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13u));
-  }
-  if (magnitude >= 0x400u) {
-    return bitcast<f32>(sign | ((magnitude << 13u) + 0x38000000u));
-  }
-  return bitcast<f32>(sign | bitcast<u32>(f32(magnitude) * 5.9604644775390625e-8));
-}
-
 fn weight(row: u32, column: u32) -> f32 {
   let index = job.base + row * job.stride + column;
   if (FORMAT == 0u) {
     return bitcast<f32>(base[index]);
   }
-  let half = (base[index >> 1u] >> ((index & 1u) * 16u)) & 0xffffu;
-  if (FORMAT == 1u) {
-    return f16_value(half);
-  }
-  return bitcast<f32>(half << 16u);
+  return decoded((base[index >> 1u] >> ((index & 1u) * 16u)) & 0xffffu);
 }
 
 fn square(row: u32, column: u32) -> f32 {

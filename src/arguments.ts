@@ -95,10 +95,10 @@ export function nearest(name: string, names: Iterable<string>): string[] {
     const [short, long] = name.length < other.length ? [name, other] : [other, name];
     const longer = long.length - short.length;
     const most = MOST_DIFFERENT * long.length;
-    const contains = short.length >= LEAST_CONTAINED && long.includes(short);
-    if (!contains && (long.length > MOST_COMPARED || longer > most)) continue;
-    const distance = contains ? longer / 4 : editDistance(name, other);
-    if (contains || distance <= most) scored.push([distance, other]);
+    let distance = longer;
+    if (short.length >= LEAST_CONTAINED && long.includes(short)) distance /= 4;
+    else if (longer <= most) distance = long.length > MOST_COMPARED ? Infinity : editDistance(name, other);
+    if (distance <= most) scored.push([distance, other]);
   }
   return scored
     .sort((a, b) => a[0] - b[0] || (a[1] < b[1] ? -1 : 1))
@@ -108,16 +108,16 @@ export function nearest(name: string, names: Iterable<string>): string[] {
 
 /** Letters put in, left out, changed, or swapped with their neighbour. */
 function editDistance(a: string, b: string): number {
-  let before: number[] = [];
-  let row = Array.from({ length: b.length + 1 }, (_, j) => j);
+  const rows = [Array.from({ length: b.length + 1 }, (_, j) => j)];
   for (let i = 1; i <= a.length; i++) {
-    const next = [i];
+    const above = rows[i - 1]!;
+    const row = [i];
     for (let j = 1; j <= b.length; j++) {
-      const change = row[j - 1]! + (a[i - 1] === b[j - 1] ? 0 : 1);
-      const swap = a[i - 1] === b[j - 2] && a[i - 2] === b[j - 1] ? before[j - 2]! + 1 : change;
-      next.push(Math.min(change, swap, row[j]! + 1, next[j - 1]! + 1));
+      const change = above[j - 1]! + (a[i - 1] === b[j - 1] ? 0 : 1);
+      const swap = a[i - 1] === b[j - 2] && a[i - 2] === b[j - 1] ? rows[i - 2]![j - 2]! + 1 : change;
+      row.push(Math.min(change, swap, above[j]! + 1, row[j - 1]! + 1));
     }
-    [before, row] = [row, next];
+    rows.push(row);
   }
-  return row[b.length]!;
+  return rows[a.length]![b.length]!;
 }

@@ -26,7 +26,7 @@ export async function openSource(
     // A plain view: Node's Buffer is a Uint8Array whose `slice` does not copy. What has no `buffer` is one.
     const { buffer, byteOffset, byteLength } = input as Uint8Array<ArrayBuffer>;
     const bytes = new Uint8Array(buffer ?? input, byteOffset, byteLength);
-    return localSource(IN_MEMORY[buffer ? 0 : 1]!, byteLength, (start, end) => bytes.subarray(start, end));
+    return localSource(IN_MEMORY[buffer ? 0 : 1]!, byteLength, async (start, end) => bytes.subarray(start, end));
   }
   if (typeof Blob !== "undefined" && input instanceof Blob) {
     const get = async (start: number, end: number) => new Uint8Array(await input.slice(start, end).arrayBuffer());
@@ -83,7 +83,7 @@ export function addressOf(text: string, where: string): URL | undefined {
 export function localSource(
   name: string,
   byteLength: number,
-  get: (start: number, end: number) => Uint8Array | Promise<Uint8Array>,
+  get: (start: number, end: number) => Promise<Uint8Array>,
 ): ByteSource {
   return {
     name,

@@ -1,6 +1,6 @@
 /**
- * Turns of the event loop within long work, so that a page stays alive and an abort is heard. They change nothing but when
- * things are done.
+ * When work is done: turns of the event loop within long work, so that a page stays alive and an abort is heard; and the order of calls,
+ * which may overlap each other, and changes, which come one after the other.
  */
 
 /** Milliseconds of work after which the others have a turn: with the piece that is under way then, less than a frame. */
@@ -60,12 +60,8 @@ export function reasonOf({ reason }: AbortSignal): unknown {
 /** Lets everything else that waits in the event loop have its turn. */
 export function turn(): Promise<void> {
   return new Promise((resolve) => {
-    if (typeof MessageChannel === "undefined") {
-      // Bare shells have no timers either, and no other work.
-      if (typeof setTimeout === "undefined") resolve();
-      else setTimeout(resolve);
-      return;
-    }
+    // Bare shells have no timers either, and no other work.
+    if (!globalThis.MessageChannel) return void (globalThis.setTimeout?.(resolve) ?? resolve());
     // A message, since timers are slowed down: to 4 ms each, in hidden pages to a second.
     const { port1, port2 } = new MessageChannel();
     port1.onmessage = () => {
@@ -75,3 +71,65 @@ export function turn(): Promise<void> {
     port2.postMessage(0);
   });
 }
+
+/** Changes, one after the other. */
+export class Changes {
+  protected changed: Promise<unknown> = Promise.resolve();
+
+  /** Does `work` after the changes asked for before, whether or not they succeed. */
+  change<Result>(work: () => Promise<Result>): Promise<Result> {
+    const change = this.changed.then(work);
+    // Not the promise itself, which would keep the result.
+    this.changed = change.then(nothing, nothing);
+    return change;
+  }
+}
+
+/** Calls and changes. Each call sees the changes asked for before it and none that is asked for later. */
+export class Queue extends Changes {
+  readonly #calls = new Set<Promise<unknown>>();
+
+  /** Does `work` after the changes asked for before, whether or not they succeed. Later changes may overlap it. */
+  call<Result>(work: () => Promise<Result>): Promise<Result> {
+    const call = this.changed.then(work);
+    this.#track(call);
+    return call;
+  }
+
+  /**
+   * Does `work` after the changes asked for before. Calls asked for before may still be under way.
+   * @param after called once those have ended, when `work` has succeeded
+   */
+  override change<Result>(work: () => Promise<Result>, after?: (result: Result) => unknown): Promise<Result> {
+    const calls = [...this.#calls];
+    const change = super.change(work);
+    if (after) this.#track(Promise.all([change, ...calls]).then(([result]) => after(result)));
+    return change;
+  }
+
+  /** Does `work` after the calls and changes asked for before, and before those asked for later. */
+  alone<Result>(work: () => Promise<Result>): Promise<Result> {
+    const calls = [...this.#calls];
+    return this.change(async () => {
+      await Promise.all(calls);
+      // Code that awaits one of the calls goes on before anything changes, however many microtasks that takes.
+      await new Promise((resolve) => setTimeout(resolve));
+      return work();
+    });
+  }
+
+  /** Resolves when nothing is under way any more. */
+  async end(): Promise<void> {
+    do {
+      await this.changed;
+      await Promise.all(this.#calls);
+    } while (this.#calls.size > 0);
+  }
+
+  #track(work: Promise<unknown>): void {
+    const settled: Promise<unknown> = work.then(nothing, nothing).then(() => this.#calls.delete(settled));
+    this.#calls.add(settled);
+  }
+}
+
+function nothing(): void {}

@@ -158,25 +158,38 @@ export async function readBeginning(
   return source.read(0, Math.min(byteLength, first ? most(first) + 1 : Infinity), options);
 }
 
+/** Waits that a signal ends. It has one listener for all of them, since Node warns of more than ten. */
+const waits = new WeakMap<AbortSignal, Set<() => void>>();
+
+function endWaits(this: AbortSignal): void {
+  for (const end of waits.get(this)!) end();
+}
+
 /** Waits for a promise, or throws the signal's reason as soon as it is aborted; the work behind the promise goes on. */
 export function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
   if (!signal) return promise;
   return new Promise<T>((resolve, reject) => {
-    const abort = (): void => reject(reasonOf(signal) as Error);
-    if (signal.aborted) abort();
-    signal.addEventListener("abort", abort, { once: true });
-    promise.then(resolve, reject).finally(() => signal.removeEventListener("abort", abort));
+    const end = (): void => reject(reasonOf(signal) as Error);
+    if (signal.aborted) end();
+    const ends = waits.get(signal) ?? new Set();
+    waits.set(signal, ends.add(end));
+    // Listens no second time with the same function.
+    signal.addEventListener("abort", endWaits);
+    promise.then(resolve, reject).finally(() => {
+      ends.delete(end);
+      if (!ends.size) signal.removeEventListener("abort", endWaits);
+    });
   });
 }
 
 /** Work that several callers wait for, each as long as its own signal allows. It is stopped once all have left. */
 export class SharedWork<T> {
-  /** True once it failed or all have left: the next caller begins anew. */
-  stopped = false;
   readonly #controller: AbortController | undefined;
   readonly #result: Promise<T>;
   #waiting = 0;
   #done = false;
+  /** True once it failed or all have left: the next caller begins anew. */
+  #stopped = false;
 
   /** @param first signal of the first caller: without one that caller never leaves, and the work is never stopped */
   constructor(work: (signal: AbortSignal | undefined) => Promise<T>, first: AbortSignal | undefined) {
@@ -184,7 +197,7 @@ export class SharedWork<T> {
     this.#result = work(this.#controller?.signal);
     this.#result.then(
       () => (this.#done = true),
-      () => (this.stopped = true),
+      () => (this.#stopped = true),
     );
   }
 
@@ -194,7 +207,7 @@ export class SharedWork<T> {
     work: (signal: AbortSignal | undefined) => Promise<T>,
     signal: AbortSignal | undefined,
   ): SharedWork<T> {
-    return known && !known.stopped ? known : new SharedWork(work, signal);
+    return known && !known.#stopped ? known : new SharedWork(work, signal);
   }
 
   /** Waits for the result, or throws the reason of the signal as soon as that is aborted. */
@@ -202,7 +215,7 @@ export class SharedWork<T> {
     this.#waiting++;
     return unlessAborted(this.#result, signal).finally(() => {
       if (--this.#waiting > 0 || this.#done) return;
-      this.stopped = true;
+      this.#stopped = true;
       this.#controller?.abort();
     });
   }

@@ -12,15 +12,16 @@ import type { Layout, ParameterRole, TaskMetadata } from "../format/format.ts";
 import { wrongKind } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
 import { pacer } from "../pace.ts";
-import type { ByteSource, SourceInput } from "../source.ts";
+import type { ByteSource, ReadOptions, SourceInput } from "../source.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 import {
   openSafetensors as readSafetensors,
   type SafetensorsEntry,
   type SafetensorsFile,
+  type TensorFile,
+  type TensorInfo,
 } from "../tensor/safetensors.ts";
-import type { TensorFile } from "../tensor/tensor-file.ts";
-import type { Term } from "../tensor/term.ts";
+import { type Term, transpose } from "../tensor/term.ts";
 
 /** An adapted layer of the base model. */
 export interface ModuleShape {
@@ -399,4 +400,30 @@ export interface BaseFacts {
   readonly kvHeads?: number | undefined;
   /** llama.cpp's name of the architecture, which all models of a kind share: "llama". */
   readonly architecture?: string | undefined;
+}
+
+/** A tensor that is made of others: another shape, and values of its own. */
+export interface Derived extends TensorInfo {
+  read(options?: ReadOptions): Promise<Float32Array<ArrayBuffer>>;
+}
+
+/** The file with some of its tensors replaced. */
+export function withDerived<T extends TensorFile>(file: T, derived: ReadonlyMap<string, Derived>): T {
+  if (derived.size === 0) return file;
+  return {
+    ...file,
+    tensors: new Map([...file.tensors, ...derived]),
+    readF32: (name: string, options?: ReadOptions) => derived.get(name)?.read(options) ?? file.readF32(name, options),
+  };
+}
+
+/** The tensor [a, b] as [b, a]. */
+export function transposed(file: TensorFile, name: string): Derived {
+  const { dtype, shape } = file.tensors.get(name)!;
+  const [rows = 0, columns = 0] = shape;
+  return {
+    dtype,
+    shape: [columns, rows],
+    read: async (options) => transpose(await file.readF32(name, options), rows, columns),
+  };
 }

@@ -7,8 +7,7 @@
 
 import { isPlain } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
-import type { SafetensorsEntry, SafetensorsFile } from "../tensor/safetensors.ts";
-import { parseJson, type TensorFile } from "../tensor/tensor-file.ts";
+import { parseJson, type SafetensorsEntry, type SafetensorsFile, type TensorFile } from "../tensor/safetensors.ts";
 import {
   type Adapter,
   type AdapterFactors,

@@ -5,13 +5,14 @@
 
 import { AdapterError } from "../errors.ts";
 import { type GgufFile, openGguf } from "../tensor/gguf.ts";
-import { type Derived, transpose, transposed, withDerived } from "../tensor/tensor-file.ts";
+import { transpose } from "../tensor/term.ts";
 import {
   type Adapter,
   type AdapterModule,
   type BasedAdapterFile,
   type BaseFacts,
   checkAdapter,
+  type Derived,
   type Exportable,
   f32Bytes,
   factorsOf,
@@ -19,6 +20,8 @@ import {
   readAdapterFile,
   refuseModule,
   refuseSaved,
+  transposed,
+  withDerived,
 } from "./adapter.ts";
 import { assembleLora, type LoraKey, sortTensors } from "./named-lora.ts";
 import { refuser } from "./peft.ts";

@@ -5,15 +5,16 @@
  */
 
 import { AdapterError } from "../errors.ts";
-import type { SafetensorsEntry } from "../tensor/safetensors.ts";
-import { type Derived, type TensorFile, withDerived } from "../tensor/tensor-file.ts";
+import type { SafetensorsEntry, TensorFile } from "../tensor/safetensors.ts";
 import {
   type Adapter,
   type BasedAdapterFile,
+  type Derived,
   type Exportable,
   openSafetensors,
   readAdapterFile,
   refuseModule,
+  withDerived,
 } from "./adapter.ts";
 import { foreignName, tensorsOf } from "./diffusers.ts";
 import { assembleLora, type LoraKey, scalesOf, sortTensors } from "./named-lora.ts";

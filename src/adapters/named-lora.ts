@@ -4,15 +4,18 @@
  */
 
 import { AdapterError } from "../errors.ts";
-import { type Derived, show, type TensorFile, transposed, withDerived } from "../tensor/tensor-file.ts";
+import { show, type TensorFile } from "../tensor/safetensors.ts";
 import {
   type Adapter,
   type AdapterModule,
   compare,
+  type Derived,
   listed,
   openSafetensors,
   readAdapterFile,
   type SavedTensor,
+  transposed,
+  withDerived,
 } from "./adapter.ts";
 import {
   checkFloats,

@@ -6,8 +6,8 @@
 
 import { FormatError } from "../errors.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
-import { decodeFloats } from "../tensor/safetensors.ts";
-import { isFloatDtype, type TensorFile, type TensorInfo, transpose } from "../tensor/tensor-file.ts";
+import { decodeFloats, isFloatDtype, type TensorFile, type TensorInfo } from "../tensor/safetensors.ts";
+import { transpose } from "../tensor/term.ts";
 import {
   type Adapter,
   type AdapterFile,

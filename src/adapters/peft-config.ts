@@ -5,7 +5,7 @@
  */
 
 import { AdapterError } from "../errors.ts";
-import { show } from "../tensor/tensor-file.ts";
+import { show } from "../tensor/safetensors.ts";
 import type { BaseStart } from "./start.ts";
 
 /** Facts that a configuration gives about the tensors. */

@@ -9,9 +9,8 @@ import type { BaseInput, WeightHost } from "../core/base.ts";
 import { openHost } from "../core/open-base.ts";
 import { AdapterError } from "../errors.ts";
 import { isHead, type Layout, type TaskMetadata } from "../format/format.ts";
-import type { SafetensorsEntry } from "../tensor/safetensors.ts";
-import { isFloatDtype, show, type TensorFile, transpose } from "../tensor/tensor-file.ts";
-import type { Term } from "../tensor/term.ts";
+import { isFloatDtype, type SafetensorsEntry, show, type TensorFile } from "../tensor/safetensors.ts";
+import { type Term, transpose } from "../tensor/term.ts";
 import {
   type Adapter,
   type AdapterFile,

@@ -14,7 +14,7 @@ import type { HubOptions, SnapshotOptions } from "../http/hub.ts";
 import { type HubName, hubName, isInside } from "../http/hub-name.ts";
 import type { ByteSource } from "../source.ts";
 import { openGguf } from "../tensor/gguf.ts";
-import { parseJson } from "../tensor/tensor-file.ts";
+import { parseJson } from "../tensor/safetensors.ts";
 import { type BaseFacts, openSafetensors } from "./adapter.ts";
 import { MODELS } from "./diffusers.ts";
 

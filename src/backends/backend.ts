@@ -80,11 +80,9 @@ export interface ProjectJob {
   readonly width: number;
 }
 
-/** weight[i, j] = (base[i, j] + Σ_k left[k, i] · right[k, j]) · rowScale[i] · columnScale[j], computed in f32, rounded once. */
-export interface FoldJob {
-  /** [rows, columns] of `type`, rows `stride` elements apart. May be exactly `base`; must not overlap it otherwise. */
-  readonly out: Slice;
-  /** [rows, columns] of `type`, rows `stride` elements apart. */
+/** base + leftᵀ·right, a weight of a task. */
+export interface WeightJob {
+  /** [rows, columns] of `dtype`, rows `stride` elements apart. */
   readonly base: Slice;
   readonly dtype: FloatDtype;
   readonly rows: number;
@@ -95,8 +93,17 @@ export interface FoldJob {
   readonly left: Slice;
   /** f32 [rank, columns]. */
   readonly right: Slice;
-  /** ≥ 0; 0 copies base to out (times the scales). */
+  /** ≥ 0. */
   readonly rank: number;
+}
+
+/**
+ * out[i, j] = (base[i, j] + Σ_k left[k, i] · right[k, j]) · rowScale[i] · columnScale[j], computed in f32, rounded once. Rank 0 copies base to
+ * out (times the scales).
+ */
+export interface FoldJob extends WeightJob {
+  /** [rows, columns] like `base`. May be exactly `base`; must not overlap it otherwise. */
+  readonly out: Slice;
   /** f32 [rows]; absent: ones. */
   readonly rowScale?: Slice | undefined;
   /** f32 [columns]; absent: ones. */
@@ -107,7 +114,7 @@ export interface FoldJob {
  * DoRA's scale of one axis: out[i] = magnitude[i] / ‖(base + leftᵀ·right)[i, :]‖₂ for axis "rows", over [:, j] for
  * "columns". Squares are accumulated in f64 where the backend has it. A zero norm gives 0.
  */
-export interface ScaleJob extends Omit<FoldJob, "out" | "rowScale" | "columnScale"> {
+export interface ScaleJob extends WeightJob {
   /** f32 [rows] or [columns]. */
   readonly out: Slice;
   /** f32, as long as `out`. */
@@ -173,7 +180,7 @@ export function checkSlice(name: string, { block, byteOffset }: Slice, byteLengt
 }
 
 /** Bytes of weights from the first to the last element, gaps between rows included. */
-export function weightBytes({ dtype, rows, columns, stride }: Omit<FoldJob, "out">): number {
+export function weightBytes({ dtype, rows, columns, stride }: WeightJob): number {
   return rows === 0 ? 0 : rowBytes(dtype, (rows - 1) * stride + columns);
 }
 
@@ -184,14 +191,11 @@ export type Tile = readonly [row: number, rows: number, column: number, columns:
  * Divides a matrix, row by row, into tiles that take at most `most` products where each of its numbers takes `depth`: whole rows where four
  * of them are few enough, since kernels work on four at a time, else 32 columns and more, which are whole bytes in every type.
  */
-export function tilesOf(rows: number, columns: number, depth: number, most: number): Iterable<Tile> {
+export function* tilesOf(rows: number, columns: number, depth: number, most: number): Generator<Tile> {
   // Numbers are moved where there are no products, too.
   const each = Math.max(8, depth);
-  return rows * columns * each <= most ? [[0, rows, 0, columns]] : manyTiles(rows, columns, each, most);
-}
-
-function* manyTiles(rows: number, columns: number, each: number, most: number): Generator<Tile> {
-  const wide = 4 * columns * each <= most ? columns : Math.max(32, 32 * Math.floor(most / each / 128));
+  const isWhole = Math.min(rows, 4) * columns * each <= most;
+  const wide = isWhole ? columns : Math.max(32, 32 * Math.floor(most / each / 128));
   const high = Math.max(4, 4 * Math.floor(most / each / wide / 4));
   for (let i = 0; i < rows; i += high)
     for (let j = 0; j < columns; j += wide) yield [i, Math.min(high, rows - i), j, Math.min(wide, columns - j)];
@@ -228,6 +232,7 @@ export abstract class CpuBackend<Address> implements Backend {
   protected abstract beyond(blockBytes: number): number;
 
   allocate(byteLength: number, owner: Owner): Block {
+    checkLength(byteLength);
     const place = this.claim(byteLength, owner);
     const block: Block = { byteLength };
     this.#blocks.set(block, { place, owner });

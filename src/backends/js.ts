@@ -18,7 +18,6 @@ import {
 import {
   type Backend,
   CpuBackend,
-  checkLength,
   type ExpandJob,
   type FoldJob,
   type Owner,
@@ -26,6 +25,7 @@ import {
   type ScaleJob,
   type Slice,
   tilesOf,
+  type WeightJob,
   weightBytes,
 } from "./backend.ts";
 
@@ -46,7 +46,6 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
   #decoded = new Float32Array(0);
 
   protected claim(byteLength: number, owner: Owner): ArrayBuffer {
-    checkLength(byteLength);
     try {
       return new ArrayBuffer(byteLength);
     } catch (cause) {
@@ -73,18 +72,8 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
     return new Float32Array(this.place(name, slice, 4 * length), slice.byteOffset, length);
   }
 
-  #elements(name: "base" | "out", slice: Slice, job: Omit<FoldJob, "out">): Elements {
-    const size = rowBytes(job.dtype, 1);
-    return elements(job.dtype, this.bytes(name, slice, weightBytes(job), size));
-  }
-
-  #product(job: Omit<FoldJob, "out">): Product {
-    const { rank, rows, columns, stride } = job;
-    return {
-      ...{ rank, rows, columns, stride, base: this.#elements("base", job.base, job) },
-      left: this.#floats("left", job.left, rank * rows),
-      right: this.#floats("right", job.right, rank * columns),
-    };
+  #elements(name: "base" | "out", slice: Slice, job: WeightJob): Elements {
+    return elements(job.dtype, this.bytes(name, slice, weightBytes(job), rowBytes(job.dtype, 1)));
   }
 
   *expanding(job: ExpandJob): Generator<void> {
@@ -130,15 +119,14 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
   *folding(job: FoldJob): Generator<void> {
     const { rows, columns, stride, rowScale, columnScale } = job;
     const out = this.#elements("out", job.out, job);
-    const from = this.#product(job);
     const scaleOfRow = rowScale && this.#floats("rowScale", rowScale, rows);
     const scaleOfColumn = columnScale && this.#floats("columnScale", columnScale, columns);
     if (job.rank === 0 && !scaleOfRow && !scaleOfColumn) {
-      const source = from.base.raw;
-      for (let at = 0; at < rows * stride; at += stride) out.raw.set(source.subarray(at, at + columns), at);
+      const { raw } = this.#elements("base", job.base, job);
+      for (let at = 0; at < rows * stride; at += stride) out.raw.set(raw.subarray(at, at + columns), at);
       return;
     }
-    yield* forEachRow(from, (row, i, j) => {
+    yield* this.#product(job, (row, i, j) => {
       if (scaleOfRow) for (let c = 0; c < row.length; c++) row[c]! *= scaleOfRow[i]!;
       if (scaleOfColumn) for (let c = 0; c < row.length; c++) row[c]! *= scaleOfColumn[j + c]!;
       out.write(i * stride + j, row);
@@ -151,10 +139,33 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
     const magnitude = this.#floats("magnitude", job.magnitude, length);
     const out = this.#floats("out", job.out, length);
     const sums = new Float64Array(length);
-    yield* forEachRow(this.#product(job), (row, i, j) => {
+    yield* this.#product(job, (row, i, j) => {
       for (let c = 0; c < row.length; c++) sums[byRow ? i : j + c]! += row[c]! * row[c]!;
     });
     for (let i = 0; i < length; i++) out[i] = sums[i] === 0 ? 0 : magnitude[i]! / Math.sqrt(sums[i]!);
+  }
+
+  /** Calls `use` with all rows of base + leftᵀ·right in f32, or parts of them from column j on. The array is the same each time. */
+  *#product(job: WeightJob, use: (row: Float32Array, i: number, j: number) => void): Generator<void> {
+    const { rank, rows, columns, stride } = job;
+    const base = this.#elements("base", job.base, job);
+    const left = this.#floats("left", job.left, rank * rows);
+    const right = this.#floats("right", job.right, rank * columns);
+    const values = new Float32Array(columns);
+    const sums = new Float32Array(columns);
+    for (const [first, m, j, n] of tilesOf(rows, columns, rank, PIECE)) {
+      const row = values.subarray(0, n);
+      const update = sums.subarray(0, n);
+      const part = right.subarray(j);
+      for (let i = first; i < first + m; i++) {
+        base.read(i * stride + j, row);
+        update.fill(0);
+        addProduct(update, left, i, rows, part, columns, rank);
+        for (let c = 0; c < n; c++) row[c]! += update[c]!;
+        use(row, i, j);
+      }
+      yield;
+    }
   }
 }
 
@@ -163,13 +174,6 @@ interface Elements {
   readonly raw: Float32Array | Uint16Array;
   read(at: number, row: Float32Array): void;
   write(at: number, row: Float32Array): void;
-}
-
-/** base + leftᵀ·right, still to be computed. */
-interface Product extends Pick<FoldJob, "rank" | "rows" | "columns" | "stride"> {
-  readonly base: Elements;
-  readonly left: Float32Array;
-  readonly right: Float32Array;
 }
 
 function elements(type: FloatDtype, { buffer, byteOffset, byteLength }: Uint8Array): Elements {
@@ -193,26 +197,6 @@ function elements(type: FloatDtype, { buffer, byteOffset, byteLength }: Uint8Arr
       for (let j = 0; j < row.length; j++) raw[at + j] = encode(row[j]!);
     },
   };
-}
-
-/** Calls `use` with all rows of base + leftᵀ·right in f32, or parts of them from column j on. The array is the same each time. */
-function* forEachRow(product: Product, use: (row: Float32Array, i: number, j: number) => void): Generator<void> {
-  const { base, left, right, rank, rows, columns, stride } = product;
-  const values = new Float32Array(columns);
-  const sums = new Float32Array(columns);
-  for (const [first, m, j, n] of tilesOf(rows, columns, rank, PIECE)) {
-    const row = values.subarray(0, n);
-    const update = sums.subarray(0, n);
-    const part = right.subarray(j);
-    for (let i = first; i < first + m; i++) {
-      base.read(i * stride + j, row);
-      update.fill(0);
-      addProduct(update, left, i, rows, part, columns, rank);
-      for (let c = 0; c < n; c++) row[c]! += update[c]!;
-      use(row, i, j);
-    }
-    yield;
-  }
 }
 
 /** out[j] += Σ_k left[start + k·step]·right[k·stride + j], four columns at a time so that their sums stay in registers. */

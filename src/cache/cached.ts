@@ -110,10 +110,8 @@ export function cachedSource(
   };
   const openInner = async (): Promise<ByteSource> => {
     refuseClosed();
-    opening ??= openSource(input, fetchOptions).catch((error: unknown) => {
-      opening = undefined;
-      throw error;
-    });
+    opening ??= openSource(input, fetchOptions);
+    opening.catch(() => (opening = undefined));
     return (inner = await opening);
   };
   const identify = async (how?: ReadOptions): Promise<string | undefined> =>
@@ -143,11 +141,9 @@ export function cachedSource(
   const rangesFor = (signal: AbortSignal | undefined): Promise<Ranges | undefined> => {
     throwIfAborted(signal);
     refuseClosed();
+    finding ??= find();
     // Not kept when it failed: the next read may find the server.
-    finding ??= find().catch((error: unknown) => {
-      finding = undefined;
-      throw error;
-    });
+    finding.catch(() => (finding = undefined));
     return unlessAborted(finding, signal);
   };
   const readPiece = async (
@@ -230,17 +226,7 @@ const KEY = /^([0-9a-f]{32})\.([0-9a-f]{32})\.(\d{1,16})-(\d{1,16})$/;
 const CHECKSUM_BYTES = 32;
 
 /** The ranges of one version of a file in a store. */
-interface Ranges {
-  /** Size of the file, once it is known. */
-  size(): number | undefined;
-  /**
-   * Bytes of a range that lie in one that is kept.
-   * @returns "damaged" when they did, and are gone now; undefined when there are none
-   */
-  get(offset: number, length: number): Promise<Uint8Array | "damaged" | undefined>;
-  put(offset: number, bytes: Uint8Array): Promise<void>;
-  clear(): Promise<void>;
-}
+type Ranges = Awaited<ReturnType<typeof openRanges>>;
 
 /**
  * The ranges as of now and what happens here from now on. An entry is a range, followed by its SHA-256. Its key says which file, which version,
@@ -248,7 +234,7 @@ interface Ranges {
  * file, and so tells its size. Other versions of the file are forgotten.
  * @param version undefined: all that there are stay
  */
-async function openRanges(store: RangeStore, file: string, version?: string): Promise<Ranges> {
+async function openRanges(store: RangeStore, file: string, version?: string) {
   const kept = new Map<string, { readonly offset: number; readonly length: number }>();
   const forget = async (key: string): Promise<void> => {
     kept.delete(key);
@@ -261,8 +247,10 @@ async function openRanges(store: RangeStore, file: string, version?: string): Pr
     else await store.delete(key);
   }
   return {
+    /** Size of the file, once it is known. */
     size: () => [...kept.values()].find(({ length }) => length === 0)?.offset,
-    async get(offset, length) {
+    /** Bytes of a range that lie in one that is kept; "damaged" when they did, and are gone now. */
+    async get(offset: number, length: number): Promise<Uint8Array | "damaged" | undefined> {
       const all = [...kept];
       const [key, range] = all.find(([, at]) => at.offset <= offset && offset + length <= at.offset + at.length) ?? [];
       if (!key || !range) return undefined;
@@ -279,7 +267,7 @@ async function openRanges(store: RangeStore, file: string, version?: string): Pr
       await forget(key);
       return "damaged";
     },
-    async put(offset, bytes) {
+    async put(offset: number, bytes: Uint8Array): Promise<void> {
       const { length } = bytes;
       const key = `${file}.${version}.${offset}-${length}`;
       const entry = new Uint8Array(length + CHECKSUM_BYTES);
@@ -289,7 +277,7 @@ async function openRanges(store: RangeStore, file: string, version?: string): Pr
       // Listed only once it is there: a reader that did not find it would take it off the list, and it would never be deleted.
       kept.set(key, { offset, length });
     },
-    async clear() {
+    async clear(): Promise<void> {
       for (const key of [...kept.keys()]) await forget(key);
     },
   };

@@ -5,8 +5,7 @@
  * directions; the reading half is below, the writing half in `encode-coded.ts`.
  */
 import { FormatError } from "../errors.ts";
-import { type Pause, paced, pacer, throwIfAborted } from "../pace.ts";
-import { Changes } from "../queue.ts";
+import { Changes, type Pause, paced, pacer, throwIfAborted } from "../pace.ts";
 import {
   BITS,
   type QuantizedDtype,

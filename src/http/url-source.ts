@@ -318,8 +318,7 @@ export class UrlSource implements ByteSource {
       this.reads.bytes += more;
       onBytes?.(more);
     };
-    signal?.addEventListener("abort", stop);
-    try {
+    const ask = async (): Promise<T> => {
       setClock();
       this.reads.requests++;
       const headers: Record<string, string> = range === undefined ? {} : { Range: range };
@@ -327,7 +326,10 @@ export class UrlSource implements ByteSource {
       response = await unlessAborted(this.#send({ headers, signal: ended.signal }), ended.signal);
       setClock();
       this.#refuseBusy(response);
-      return await unlessAborted(take(response, this.#bodyOf(response, arrived, setClock)), ended.signal);
+      return take(response, this.#bodyOf(response, arrived, setClock));
+    };
+    try {
+      return await unlessAborted(unlessAborted(ask(), ended.signal), signal);
     } catch (cause) {
       throwIfAborted(signal);
       if (cause instanceof SourceError) throw cause;
@@ -342,10 +344,10 @@ export class UrlSource implements ByteSource {
       const named = message.replaceAll(this.#url.href, this.name).replace(QUERIES, "$1…");
       return this.#fail(`cannot be fetched: ${named}`, { transient, cause });
     } finally {
-      clearTimeout(timer);
+      stop();
       // Stops a body that nobody reads.
       void response?.body?.cancel().catch(() => undefined);
-      signal?.removeEventListener("abort", stop);
+      clearTimeout(timer);
     }
   }
 
@@ -391,7 +393,7 @@ export class UrlSource implements ByteSource {
     const { timeout, minRate } = this.#options;
     return async (length, limit, excess, most) => {
       const longest = Math.min(length ?? limit, limit);
-      let bytes: Uint8Array | undefined;
+      let bytes: Uint8Array;
       if (response.body) bytes = await stream(response.body.getReader(), longest, arrived, most);
       else {
         // Runtimes without streaming bodies, React Native among them: no byte is seen before the last.
@@ -399,9 +401,9 @@ export class UrlSource implements ByteSource {
         bytes = new Uint8Array(await response.arrayBuffer());
         arrived(bytes.length);
       }
-      const enough = most && bytes ? most(bytes) + 1 : Infinity;
-      if (bytes && bytes.length >= enough) return bytes.subarray(0, enough);
-      if (!bytes || bytes.length > longest) return this.#fail(excess);
+      const enough = most ? most(bytes) + 1 : Infinity;
+      if (bytes.length >= enough) return bytes.subarray(0, enough);
+      if (bytes.length > longest) return this.#fail(excess);
       if (bytes.length >= (length ?? 0)) return bytes;
       const message = `the connection ended after ${bytes.length} of ${length} bytes; try again`;
       return this.#fail(message, { transient: true });
@@ -432,15 +434,15 @@ function sizeOf({ headers }: Response): number | undefined {
 }
 
 /**
- * A body in memory of at most twice of what has arrived: what a server promises is not to be believed.
- * @returns undefined when it is longer than `longest`; what has arrived once that is more than `most` allows
+ * A body in memory of at most twice of what has arrived: what a server promises is not to be believed. Ends with the chunk that exceeds `longest`
+ * or what `most` allows.
  */
 async function stream(
   reader: ReadableStreamDefaultReader<Uint8Array>,
   longest: number,
   arrived: (count: number) => void,
   most: ReadAllOptions["most"],
-): Promise<Uint8Array | undefined> {
+): Promise<Uint8Array> {
   const chunks: Uint8Array[] = [];
   let done = 0;
   let enough = Infinity;
@@ -455,7 +457,6 @@ async function stream(
     if (most && enough === Infinity && done >= FIRST_BYTES) enough = most(joined(chunks));
     if (done <= longest && done <= enough) continue;
     void reader.cancel().catch(() => undefined);
-    if (done > longest) return undefined;
     break;
   }
   return joined(chunks);

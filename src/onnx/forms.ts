@@ -14,7 +14,7 @@
  * A table: rows of E_Aᵀ [vocabulary, K_A] are looked up, then as in a linear layer. A normalisation: y' = y + x̂·(w − w_base), where x̂ is
  * what it makes with ones for its weight.
  */
-import { transpose } from "../tensor/tensor-file.ts";
+import { transpose } from "../tensor/term.ts";
 import type { Injector } from "./inject.ts";
 import {
   type AdaptedLayer,

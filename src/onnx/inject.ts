@@ -14,7 +14,7 @@
  * its diagonal. Such inputs of one width may come as one, one below the other. The usual x [batch, sequence, in] needs none of the
  * reshapes. Every node and every input costs: sessions take longer to create and to run.
  */
-import { transpose } from "../tensor/tensor-file.ts";
+import { transpose } from "../tensor/term.ts";
 import {
   type AdaptedBias,
   type AdaptedHead,

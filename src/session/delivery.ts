@@ -10,7 +10,7 @@ import { BackendError } from "../errors.ts";
 import type { TaskInput } from "../onnx/inject.ts";
 import type { AdaptedLayer, ComponentRows } from "../onnx/linear.ts";
 import type { DetachedModel } from "../onnx/write.ts";
-import { transpose } from "../tensor/tensor-file.ts";
+import { transpose } from "../tensor/term.ts";
 import type { CacheState } from "./caches.ts";
 import { dataOf, type Engine, type LoadedModel, type LoadOptions, type Tensors, toTensors } from "./engine.ts";
 import type { PreparedModel } from "./prepare.ts";

@@ -17,7 +17,7 @@ import { BackendError, BaseMismatchError } from "../errors.ts";
 import { isOfModule, moduleOf } from "../format/format.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import { tellReady } from "../open-source.ts";
-import { Queue } from "../queue.ts";
+import { Queue } from "../pace.ts";
 import type { SourceInput } from "../source.ts";
 import type { Engine } from "./engine.ts";
 import { ModelMatcher, type Table } from "./match.ts";

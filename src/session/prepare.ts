@@ -46,7 +46,7 @@ import type { WeightFile, WeightInput } from "../onnx/replaceable.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
 import { BITS, isQuantized } from "../tensor/dtypes.ts";
 import { decodeIntegers, decodeScales } from "../tensor/encode.ts";
-import { transpose } from "../tensor/tensor-file.ts";
+import { transpose } from "../tensor/term.ts";
 import { ModelMatcher } from "./match.ts";
 import type { Mode, SessionOptions } from "./options.ts";
 

@@ -3,10 +3,10 @@
  * and its tasks are put together; from that come cores, factors and parameters for the graph, and in mode "folded" weights.
  */
 
-import { createBackend } from "../backends/select.ts";
 import type { View } from "../core/base.ts";
 import {
   type ActiveTask,
+  createBackend,
   hasCore,
   KernelSession,
   type ModulePlan,
@@ -30,10 +30,8 @@ import {
   type TaskParameter,
 } from "../format/format.ts";
 import type { CoreBlock, TaskInput } from "../onnx/inject.ts";
-import { paced, pacer, throwIfAborted } from "../pace.ts";
-import { Changes } from "../queue.ts";
-import { transpose } from "../tensor/tensor-file.ts";
-import type { Term } from "../tensor/term.ts";
+import { Changes, paced, pacer, throwIfAborted } from "../pace.ts";
+import { type Term, transpose } from "../tensor/term.ts";
 import type { Engine, Tensors } from "./engine.ts";
 import type { PreparedModel } from "./prepare.ts";
 

@@ -31,7 +31,7 @@ export const BITS: Record<Dtype, number> = { f32: 32, f16: 16, bf16: 16, int8: 8
 
 /** True if rows of this type carry an f16 scale. */
 export function isQuantized(type: Dtype): type is QuantizedDtype {
-  return type === "int8" || type === "int4" || type === "int3";
+  return BITS[type] < 16;
 }
 
 /** Bytes of one row's values: `width` values of `type`, padded to a whole byte. */

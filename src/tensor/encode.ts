@@ -246,21 +246,11 @@ export function encodeSteps(
     return clipped <= CLIPPED * total;
   });
   if (dtype === undefined) return { dtype: "int8", encoded: encodeTensor("int8", values, rows, width, steps) };
-  return { dtype, encoded: clippedTensor(dtype, values, rows, width, steps) };
-}
-
-function clippedTensor(
-  dtype: QuantizedDtype,
-  values: ArrayLike<number>,
-  rows: number,
-  width: number,
-  steps: ArrayLike<number>,
-): Uint8Array<ArrayBuffer> {
   const clipped = Float64Array.from(values, (value, i) => {
     const most = LARGEST[dtype] * steps[Math.floor(i / width)]!;
     return Math.max(-most, Math.min(most, value));
   });
-  return encodeTensor(dtype, clipped, rows, width, steps);
+  return { dtype, encoded: encodeTensor(dtype, clipped, rows, width, steps) };
 }
 
 /** Integers [rows, width] as they are stored. */

@@ -6,8 +6,7 @@
 import { FormatError, SourceError } from "../errors.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
 import { f16ToF32 } from "./dtypes.ts";
-import { decodeFloats } from "./safetensors.ts";
-import { isFloatDtype, type TensorFile, type TensorInfo } from "./tensor-file.ts";
+import { decodeFloats, isFloatDtype, type TensorFile, type TensorInfo } from "./safetensors.ts";
 
 /** A field of the header. Arrays are given by their length alone, since the words of a vocabulary are not needed. */
 export type GgufField = string | number | boolean | { readonly length: number };
@@ -124,10 +123,7 @@ export async function openGguf(source: ByteSource, options?: ReadOptions): Promi
   };
 }
 
-interface Header {
-  readonly fields: Map<string, GgufField>;
-  readonly tensors: Map<string, GgufTensor>;
-}
+type Header = Pick<GgufFile, "fields"> & { readonly tensors: ReadonlyMap<string, GgufTensor> };
 
 async function readHeader(source: ByteSource, fail: Fail, options?: ReadOptions): Promise<Header> {
   if (source.byteLength !== undefined && source.byteLength < 24)

@@ -20,3 +20,10 @@ export interface Term {
   /** Factor of each row of W + ΔW, [out]: the magnitude over the norms of a given W. */
   readonly rowScale?: Float32Array | undefined;
 }
+
+/** [rows, columns] → [columns, rows]. */
+export function transpose<T extends Float32Array | Int8Array>(values: T, rows: number, columns: number): T {
+  const turned = values.slice() as T;
+  for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) turned[c * rows + r] = values[r * columns + c]!;
+  return turned;
+}

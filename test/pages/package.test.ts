@@ -22,7 +22,7 @@ const LAZY =
   /^#wasm\/|\/(open-base|mismatch|url-source|hub-name|task-file|coded|part|trust|kind|js|webgpu|terms|merge|parameters|progress)\.js$/;
 
 /** The WebGPU half with its shaders, on top of what every app loads. */
-const WEBGPU_BUDGET = 9_500;
+const WEBGPU_BUDGET = 9_200;
 
 /**
  * Files that a session loads only when they are used: WebGPU, mode "folded", terms beside cores, training, biases that the model lacks,
@@ -82,7 +82,7 @@ t.test("the WebGPU half is loaded by itself and keeps its budget", async (t) => 
 });
 
 /** Budget of a React Native app that opens a pack from bytes: the runtime and its js backend, in code for Hermes. */
-const HERMES_BUDGET = 30_200;
+const HERMES_BUDGET = 30_150;
 
 /**
  * Files loaded there when they are used: addresses, files of weights, missing parameters of a base, trust, task files, unfolded

@@ -9,10 +9,10 @@ import { encodeTensor, uniform } from "../support/internals/base.ts";
 import { createWasmProducts, PLAIN, symmetricEigen, transposeMatrix as transpose } from "../support/internals/pack.ts";
 import {
   type Backend,
-  createHeap,
   createJsBackend,
   createWasmBackend,
   createWebgpuBackend,
+  Heap,
   WASM_VARIANTS,
   type WasmVariant,
 } from "../support/internals/runtime.ts";
@@ -89,7 +89,7 @@ t.test("js, scalar and simd agree to the bit, relaxed within 1e-6 of the largest
 
 t.test("heap: first fit, coalescing, growth by what is missing", (t) => {
   const memory = new WebAssembly.Memory({ initial: 1, maximum: 8 });
-  const heap = createHeap(memory, 65536);
+  const heap = new Heap(memory, 65536);
   const [a, b, c] = [heap.allocate(100)!, heap.allocate(16)!, heap.allocate(65000)!];
   t.strictSame([a, b, c], [65536, 65536 + 112, 65536 + 128]);
   t.equal(memory.buffer.byteLength, 2 * 65536, "one page was enough");
@@ -110,7 +110,7 @@ t.test("heap: a random walk that ends empty ends in one range", (t) => {
     fc.property(fc.array(fc.nat(5000), { minLength: 1, maxLength: 60 }), fc.integer(), (sizes, seed) => {
       const random = uniform(seed);
       const memory = new WebAssembly.Memory({ initial: 1 });
-      const heap = createHeap(memory, 65536);
+      const heap = new Heap(memory, 65536);
       const live: [number, number][] = [];
       for (const size of sizes) {
         const at = heap.allocate(size)!;

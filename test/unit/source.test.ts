@@ -1,3 +1,4 @@
+import { getEventListeners } from "node:events";
 import { open, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
@@ -53,6 +54,29 @@ t.test("callers of one task share one request; an abort ends only its own wait",
   t.ok((await second).bytes.length > 0);
   t.equal(server.ranges.length - before, 1);
   await t.rejects(pack.load("terms", { signal: AbortSignal.abort(new Error("before")) }), { message: "before" });
+});
+
+t.test("a signal has one listener, however many reads and loads wait for it", async (t) => {
+  const server = await serve(new Map([["a.eigen", golden]]));
+  t.teardown(() => server.close());
+  const pack = await openPack(server.url("a.eigen"));
+  const source = await openSource(server.url("a.eigen"));
+  const controller = new AbortController();
+  const { signal } = controller;
+  const listeners = () => getEventListeners(signal, "abort").length;
+  const work = () => [
+    ...Array.from({ length: 12 }, (_, i) => source.read(i, 8, { signal })),
+    ...["whole", "terms", "whole", "terms"].map((task) => pack.load(task, { signal })),
+  ];
+  const done = work();
+  t.equal(listeners(), 1);
+  await Promise.all(done);
+  t.equal(listeners(), 0, "none is left");
+  server.faults = Array.from({ length: 12 }, () => "slow");
+  const reads = Array.from({ length: 12 }, (_, i) => source.read(i, 1000, { signal }));
+  setTimeout(() => controller.abort(new Error("enough")), 15);
+  await Promise.all(reads.map((read) => t.rejects(read, { message: "enough" })));
+  t.equal(listeners(), 0);
 });
 
 t.test("no server, no file, no bytes", async (t) => {

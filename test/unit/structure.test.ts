@@ -20,7 +20,6 @@ const LAYERS: readonly (readonly string[])[] = [
     "src/globals.ts",
     "src/text.ts",
     "src/pace.ts",
-    "src/queue.ts",
     "src/work.ts",
   ],
   [

@@ -37,11 +37,11 @@ import { atOnce } from "../../pace.ts";
 import type { SourceInput } from "../../source.ts";
 import {
   openSafetensors,
+  parseJson,
   type SafetensorsEntry,
   type SafetensorsFile,
   writeSafetensors,
 } from "../../tensor/safetensors.ts";
-import { parseJson } from "../../tensor/tensor-file.ts";
 import type { OnWork } from "../../work.ts";
 import type { BuildOptions } from "../recipe.ts";
 

@@ -3,13 +3,12 @@
 export { checkChoice, nearest } from "../../../dist/src/arguments.js";
 export { type HubName, hubName } from "../../../dist/src/http/hub-name.js";
 export { openSource } from "../../../dist/src/open-source.js";
-export { atOnce } from "../../../dist/src/pace.js";
-export { Queue } from "../../../dist/src/queue.js";
+export { atOnce, Queue } from "../../../dist/src/pace.js";
 export * as dtypes from "../../../dist/src/tensor/dtypes.js";
 export * from "../../../dist/src/tensor/dtypes.js";
 export { decodeIntegers, decodeScales, encodeTensor } from "../../../dist/src/tensor/encode.js";
 export { openGguf } from "../../../dist/src/tensor/gguf.js";
 export { normal, shuffle, uniform } from "../../../dist/src/tensor/random.js";
 export { openSafetensors, type SafetensorsEntry, writeSafetensors } from "../../../dist/src/tensor/safetensors.js";
-export { transpose } from "../../../dist/src/tensor/tensor-file.js";
+export { transpose } from "../../../dist/src/tensor/term.js";
 export { fromBase64, fromUtf8, toBase64, toHex, toUtf8 } from "../../../dist/src/text.js";

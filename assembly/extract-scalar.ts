@@ -1,2 +1,0 @@
-/** Extraction for engines without SIMD. Exports: see `extraction.ts`. */
-export * from "./extraction";

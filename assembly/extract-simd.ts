@@ -1,2 +1,0 @@
-/** Extraction for fixed-width SIMD. Exports: see `extraction.ts`. */
-export * from "./extraction";
