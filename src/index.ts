@@ -3,7 +3,6 @@
  */
 
 export type { DeviceBuffer, DeviceHandle, Owner } from "./backends/backend.ts";
-export type { BackendOptions } from "./backends/select.ts";
 export type {
   BaseInput,
   CpuView,
@@ -14,6 +13,7 @@ export type {
   View,
   WeightHost,
 } from "./core/base.ts";
+export type { BackendOptions } from "./core/kernel-session.ts";
 export type { TaskInfo } from "./core/pack.ts";
 export { type Bases, type BasesOptions, type OpenOptions, openPack, Pack, type PackEvents } from "./core/pack.ts";
 export type { ModuleFilter } from "./core/part.ts";

@@ -25,13 +25,14 @@ const MOST_DROPPED = 64;
 export interface NotFound {
   readonly ambiguous: boolean;
   /** Names that are equally good, or look alike. */
-  candidates(): string[];
+  candidates(): readonly string[];
 }
 
 /**
  * Finds, for names of an adapter, the parameters of a base model they mean: by the longest common suffix of whole dotted
  * segments that is the whole of one of the two names. "bert.encoder.layer.0.query.weight" finds
- * "encoder.layer.0.query.weight", and the other way round; "layer.1.query" never finds "layer.0.query".
+ * "encoder.layer.0.query.weight", and the other way round; "layer.1.query" never finds "layer.0.query". A name that finds
+ * nothing is looked for by what other versions of transformers call it.
  */
 export class NameMatcher {
   readonly #exact = new Set<string>();
@@ -51,16 +52,24 @@ export class NameMatcher {
 
   /** The base's name; or the candidates, when there are several equally good ones or none. */
   find(name: string): { name: string } | NotFound {
-    if (this.#exact.has(name)) return { name };
-    const longer = this.#bySuffix.get(name) ?? [];
-    if (longer.length === 1) return { name: longer[0]! };
-    if (longer.length > 1) return { ambiguous: true, candidates: () => longer };
+    let found = this.#called(name);
+    if (found.length === 0) found = [...new Set([...aliasesOf(name)].flatMap((alias) => this.#called(alias)))];
+    if (found.length === 1) return { name: found[0]! };
+    // The nearest are computed when asked for: they take a step for each pair of letters of each name.
+    const ambiguous = found.length > 1;
+    return { ambiguous, candidates: () => (ambiguous ? found : nearest(name, this.#exact)) };
+  }
+
+  /** The base's names that a name means as it is: one, or several that are equally good. */
+  #called(name: string): readonly string[] {
+    if (this.#exact.has(name)) return [name];
+    const longer = this.#bySuffix.get(name);
+    if (longer) return longer;
     for (const suffix of suffixesOf(name)) {
       // A bare "weight" or "bias" says nothing about which module it belongs to.
-      if (suffix.includes(".") && this.#exact.has(suffix)) return { name: suffix };
+      if (suffix.includes(".") && this.#exact.has(suffix)) return [suffix];
     }
-    // Computed when asked for: they take a step for each pair of letters of each name.
-    return { ambiguous: false, candidates: () => nearest(name, this.#exact) };
+    return [];
   }
 }
 
@@ -79,7 +88,7 @@ export type ModuleToFind = Pick<PackModule, "name" | "out" | "in" | "layout"> & 
 /** The parameters of a host, found by an adapter's names. */
 export class WeightResolver {
   readonly parameters: ReadonlyMap<string, Parameter>;
-  names: NameMatcher;
+  readonly names: NameMatcher;
   /** Names of weights by module name, before anything else. */
   readonly byHand: ReadonlyMap<string, string> | undefined;
 
@@ -168,20 +177,6 @@ export function locate(resolver: WeightResolver, module: ModuleToFind): Located 
   const transposed = layout === "in-out" || layout === "embedding";
   const expected = transposed ? [module.in, module.out] : [module.out, module.in];
   throw shapeMismatch(module, weight, expected, shape, transposed);
-}
-
-/**
- * The weights of modules that a runtime has not found, under the names of other versions too.
- * @throws BaseMismatchError for the first module whose weight is missing, ambiguous, of another shape or another module's too
- */
-export function locateModules(resolver: WeightResolver, modules: readonly PackModule[]): Located[] {
-  resolver.names = new AliasMatcher(resolver.parameters.keys());
-  const weights = modules.map((module) => locate(resolver, module));
-  refuseShared(
-    modules,
-    weights.map(({ name }) => name),
-  );
-  return weights;
 }
 
 /** @param transposed whether the weight is stored as [in, out] */
@@ -283,23 +278,6 @@ function aliasesOf(name: string): Set<string> {
   }
   found.delete(name);
   return found;
-}
-
-/** Finds what its own name does not find by what other versions call it. Loaded where names alone do not do. */
-export class AliasMatcher extends NameMatcher {
-  override find(name: string): ReturnType<NameMatcher["find"]> {
-    const own = super.find(name);
-    if ("name" in own || own.ambiguous) return own;
-    const names = new Set<string>();
-    for (const alias of aliasesOf(name)) {
-      const found = super.find(alias);
-      if ("name" in found) names.add(found.name);
-      else if (found.ambiguous) for (const candidate of found.candidates()) names.add(candidate);
-    }
-    const [first, ...others] = names;
-    if (first === undefined) return own;
-    return others.length === 0 ? { name: first } : { ambiguous: true, candidates: () => [...names] };
-  }
 }
 
 /** Correlation from which two float models are the same. */

@@ -11,7 +11,7 @@ import { encodeFloats, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
 import { type CpuView, type Parameter, sameShape, viewValues } from "./base.ts";
 import type { ActiveTask } from "./kernel-session.ts";
 import { addDifferences, blendHeads, changesOf, decode, type Merged, type ParameterChange } from "./merge.ts";
-import { findWeight, type TiedBase } from "./mismatch.ts";
+import { findWeight, type TiedBase, tieRows } from "./mismatch.ts";
 import { type Resolved, type RuntimeContext, readWeight, type WeightBinding } from "./weights.ts";
 
 /** Parameters of the base that tasks touch, pristine, and the active task's versions of them. */
@@ -78,7 +78,7 @@ export class Parameters {
     const alone = tasks.length === 1 && tasks[0]!.strength === 1;
     const changes = changesOf(tasks, ({ part, parameter }) => this.#baseName(parameter, part.id, alone));
     const tables = [...changes.values()].flat().some(({ parameter }) => parameter.role === "rows")
-      ? await (await import("./mismatch.ts")).tieRows(changes, this.#tiedBase(signal))
+      ? await tieRows(changes, this.#tiedBase(signal))
       : new Set<string>();
     const parameters = new Map<string, CpuView>();
     const weights = new Map<number, Uint8Array>();

@@ -7,13 +7,12 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 import { checkChoice, checkOptions, checkPack, nearest } from "../arguments.ts";
 import type { DeviceHandle } from "../backends/backend.ts";
-import { type BackendOptions, createBackend } from "../backends/select.ts";
 import { BackendError } from "../errors.ts";
 import { now, pacer, throwIfAborted } from "../pace.ts";
 import { Changes } from "../queue.ts";
 import { FETCH_OPTIONS, type FetchOptions } from "../source.ts";
 import { type BaseInput, type CpuView, onDevice, type View } from "./base.ts";
-import { type ActiveTask, KernelSession, planTasks } from "./kernel-session.ts";
+import { type ActiveTask, type BackendOptions, createBackend, KernelSession, planTasks } from "./kernel-session.ts";
 import type { Bases, Pack } from "./pack.ts";
 import type { Parameters } from "./parameters.ts";
 import type { ModuleFilter } from "./part.ts";

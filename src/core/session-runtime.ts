@@ -3,12 +3,19 @@
  * starts from that: `parameters` and `terms` give values for inputs of a graph, `fold` writes weights.
  */
 
-import { createBackend } from "../backends/select.ts";
 import { paced, pacer } from "../pace.ts";
 import { Changes } from "../queue.ts";
 import type { Term } from "../tensor/term.ts";
 import type { View } from "./base.ts";
-import { type ActiveTask, hasCore, KernelSession, type ModulePlan, planTasks, writeCore } from "./kernel-session.ts";
+import {
+  type ActiveTask,
+  createBackend,
+  hasCore,
+  KernelSession,
+  type ModulePlan,
+  planTasks,
+  writeCore,
+} from "./kernel-session.ts";
 import { type Merged, mergeAll } from "./merge.ts";
 import type { Pack } from "./pack.ts";
 import type { PackView } from "./part.ts";

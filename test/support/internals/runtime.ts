@@ -2,12 +2,12 @@
 
 export type { Backend, Block, FoldJob, Slice } from "../../../dist/src/backends/backend.js";
 export { createJsBackend } from "../../../dist/src/backends/js.js";
-export { createBackend } from "../../../dist/src/backends/select.js";
 export { createHeap, createWasmBackend, WASM_VARIANTS, type WasmVariant } from "../../../dist/src/backends/wasm.js";
 export { createWebgpuBackend } from "../../../dist/src/backends/webgpu.js";
 export { Faults } from "../../../dist/src/backends/webgpu-recorder.js";
 export { viewValues } from "../../../dist/src/core/base.js";
-export { AliasMatcher, findWeight, locate, NameMatcher, WeightResolver } from "../../../dist/src/core/mismatch.js";
+export { createBackend } from "../../../dist/src/core/kernel-session.js";
+export { findWeight, locate, NameMatcher, WeightResolver } from "../../../dist/src/core/mismatch.js";
 export { memoryHost, openHost } from "../../../dist/src/core/open-base.js";
 export { parseTaskFile } from "../../../dist/src/core/task-file.js";
 export { Trust } from "../../../dist/src/core/trust.js";
