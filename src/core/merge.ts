@@ -108,29 +108,6 @@ export interface Merged {
 }
 
 /**
- * What tasks bring, by the pack's names, without the base: saved modules as they are. Of the others the caller has the base's
- * values.
- * @throws TaskError when saved modules cannot be blended
- */
-export function mergeAll(
-  parts: readonly ActiveTask[],
-  pack: PackView,
-  base: (name: string) => Merged | undefined,
-): Map<string, Merged> {
-  const merged = new Map<string, Merged>();
-  for (const [name, changes] of changesOf(parts, ({ parameter }) => parameter.name)) {
-    const [{ parameter }] = changes as [ParameterChange];
-    if (parameter.role === "saved")
-      merged.set(name, { shape: parameter.shape, values: blendHeads(name, decode(changes[0]!), changes, pack) });
-    else {
-      const original = base(name);
-      if (original) merged.set(name, addDifferences(name, changes, original));
-    }
-  }
-  return merged;
-}
-
-/**
  * A saved module: one task's, or the weighted mean of several with the same labels. Strength alone never scales a head.
  * @param values the first task's; overwritten
  * @throws TaskError when labels or shapes differ, or the strengths add up to nothing

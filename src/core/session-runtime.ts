@@ -16,7 +16,7 @@ import {
   planTasks,
   writeCore,
 } from "./kernel-session.ts";
-import { type Merged, mergeAll } from "./merge.ts";
+import { addDifferences, blendHeads, changesOf, decode, type Merged, type ParameterChange } from "./merge.ts";
 import type { Pack } from "./pack.ts";
 import type { PackView } from "./part.ts";
 import type { Runtime, RuntimeOptions } from "./runtime.ts";
@@ -148,6 +148,29 @@ function withParameters(tasks: readonly ActiveTask[], keep: (name: string) => bo
   return tasks.map(({ blob, ...task }) => {
     return { ...task, blob: { ...blob, parameters: blob.parameters.filter(({ name }) => keep(name)) } };
   });
+}
+
+/**
+ * What tasks bring, by the pack's names, without the base: saved modules as they are. Of the others the caller has the base's
+ * values.
+ * @throws TaskError when saved modules cannot be blended
+ */
+function mergeAll(
+  parts: readonly ActiveTask[],
+  pack: PackView,
+  base: (name: string) => Merged | undefined,
+): Map<string, Merged> {
+  const merged = new Map<string, Merged>();
+  for (const [name, changes] of changesOf(parts, ({ parameter }) => parameter.name)) {
+    const [{ parameter }] = changes as [ParameterChange];
+    if (parameter.role === "saved")
+      merged.set(name, { shape: parameter.shape, values: blendHeads(name, decode(changes[0]!), changes, pack) });
+    else {
+      const original = base(name);
+      if (original) merged.set(name, addDifferences(name, changes, original));
+    }
+  }
+  return merged;
 }
 
 async function makeTerms(
