@@ -4,7 +4,7 @@
  */
 import { nearest } from "../arguments.ts";
 import { BaseMismatchError } from "../errors.ts";
-import { FINGERPRINT_SIZE, moduleOf, type PackModule } from "../format/format.ts";
+import { FINGERPRINT_SIZE, type Layout, moduleOf, type PackModule } from "../format/format.ts";
 import { bf16ToF32, type FloatDtype, f16ToF32 } from "../tensor/dtypes.ts";
 import { toUtf8 } from "../text.ts";
 import {
@@ -83,7 +83,7 @@ function* suffixesOf(name: string): Generator<string, void> {
 }
 
 /** Fields of a module that identify its weight in the base. */
-export type ModuleToFind = Pick<PackModule, "name" | "out" | "in" | "layout"> & Partial<Pick<PackModule, "kernel">>;
+type ModuleToFind = Pick<PackModule, "name" | "out" | "in" | "layout"> & Partial<Pick<PackModule, "kernel">>;
 
 /** The parameters of a host, found by an adapter's names. */
 export class WeightResolver {
@@ -109,18 +109,39 @@ export class WeightResolver {
     return mapped && "name" in mapped ? mapped : this.names.find(name);
   }
 
-  /** A module's weight; undefined where it is missing, ambiguous or of another shape. */
-  weight(module: ModuleToFind): Located | undefined {
-    const found = this.names.find(this.byHand?.get(module.name) ?? `${module.name}.weight`);
-    const parameter = "name" in found && this.parameters.get(found.name);
-    return parameter ? asWeight(module, parameter) : undefined;
+  /**
+   * The base's name of a module's weight.
+   * @param alike names of weights that it may be, whatever they are called
+   * @throws BaseMismatchError when the weight is missing or ambiguous
+   */
+  nameOf(module: string, alike: () => string[] = () => []): string {
+    const found = this.names.find(this.byHand?.get(module) ?? `${module}.weight`);
+    if ("name" in found) return found.name;
+    throw notFound(module, found, found.ambiguous ? [] : alike());
   }
+
+  /** The weight of a module. @throws BaseMismatchError when it is missing, ambiguous or of another shape */
+  locate(module: ModuleToFind): Located {
+    const fitting = (): Parameter[] => [...this.parameters.values()].filter((each) => asWeight(module, each));
+    const name = this.nameOf(module.name, () => fitting().map((parameter) => parameter.name));
+    const parameter = this.parameters.get(name)!;
+    const found = asWeight(module, parameter);
+    if (found) return found;
+    const { shape, layout = module.layout } = parameter;
+    const transposed = isTransposed(layout);
+    const expected = transposed ? [module.in, module.out] : [module.out, module.in];
+    throw shapeMismatch(module, name, expected, shape, transposed);
+  }
+}
+
+function isTransposed(layout: Layout): boolean {
+  return layout === "in-out" || layout === "embedding";
 }
 
 /** A parameter as the weight of a module; undefined where it has another shape. */
 function asWeight(module: ModuleToFind, parameter: Parameter): Located | undefined {
   const { shape, layout = module.layout } = parameter;
-  const transposed = layout === "in-out" || layout === "embedding";
+  const transposed = isTransposed(layout);
   const window = shape.slice(2);
   if (module.kernel?.length === window.length && !sameShape(module.kernel, window)) return undefined;
   const matrix = [shape[0] ?? 0, shape.slice(1).reduce((a, b) => a * b, 1)];
@@ -130,23 +151,6 @@ function asWeight(module: ModuleToFind, parameter: Parameter): Located | undefin
 
 /** Candidates that are named at most. */
 const MOST_NAMED = 8;
-
-/**
- * The base's name of a module's weight.
- * @param byHand names of weights by module name, before anything else
- * @param alike names of weights that it may be, whatever they are called
- * @throws BaseMismatchError when the weight is missing or ambiguous
- */
-export function findWeight(
-  names: NameMatcher,
-  module: string,
-  byHand?: ReadonlyMap<string, string>,
-  alike: () => string[] = () => [],
-): string {
-  const found = names.find(byHand?.get(module) ?? `${module}.weight`);
-  if ("name" in found) return found.name;
-  throw notFound(module, found, found.ambiguous ? [] : alike());
-}
 
 /**
  * Error for a module whose weight is missing or ambiguous.
@@ -160,23 +164,6 @@ export function notFound(module: string, found: NotFound, alike: readonly string
       `candidates: ${candidates.join(", ") || "none (another model?)"}. If the names differ, map them with the option \`names\``,
     { module, candidates },
   );
-}
-
-/**
- * The weight of a module.
- * @throws BaseMismatchError when it is missing, ambiguous or of another shape
- */
-export function locate(resolver: WeightResolver, module: ModuleToFind): Located {
-  const found = resolver.weight(module);
-  if (found) return found;
-  const { parameters, names, byHand } = resolver;
-  const fitting = (): string[] =>
-    [...parameters.values()].filter((one) => asWeight(module, one)).map(({ name }) => name);
-  const weight = findWeight(names, module.name, byHand, fitting);
-  const { shape, layout = module.layout } = parameters.get(weight)!;
-  const transposed = layout === "in-out" || layout === "embedding";
-  const expected = transposed ? [module.in, module.out] : [module.out, module.in];
-  throw shapeMismatch(module, weight, expected, shape, transposed);
 }
 
 /** @param transposed whether the weight is stored as [in, out] */

@@ -24,7 +24,7 @@ import {
   type WeightHost,
 } from "./base.ts";
 import type { KernelSession } from "./kernel-session.ts";
-import { checkWeight, locate, refuseShared, WeightResolver } from "./mismatch.ts";
+import { checkWeight, refuseShared, WeightResolver } from "./mismatch.ts";
 import { placeOf, type RuntimeContext, readWeight, type WeightBinding } from "./weights.ts";
 
 /** @throws TypeError when `base` is none of the accepted kinds; SourceError, FormatError when the file cannot be read */
@@ -266,7 +266,7 @@ export function bindWeights(
 ): Pick<RuntimeContext, "bindings" | "resolver"> {
   const resolver = new WeightResolver(host, byHand);
   const bindings = modules.map((module): WeightBinding => {
-    return { module, weight: locate(resolver, module), pristine: undefined, active: undefined };
+    return { module, weight: resolver.locate(module), pristine: undefined, active: undefined };
   });
   refuseShared(
     modules,

@@ -92,7 +92,7 @@ interface TaskSlot {
 }
 
 /** A view of a map whose values are made when they are asked for, each time anew: a pack may have many tasks, and few are looked at. */
-export class Derived<From, To> implements ReadonlyMap<string, To> {
+class Derived<From, To> implements ReadonlyMap<string, To> {
   readonly #map: ReadonlyMap<string, From>;
   readonly #make: (value: From) => To;
 

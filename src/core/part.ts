@@ -4,7 +4,7 @@
 import { described } from "../arguments.ts";
 import { isOfModule, moduleOf, type PackModule, parseBrought, type TaskBlob } from "../format/format.ts";
 import type { ReadOptions } from "../source.ts";
-import { Derived, type Pack, type TaskInfo } from "./pack.ts";
+import type { Pack, TaskInfo } from "./pack.ts";
 
 /** Interface of a pack for runtimes and sessions. */
 export type PackView = Pick<Pack, "name" | "modules" | "tasks" | "load" | "bases" | "reads" | "residentBytes">;
@@ -23,6 +23,9 @@ class PackPart implements PackView {
   /** Blobs are shared by all who load a task: one part of each will do. */
   readonly #parts = new WeakMap<TaskBlob, TaskBlob>();
 
+  #of: ReadonlyMap<string, TaskInfo> | undefined;
+  #tasks: ReadonlyMap<string, TaskInfo> = new Map();
+
   constructor(pack: Pack, keep: ModuleFilter) {
     this.name = pack.name;
     this.reads = pack.reads;
@@ -36,7 +39,12 @@ class PackPart implements PackView {
   }
 
   get tasks(): ReadonlyMap<string, TaskInfo> {
-    return new Derived(this.#pack.tasks, (info) => this.#info(info));
+    const { tasks } = this.#pack;
+    if (tasks !== this.#of) {
+      this.#of = tasks;
+      this.#tasks = new Map([...tasks].map(([id, info]) => [id, this.#info(info)]));
+    }
+    return this.#tasks;
   }
 
   #info(info: TaskInfo): TaskInfo {
