@@ -142,7 +142,7 @@ function infoOf(entry: Entry, slots: ReadonlyMap<Entry, TaskSlot>): TaskInfo {
     adapterBytes,
     brings,
     integrity: section.integrity,
-    // Of the object itself, so that copies have it.
+    // The object has them itself, so that copies do.
     get metadata() {
       return entry.metadata;
     },
