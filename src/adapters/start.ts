@@ -5,7 +5,7 @@
  */
 
 import { type CpuView, type Located, viewValues, type WeightHost } from "../core/base.ts";
-import { AliasMatcher, locate, WeightResolver } from "../core/mismatch.ts";
+import { WeightResolver } from "../core/mismatch.ts";
 import { AdapterError } from "../errors.ts";
 import { principalComponents } from "../extract/components.ts";
 import { lq, norm, type Products, ROUNDING } from "../extract/linalg.ts";
@@ -70,7 +70,6 @@ async function factorsOf(
   file: string,
 ): Promise<Factors> {
   const resolver = new WeightResolver(host);
-  resolver.names = new AliasMatcher(resolver.parameters.keys());
   const { name: weight, transposed } = inBase(resolver, module);
   const [rows, columns] = transposed ? [module.in, module.out] : [module.out, module.in];
   const stored = Float64Array.from(viewValues((await host.read(weight)) as CpuView));
@@ -123,7 +122,7 @@ function firstColumns(
 /** A module's weight in a base whose names nothing maps. @throws BaseMismatchError where it is not there */
 export function inBase(resolver: WeightResolver, module: ModuleShape): Located {
   try {
-    return locate(resolver, module);
+    return resolver.locate(module);
   } catch (error) {
     const { message } = error as Error;
     (error as Error).message = message.replace(

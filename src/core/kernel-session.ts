@@ -134,60 +134,51 @@ export function planTasks(
   leave = false,
 ): ModulePlan[] {
   const plans = new Map<number, ModulePlan>();
-  const scaled = new Set(
-    tasks.flatMap(({ blob }) => blob.terms.filter((term) => term.magnitude).map(({ module }) => module)),
-  );
+  const planOf = (module: number): ModulePlan => {
+    const none = (): FactorPlan => ({ expansions: [], residual: [] });
+    const plan = plans.get(module) ?? { module, rank: 0, A: none(), Bt: none(), core: true, magnitude: undefined };
+    plans.set(module, plan);
+    return plan;
+  };
+  const terms = tasks.flatMap(({ blob }) => blob.terms);
+  const scaled = new Set(terms.filter(({ magnitude }) => magnitude).map(({ module }) => module));
   for (const { blob, strength } of tasks) {
     for (const term of blob.terms) {
       const module = modules[term.module]!;
-      let plan = plans.get(term.module);
-      if (!plan) {
-        const none = (): FactorPlan => ({ expansions: [], residual: [] });
-        plan = { module: term.module, rank: 0, A: none(), Bt: none(), core: true, magnitude: undefined };
-        plans.set(term.module, plan);
-      }
-      // Norms of DoRA's rows are computed from whole factors.
-      const stored = leave && !scaled.has(term.module);
-      const { A, Bt } = plan;
-      addRows(A, plan.rank, module.A, blob, term.A, term.ownA, 1, stored, buffer);
-      addRows(Bt, plan.rank, module.B, blob, term.B, term.ownBt, strength, stored, buffer);
+      const plan = planOf(term.module);
+      /** Adds what the task has for a factor behind the rows that there are, multiplied by `times`. */
+      const add = (
+        { expansions, residual }: FactorPlan,
+        bases: readonly Side[],
+        times: number,
+        coefficients: TaskTerm["A"],
+        rows: TensorRef | undefined,
+      ): void => {
+        const row = plan.rank;
+        if (coefficients) {
+          const basis = bases[coefficients.basis]!;
+          // The mean is the basis' last row: one more coefficient per row, 1 (times the strength) where the task uses it.
+          const mean = basis.mean ? (coefficients.mean ? times : 0) : undefined;
+          const at = buffer.add(blob, coefficients.tensor, times, mean);
+          expansions.push({ at, rows: coefficients.tensor.rows, basis, row, add: rows !== undefined });
+        }
+        if (!rows) return;
+        // Norms of DoRA's rows are computed from whole factors.
+        if (leave && !scaled.has(term.module) && bases.length === 0)
+          residual.push({ at: -1, row, rank: rows.rows, stored: { blob, tensor: rows, strength: times } });
+        else residual.push({ at: buffer.add(blob, rows, times), row, rank: rows.rows });
+      };
+      add(plan.A, module.A, 1, term.A, term.ownA);
+      add(plan.Bt, module.B, strength, term.B, term.ownBt);
       if (term.rank > 0) plan.core &&= coreBases(term, module) !== undefined;
       plan.rank += term.rank;
-      addRows(A, plan.rank, module.A, blob, undefined, term.privateA, 1, stored, buffer);
-      addRows(Bt, plan.rank, module.B, blob, undefined, term.privateBt, strength, stored, buffer);
+      add(plan.A, module.A, 1, undefined, term.privateA);
+      add(plan.Bt, module.B, strength, undefined, term.privateBt);
       plan.rank += term.privateRank;
       if (term.magnitude) plan.magnitude = buffer.add(blob, term.magnitude, 1);
     }
   }
   return [...plans.values()];
-}
-
-/**
- * Adds what a task has for one factor, from `row` on.
- * @param stored whether residual rows that nothing is added to may be left as they are stored
- */
-function addRows(
-  { expansions, residual }: FactorPlan,
-  row: number,
-  bases: readonly Side[],
-  blob: TaskBlob,
-  coefficients: TaskTerm["A"],
-  rows: TensorRef | undefined,
-  strength: number,
-  stored: boolean,
-  buffer: UploadBuffer,
-): void {
-  if (coefficients) {
-    const basis = bases[coefficients.basis]!;
-    // The mean is the basis' last row: one more coefficient per row, 1 (times the strength) where the task uses it.
-    const mean = basis.mean ? (coefficients.mean ? strength : 0) : undefined;
-    const at = buffer.add(blob, coefficients.tensor, strength, mean);
-    expansions.push({ at, rows: coefficients.tensor.rows, basis, row, add: rows !== undefined });
-  }
-  if (!rows) return;
-  if (stored && bases.length === 0)
-    residual.push({ at: -1, row, rank: rows.rows, stored: { blob, tensor: rows, strength } });
-  else residual.push({ at: buffer.add(blob, rows, strength), row, rank: rows.rows });
 }
 
 /** The column bases between which a term has a core; undefined where it has none. */
@@ -200,7 +191,7 @@ export function coreBases({ rank, ownA, ownBt }: TaskTerm, module: PackModule): 
 const ROUND_BYTES = 32 * 2 ** 20;
 
 /** Expansions come last: they may be added to residual rows, and a device then has all of them in a row. */
-const ORDER = ["residual", "expansions"] as const;
+const ORDER: readonly (keyof FactorPlan)[] = ["residual", "expansions"];
 
 /** Names of scratch memory. */
 type Scratch = "coefficients" | "factors" | "scale" | "weight" | "x" | "y" | "inner";
@@ -298,8 +289,8 @@ export class KernelSession {
       for (const each of round) {
         const { in: inputs, out } = this.modules[each.module]!;
         const { A, Bt } = this.factors(each);
-        for (const rows of each.A[kind]) yield* this.#make(rows, uploaded, A, inputs);
-        for (const rows of each.Bt[kind]) yield* this.#make(rows, uploaded, Bt, out);
+        yield* this.fill(each.A, uploaded, A, inputs, [kind]);
+        yield* this.fill(each.Bt, uploaded, Bt, out, [kind]);
       }
     }
     this.#expanded = round;
@@ -312,25 +303,23 @@ export class KernelSession {
   }
 
   /** Makes one factor [rank, width]. @param uploaded where the upload buffer begins */
-  *fill(factor: FactorPlan, uploaded: Slice, out: Slice, width: number): Generator<void> {
-    for (const kind of ORDER) for (const rows of factor[kind]) yield* this.#make(rows, uploaded, out, width);
-  }
-
-  /** Makes rows of a factor. @returns the pieces of work that are left */
-  #make(rows: Expansion | ResidualRows, uploaded: Slice, factor: Slice, width: number): Iterable<void> {
+  *fill(factor: FactorPlan, uploaded: Slice, to: Slice, width: number, kinds: typeof ORDER = ORDER): Generator<void> {
     const { backend } = this;
-    const from = after(uploaded, 4 * rows.at);
-    const out = after(factor, 4 * rows.row * width);
-    if ("basis" in rows) {
-      const { basis, rows: rank, add } = rows;
-      const { dtype, rows: components, width, byteOffset } = basis.tensor;
-      const of = { basis: at(this.#basis, byteOffset), dtype, rows: components, width };
-      const job: ExpandJob = { out, coefficients: from, ...of, rank, add };
-      this.dispatches++;
-      if (backend.expanding) return backend.expanding(job);
-      backend.expand(job);
-    } else if (!rows.stored) this.copy(from, out, 4 * rows.rank * width);
-    return [];
+    for (const kind of kinds) {
+      for (const rows of factor[kind]) {
+        const from = after(uploaded, 4 * rows.at);
+        const out = after(to, 4 * rows.row * width);
+        if ("basis" in rows) {
+          const { basis, rows: rank, add } = rows;
+          const { dtype, rows: components, width, byteOffset } = basis.tensor;
+          const of = { basis: at(this.#basis, byteOffset), dtype, rows: components, width };
+          const job: ExpandJob = { out, coefficients: from, ...of, rank, add };
+          this.dispatches++;
+          if (backend.expanding) yield* backend.expanding(job);
+          else backend.expand(job);
+        } else if (!rows.stored) this.copy(from, out, 4 * rows.rank * width);
+      }
+    }
   }
 
   /** out = base + ΔW of the plan, rows scaled where the task has magnitudes; out may be base. Yields between pieces of work. */
@@ -495,6 +484,8 @@ function addProduct(
     }
   }
 }
+
+// The backend that computes. Each arrives by dynamic import, so that an app loads the one it runs.
 
 /** Which backend computes. */
 export interface BackendOptions {

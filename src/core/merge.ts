@@ -5,7 +5,7 @@
 
 import { described, isPlain } from "../arguments.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
-import { readTensor, type TaskParameter, type TaskTerm } from "../format/format.ts";
+import { readTensor, type TaskParameter } from "../format/format.ts";
 import { sameShape } from "./base.ts";
 import type { ActiveTask } from "./kernel-session.ts";
 import type { PackView } from "./part.ts";
@@ -59,12 +59,11 @@ export function reconcile(parts: readonly ActiveTask[], pack: PackView, head: st
   if (parts.length !== 1 || parts[0]!.strength !== 1)
     refuseMagnitudes(parts, pack, () => true, "it cannot be blended or scaled, since its change is not additive");
   if (!parts.some(({ blob }) => blob.parameters.length > 0)) return [...parts];
-  const weightOf = ({ module }: TaskTerm): string => `${pack.modules[module]!.name}.weight`;
   const owners = new Map<string, string>();
-  for (const { id, blob } of parts) {
-    if (head !== undefined && head !== id) continue;
-    for (const { name, role } of blob.parameters) if (role === "saved" && !owners.has(name)) owners.set(name, id);
-  }
+  const isUsed = (id: string): boolean => head === undefined || head === id;
+  for (const { id, blob } of parts)
+    for (const { name, role } of isUsed(id) ? blob.parameters : [])
+      if (role === "saved" && !owners.has(name)) owners.set(name, id);
   return parts.map((part) => {
     const { id, blob } = part;
     const stays = (name: string): boolean => {
@@ -77,10 +76,8 @@ export function reconcile(parts: readonly ActiveTask[], pack: PackView, head: st
       }
       return owner === undefined;
     };
-    const parameters = blob.parameters.filter(({ name, role }) =>
-      role === "saved" ? head === undefined || head === id : stays(name),
-    );
-    const terms = blob.terms.filter((term) => stays(weightOf(term)));
+    const parameters = blob.parameters.filter(({ name, role }) => (role === "saved" ? isUsed(id) : stays(name)));
+    const terms = blob.terms.filter(({ module }) => stays(`${pack.modules[module]!.name}.weight`));
     // The same array where nothing goes: what is made of it need not be made again.
     return { ...part, blob: { ...blob, parameters, terms: terms.length === blob.terms.length ? blob.terms : terms } };
   });
@@ -94,8 +91,9 @@ export function changesOf(
   const changes = new Map<string, ParameterChange[]>();
   for (const part of parts) {
     for (const parameter of part.blob.parameters) {
-      const name = nameOf({ part, parameter });
-      changes.set(name, [...(changes.get(name) ?? []), { part, parameter }]);
+      const change = { part, parameter };
+      const name = nameOf(change);
+      changes.set(name, [...(changes.get(name) ?? []), change]);
     }
   }
   return changes;
@@ -105,29 +103,6 @@ export function changesOf(
 export interface Merged {
   readonly shape: readonly number[];
   readonly values: Float32Array;
-}
-
-/**
- * What tasks bring, by the pack's names, without the base: saved modules as they are. Of the others the caller has the base's
- * values.
- * @throws TaskError when saved modules cannot be blended
- */
-export function mergeAll(
-  parts: readonly ActiveTask[],
-  pack: PackView,
-  base: (name: string) => Merged | undefined,
-): Map<string, Merged> {
-  const merged = new Map<string, Merged>();
-  for (const [name, changes] of changesOf(parts, ({ parameter }) => parameter.name)) {
-    const [{ parameter }] = changes as [ParameterChange];
-    if (parameter.role === "saved")
-      merged.set(name, { shape: parameter.shape, values: blendHeads(name, decode(changes[0]!), changes, pack) });
-    else {
-      const original = base(name);
-      if (original) merged.set(name, addDifferences(name, changes, original));
-    }
-  }
-  return merged;
 }
 
 /**

@@ -4,7 +4,7 @@
  */
 import { nearest } from "../arguments.ts";
 import { BaseMismatchError } from "../errors.ts";
-import { FINGERPRINT_SIZE, moduleOf, type PackModule } from "../format/format.ts";
+import { FINGERPRINT_SIZE, type Layout, moduleOf, type PackModule } from "../format/format.ts";
 import { bf16ToF32, type FloatDtype, f16ToF32 } from "../tensor/dtypes.ts";
 import { toUtf8 } from "../text.ts";
 import {
@@ -25,13 +25,14 @@ const MOST_DROPPED = 64;
 export interface NotFound {
   readonly ambiguous: boolean;
   /** Names that are equally good, or look alike. */
-  candidates(): string[];
+  candidates(): readonly string[];
 }
 
 /**
  * Finds, for names of an adapter, the parameters of a base model they mean: by the longest common suffix of whole dotted
  * segments that is the whole of one of the two names. "bert.encoder.layer.0.query.weight" finds
- * "encoder.layer.0.query.weight", and the other way round; "layer.1.query" never finds "layer.0.query".
+ * "encoder.layer.0.query.weight", and the other way round; "layer.1.query" never finds "layer.0.query". A name that finds
+ * nothing is looked for by what other versions of transformers call it.
  */
 export class NameMatcher {
   readonly #exact = new Set<string>();
@@ -51,16 +52,24 @@ export class NameMatcher {
 
   /** The base's name; or the candidates, when there are several equally good ones or none. */
   find(name: string): { name: string } | NotFound {
-    if (this.#exact.has(name)) return { name };
-    const longer = this.#bySuffix.get(name) ?? [];
-    if (longer.length === 1) return { name: longer[0]! };
-    if (longer.length > 1) return { ambiguous: true, candidates: () => longer };
+    let found = this.#called(name);
+    if (found.length === 0) found = [...new Set([...aliasesOf(name)].flatMap((alias) => this.#called(alias)))];
+    if (found.length === 1) return { name: found[0]! };
+    // The nearest are computed when asked for: they take a step for each pair of letters of each name.
+    const ambiguous = found.length > 1;
+    return { ambiguous, candidates: () => (ambiguous ? found : nearest(name, this.#exact)) };
+  }
+
+  /** The base's names that a name means as it is: one, or several that are equally good. */
+  #called(name: string): readonly string[] {
+    if (this.#exact.has(name)) return [name];
+    const longer = this.#bySuffix.get(name);
+    if (longer) return longer;
     for (const suffix of suffixesOf(name)) {
       // A bare "weight" or "bias" says nothing about which module it belongs to.
-      if (suffix.includes(".") && this.#exact.has(suffix)) return { name: suffix };
+      if (suffix.includes(".") && this.#exact.has(suffix)) return [suffix];
     }
-    // Computed when asked for: they take a step for each pair of letters of each name.
-    return { ambiguous: false, candidates: () => nearest(name, this.#exact) };
+    return [];
   }
 }
 
@@ -74,12 +83,12 @@ function* suffixesOf(name: string): Generator<string, void> {
 }
 
 /** Fields of a module that identify its weight in the base. */
-export type ModuleToFind = Pick<PackModule, "name" | "out" | "in" | "layout"> & Partial<Pick<PackModule, "kernel">>;
+type ModuleToFind = Pick<PackModule, "name" | "out" | "in" | "layout"> & Partial<Pick<PackModule, "kernel">>;
 
 /** The parameters of a host, found by an adapter's names. */
 export class WeightResolver {
   readonly parameters: ReadonlyMap<string, Parameter>;
-  names: NameMatcher;
+  readonly names: NameMatcher;
   /** Names of weights by module name, before anything else. */
   readonly byHand: ReadonlyMap<string, string> | undefined;
 
@@ -100,18 +109,39 @@ export class WeightResolver {
     return mapped && "name" in mapped ? mapped : this.names.find(name);
   }
 
-  /** A module's weight; undefined where it is missing, ambiguous or of another shape. */
-  weight(module: ModuleToFind): Located | undefined {
-    const found = this.names.find(this.byHand?.get(module.name) ?? `${module.name}.weight`);
-    const parameter = "name" in found && this.parameters.get(found.name);
-    return parameter ? asWeight(module, parameter) : undefined;
+  /**
+   * The base's name of a module's weight.
+   * @param alike names of weights that it may be, whatever they are called
+   * @throws BaseMismatchError when the weight is missing or ambiguous
+   */
+  nameOf(module: string, alike: () => string[] = () => []): string {
+    const found = this.names.find(this.byHand?.get(module) ?? `${module}.weight`);
+    if ("name" in found) return found.name;
+    throw notFound(module, found, found.ambiguous ? [] : alike());
   }
+
+  /** The weight of a module. @throws BaseMismatchError when it is missing, ambiguous or of another shape */
+  locate(module: ModuleToFind): Located {
+    const fitting = (): Parameter[] => [...this.parameters.values()].filter((each) => asWeight(module, each));
+    const name = this.nameOf(module.name, () => fitting().map((parameter) => parameter.name));
+    const parameter = this.parameters.get(name)!;
+    const found = asWeight(module, parameter);
+    if (found) return found;
+    const { shape, layout = module.layout } = parameter;
+    const transposed = isTransposed(layout);
+    const expected = transposed ? [module.in, module.out] : [module.out, module.in];
+    throw shapeMismatch(module, name, expected, shape, transposed);
+  }
+}
+
+function isTransposed(layout: Layout): boolean {
+  return layout === "in-out" || layout === "embedding";
 }
 
 /** A parameter as the weight of a module; undefined where it has another shape. */
 function asWeight(module: ModuleToFind, parameter: Parameter): Located | undefined {
   const { shape, layout = module.layout } = parameter;
-  const transposed = layout === "in-out" || layout === "embedding";
+  const transposed = isTransposed(layout);
   const window = shape.slice(2);
   if (module.kernel?.length === window.length && !sameShape(module.kernel, window)) return undefined;
   const matrix = [shape[0] ?? 0, shape.slice(1).reduce((a, b) => a * b, 1)];
@@ -121,23 +151,6 @@ function asWeight(module: ModuleToFind, parameter: Parameter): Located | undefin
 
 /** Candidates that are named at most. */
 const MOST_NAMED = 8;
-
-/**
- * The base's name of a module's weight.
- * @param byHand names of weights by module name, before anything else
- * @param alike names of weights that it may be, whatever they are called
- * @throws BaseMismatchError when the weight is missing or ambiguous
- */
-export function findWeight(
-  names: NameMatcher,
-  module: string,
-  byHand?: ReadonlyMap<string, string>,
-  alike: () => string[] = () => [],
-): string {
-  const found = names.find(byHand?.get(module) ?? `${module}.weight`);
-  if ("name" in found) return found.name;
-  throw notFound(module, found, found.ambiguous ? [] : alike());
-}
 
 /**
  * Error for a module whose weight is missing or ambiguous.
@@ -151,37 +164,6 @@ export function notFound(module: string, found: NotFound, alike: readonly string
       `candidates: ${candidates.join(", ") || "none (another model?)"}. If the names differ, map them with the option \`names\``,
     { module, candidates },
   );
-}
-
-/**
- * The weight of a module.
- * @throws BaseMismatchError when it is missing, ambiguous or of another shape
- */
-export function locate(resolver: WeightResolver, module: ModuleToFind): Located {
-  const found = resolver.weight(module);
-  if (found) return found;
-  const { parameters, names, byHand } = resolver;
-  const fitting = (): string[] =>
-    [...parameters.values()].filter((one) => asWeight(module, one)).map(({ name }) => name);
-  const weight = findWeight(names, module.name, byHand, fitting);
-  const { shape, layout = module.layout } = parameters.get(weight)!;
-  const transposed = layout === "in-out" || layout === "embedding";
-  const expected = transposed ? [module.in, module.out] : [module.out, module.in];
-  throw shapeMismatch(module, weight, expected, shape, transposed);
-}
-
-/**
- * The weights of modules that a runtime has not found, under the names of other versions too.
- * @throws BaseMismatchError for the first module whose weight is missing, ambiguous, of another shape or another module's too
- */
-export function locateModules(resolver: WeightResolver, modules: readonly PackModule[]): Located[] {
-  resolver.names = new AliasMatcher(resolver.parameters.keys());
-  const weights = modules.map((module) => locate(resolver, module));
-  refuseShared(
-    modules,
-    weights.map(({ name }) => name),
-  );
-  return weights;
 }
 
 /** @param transposed whether the weight is stored as [in, out] */
@@ -283,23 +265,6 @@ function aliasesOf(name: string): Set<string> {
   }
   found.delete(name);
   return found;
-}
-
-/** Finds what its own name does not find by what other versions call it. Loaded where names alone do not do. */
-export class AliasMatcher extends NameMatcher {
-  override find(name: string): ReturnType<NameMatcher["find"]> {
-    const own = super.find(name);
-    if ("name" in own || own.ambiguous) return own;
-    const names = new Set<string>();
-    for (const alias of aliasesOf(name)) {
-      const found = super.find(alias);
-      if ("name" in found) names.add(found.name);
-      else if (found.ambiguous) for (const candidate of found.candidates()) names.add(candidate);
-    }
-    const [first, ...others] = names;
-    if (first === undefined) return own;
-    return others.length === 0 ? { name: first } : { ambiguous: true, candidates: () => [...names] };
-  }
 }
 
 /** Correlation from which two float models are the same. */

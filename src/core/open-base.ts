@@ -24,7 +24,7 @@ import {
   type WeightHost,
 } from "./base.ts";
 import type { KernelSession } from "./kernel-session.ts";
-import { checkWeight, locateModules, WeightResolver } from "./mismatch.ts";
+import { checkWeight, refuseShared, WeightResolver } from "./mismatch.ts";
 import { placeOf, type RuntimeContext, readWeight, type WeightBinding } from "./weights.ts";
 
 /** @throws TypeError when `base` is none of the accepted kinds; SourceError, FormatError when the file cannot be read */
@@ -265,12 +265,13 @@ export function bindWeights(
   byHand: ReadonlyMap<string, string> | undefined,
 ): Pick<RuntimeContext, "bindings" | "resolver"> {
   const resolver = new WeightResolver(host, byHand);
-  let weights = modules.flatMap((module) => resolver.weight(module) ?? []);
-  const names = new Set(weights.map(({ name }) => name));
-  if (names.size < modules.length) weights = locateModules(resolver, modules);
-  const bindings = modules.map((module, i): WeightBinding => {
-    return { module, weight: weights[i]!, pristine: undefined, active: undefined };
+  const bindings = modules.map((module): WeightBinding => {
+    return { module, weight: resolver.locate(module), pristine: undefined, active: undefined };
   });
+  refuseShared(
+    modules,
+    bindings.map(({ weight }) => weight.name),
+  );
   return { resolver, bindings };
 }
 

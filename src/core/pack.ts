@@ -32,7 +32,6 @@ import {
   SharedWork,
   type SourceInput,
 } from "../source.ts";
-import { Derived } from "./part.ts";
 import type { AddTaskOptions, Trust, TrustOptions } from "./trust.ts";
 
 /** Events of an open pack. */
@@ -92,6 +91,49 @@ interface TaskSlot {
   loading?: SharedWork<TaskBlob> | undefined;
 }
 
+/** A view of a map whose values are made when they are asked for, each time anew: a pack may have many tasks, and few are looked at. */
+class Derived<From, To> implements ReadonlyMap<string, To> {
+  readonly #map: ReadonlyMap<string, From>;
+  readonly #make: (value: From) => To;
+
+  constructor(map: ReadonlyMap<string, From>, make: (value: From) => To) {
+    this.#map = map;
+    this.#make = make;
+  }
+
+  get size(): number {
+    return this.#map.size;
+  }
+
+  has(id: string): boolean {
+    return this.#map.has(id);
+  }
+
+  get(id: string): To | undefined {
+    return this.has(id) ? this.#make(this.#map.get(id)!) : undefined;
+  }
+
+  keys(): MapIterator<string> {
+    return this.#map.keys();
+  }
+
+  *values(): Generator<To, undefined> {
+    for (const [, value] of this) yield value;
+  }
+
+  entries(): Generator<[string, To], undefined> {
+    return this[Symbol.iterator]();
+  }
+
+  *[Symbol.iterator](): Generator<[string, To], undefined> {
+    for (const [id, value] of this.#map) yield [id, this.#make(value)];
+  }
+
+  forEach(...call: Parameters<ReadonlyMap<string, To>["forEach"]>): void {
+    new Map(this).forEach(...call);
+  }
+}
+
 function infoOf(entry: Entry, slots: ReadonlyMap<Entry, TaskSlot>): TaskInfo {
   const { id, adapterBytes, brings, section } = entry;
   return {
@@ -100,7 +142,7 @@ function infoOf(entry: Entry, slots: ReadonlyMap<Entry, TaskSlot>): TaskInfo {
     adapterBytes,
     brings,
     integrity: section.integrity,
-    // Of the object itself, so that copies have it.
+    // The object has them itself, so that copies do.
     get metadata() {
       return entry.metadata;
     },

@@ -11,7 +11,7 @@ import { encodeFloats, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
 import { type CpuView, type Parameter, sameShape, viewValues } from "./base.ts";
 import type { ActiveTask } from "./kernel-session.ts";
 import { addDifferences, blendHeads, changesOf, decode, type Merged, type ParameterChange } from "./merge.ts";
-import { findWeight, type TiedBase } from "./mismatch.ts";
+import { type TiedBase, tieRows } from "./mismatch.ts";
 import { type Resolved, type RuntimeContext, readWeight, type WeightBinding } from "./weights.ts";
 
 /** Parameters of the base that tasks touch, pristine, and the active task's versions of them. */
@@ -36,9 +36,9 @@ export class Parameters {
 
   /** Makes what `resolve` returned the active parameters. */
   activate({ parameters, weights }: Resolved): void {
-    for (const data of [...[...this.active.values()].map(({ data }) => data), ...weights.values()]) {
+    const views = [...this.active.values()];
+    for (const data of [...views.map(({ data }) => data), ...weights.values()])
       this.#pool.set(data.length, [...(this.#pool.get(data.length) ?? []), data]);
-    }
     this.active = parameters;
     this.allocated = 0;
   }
@@ -78,17 +78,16 @@ export class Parameters {
     const alone = tasks.length === 1 && tasks[0]!.strength === 1;
     const changes = changesOf(tasks, ({ part, parameter }) => this.#baseName(parameter, part.id, alone));
     const tables = [...changes.values()].flat().some(({ parameter }) => parameter.role === "rows")
-      ? await (await import("./mismatch.ts")).tieRows(changes, this.#tiedBase(signal))
+      ? await tieRows(changes, this.#tiedBase(signal))
       : new Set<string>();
     const parameters = new Map<string, CpuView>();
     const weights = new Map<number, Uint8Array>();
     for (const [name, list] of changes) {
-      const index = bindings.findIndex(({ weight }) => weight.name === name);
-      const binding = bindings[index];
+      const binding = this.#binding(name);
       const parameter = known?.get(name);
       const whole = isWhole(name, list);
       // A head is read too: the next task may put it back.
-      const original = whole && binding ? undefined : await this.#original(name, binding, signal);
+      const original = whole && binding ? undefined : await this.#original(name, signal);
       const values = whole
         ? { shape: list[0]!.parameter.shape, values: blendHeads(name, this.#decode(list[0]!), list, view) }
         : this.#changed(name, binding, list, original);
@@ -98,7 +97,7 @@ export class Parameters {
           ? headAsStored(parameter, list[0]!, values)
           : values;
       const replacement = this.#encoded(name, stored, parameter?.dtype ?? "f32");
-      if (binding && mode === "folded") weights.set(index, replacement.data);
+      if (binding && mode === "folded") weights.set(bindings.indexOf(binding), replacement.data);
       else parameters.set(name, replacement);
     }
     const names = [...changes.keys()];
@@ -121,27 +120,27 @@ export class Parameters {
 
   /** The base, for a search for what is tied in it. */
   #tiedBase(signal: AbortSignal | undefined): TiedBase {
-    const { bindings, host, ignored, resolver } = this.#context;
-    const bindingOf = (name: string): WeightBinding | undefined => bindings.find(({ weight }) => weight.name === name);
+    const { host, ignored, resolver } = this.#context;
+    const original = async (name: string): Promise<CpuView> => (await this.#original(name, signal))!;
+    const isKept = (name: string): boolean => this.#pristine.has(name) || this.#binding(name) !== undefined;
     return {
       ...{ parameters: resolver!.parameters, host, ignored, tied: this.#tied },
-      moduleOf: (name) => bindingOf(name)?.module.name,
-      table: async (name) => (await this.#original(name, bindingOf(name), signal))!,
-      read: async (name) => {
-        const binding = bindingOf(name);
-        const kept = this.#pristine.get(name) ?? (binding && (await this.#original(name, binding, signal)));
-        return kept ?? ((await host!.read(name, undefined, { signal })) as CpuView);
-      },
+      moduleOf: (name) => this.#binding(name)?.module.name,
+      table: original,
+      read: async (name) =>
+        isKept(name) ? original(name) : ((await host!.read(name, undefined, { signal })) as CpuView),
     };
   }
 
+  /** The adapted weight that a parameter is. */
+  #binding(name: string): WeightBinding | undefined {
+    return this.#context.bindings.find(({ weight }) => weight.name === name);
+  }
+
   /** The base's value of a parameter; undefined where it has none. */
-  async #original(
-    name: string,
-    binding: WeightBinding | undefined,
-    signal: AbortSignal | undefined,
-  ): Promise<CpuView | undefined> {
+  async #original(name: string, signal: AbortSignal | undefined): Promise<CpuView | undefined> {
     const { host, kernels, resolver } = this.#context;
+    const binding = this.#binding(name);
     if (binding) {
       const { pristine, weight } = binding;
       const data = pristine
@@ -159,18 +158,16 @@ export class Parameters {
 
   /** @param alone whether the task is the only one, at strength 1: then a whole bias needs no base */
   #baseName({ name, role }: TaskParameter, task: string, alone: boolean): string {
-    const { bindings, resolver } = this.#context;
+    const { resolver } = this.#context;
     if (!resolver) {
       if (role === "saved" || (role === "bias" && alone)) return name;
       const message = `task "${task}" changes "${name}" (${role}), which needs the base's values: pass \`base\``;
       throw new TaskError(message, { task });
     }
-    // The weight of an adapted module is where the module was found, perhaps by hand.
-    const binding = bindings.find(({ module }) => `${module.name}.weight` === name);
     const module = name.replace(/\.weight$/, "");
     // A name that is mapped by hand must be found: no other may take its place.
-    if (!binding && resolver.byHand?.has(module)) findWeight(resolver.names, module, resolver.byHand);
-    const found = binding ? { name: binding.weight.name } : resolver.find(name);
+    if (resolver.byHand?.has(module)) resolver.nameOf(module);
+    const found = resolver.find(name);
     if ("name" in found) return found.name;
     if (role === "saved" && !found.ambiguous) return name;
     throw new BaseMismatchError(
@@ -232,24 +229,19 @@ function asStored(
   changes: readonly ParameterChange[],
   { shape, values }: Merged,
 ): Merged {
-  const refuse = (task: string, why: string): BaseMismatchError => {
-    const message = `task "${task}" brings "${weight.name}", which other tasks adapt as the module "${module.name}": ${why}`;
-    return new BaseMismatchError(message, { module: module.name, expected: weight.shape, found: shape });
-  };
   const alias = changes.find(({ parameter }) => parameter.name !== `${module.name}.weight`);
-  if (alias) {
-    const why = `its own name is "${alias.parameter.name}"; pack the adapters under one name`;
-    throw refuse(alias.part.id, why);
-  }
-  const { part, parameter } = changes[0]!;
+  const { part, parameter } = alias ?? changes[0]!;
   const turned =
     parameter.role !== "rows" && weight.transposed !== (module.layout === "in-out" || module.layout === "embedding");
   const stored = turned ? [...shape].reverse() : shape;
-  if (!sameShape(stored, weight.shape)) {
-    const why = `it is [${stored.join(", ")}], the base's [${weight.shape.join(", ")}]; leave it out with \`ignore\``;
-    throw refuse(part.id, why);
-  }
-  return turned ? turn({ shape, values }) : { shape, values };
+  if (!alias && sameShape(stored, weight.shape)) return turned ? turn({ shape, values }) : { shape, values };
+  const why = alias
+    ? `it calls it "${parameter.name}"; pack the adapters under one name`
+    : `it is [${stored.join(", ")}], the base's [${weight.shape.join(", ")}]; leave it out with \`ignore\``;
+  throw new BaseMismatchError(
+    `task "${part.id}" brings "${weight.name}", which other tasks adapt as the module "${module.name}": ${why}`,
+    { module: module.name, expected: weight.shape, found: shape },
+  );
 }
 
 /**

@@ -12,49 +12,6 @@ export type PackView = Pick<Pack, "name" | "modules" | "tasks" | "load" | "bases
 /** True if a module of a pack, or of its tasks' parameters, is wanted: "encoder.layer.0.attention.query", "classifier". */
 export type ModuleFilter = (module: string) => boolean;
 
-/** A view of a map whose values are made when they are asked for, each time anew: a pack may have many tasks, and few are looked at. */
-export class Derived<From, To> implements ReadonlyMap<string, To> {
-  readonly #map: ReadonlyMap<string, From>;
-  readonly #make: (value: From) => To;
-
-  constructor(map: ReadonlyMap<string, From>, make: (value: From) => To) {
-    this.#map = map;
-    this.#make = make;
-  }
-
-  get size(): number {
-    return this.#map.size;
-  }
-
-  has(id: string): boolean {
-    return this.#map.has(id);
-  }
-
-  get(id: string): To | undefined {
-    return this.has(id) ? this.#make(this.#map.get(id)!) : undefined;
-  }
-
-  keys(): MapIterator<string> {
-    return this.#map.keys();
-  }
-
-  *values(): Generator<To, undefined> {
-    for (const [, value] of this) yield value;
-  }
-
-  entries(): Generator<[string, To], undefined> {
-    return this[Symbol.iterator]();
-  }
-
-  *[Symbol.iterator](): Generator<[string, To], undefined> {
-    for (const [id, value] of this.#map) yield [id, this.#make(value)];
-  }
-
-  forEach(...call: Parameters<ReadonlyMap<string, To>["forEach"]>): void {
-    new Map(this).forEach(...call);
-  }
-}
-
 class PackPart implements PackView {
   readonly name: string;
   readonly modules: readonly PackModule[];
@@ -65,6 +22,9 @@ class PackPart implements PackView {
   readonly #places = new Map<number, number>();
   /** Blobs are shared by all who load a task: one part of each will do. */
   readonly #parts = new WeakMap<TaskBlob, TaskBlob>();
+
+  #of: ReadonlyMap<string, TaskInfo> | undefined;
+  #tasks: ReadonlyMap<string, TaskInfo> = new Map();
 
   constructor(pack: Pack, keep: ModuleFilter) {
     this.name = pack.name;
@@ -79,7 +39,12 @@ class PackPart implements PackView {
   }
 
   get tasks(): ReadonlyMap<string, TaskInfo> {
-    return new Derived(this.#pack.tasks, (info) => this.#info(info));
+    const { tasks } = this.#pack;
+    if (tasks !== this.#of) {
+      this.#of = tasks;
+      this.#tasks = new Map([...tasks].map(([id, info]) => [id, this.#info(info)]));
+    }
+    return this.#tasks;
   }
 
   #info(info: TaskInfo): TaskInfo {

@@ -193,8 +193,8 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     const replaced = this.#active.get(parameter) ?? this.#active.get(name);
     if (replaced) return replaced;
     const { host, kernels } = this.#parts;
-    const [binding] = [name, parameter].flatMap((each) => this.#bindingsByName.get(moduleName(each)) ?? []);
-    const { active, weight } = binding ?? {};
+    const bindings = this.#bindingsByName;
+    const { active, weight } = bindings.get(moduleName(name)) ?? bindings.get(moduleName(parameter)) ?? {};
     if (host!.begin) {
       const view = host!.view?.(weight?.name ?? parameter);
       if (view) return view;
@@ -206,7 +206,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     }
     const pristine = this.#parameters?.pristine(parameter);
     if (pristine) return pristine;
-    const names = nearest(name, [...this.#bindingsByName.keys(), ...this.#active.keys()]).join(", ");
+    const names = nearest(name, [...bindings.keys(), ...this.#active.keys()]).join(", ");
     throw new RangeError(`weight: "${name}" is not changed by the active task; nearest: ${names || "none"}`);
   }
 
@@ -277,8 +277,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
       const view = host!.begin ? host!.view?.(name) : this.weight(name);
       if (view) views.set(name, view);
     }
-    for (const [name, view] of this.#active) views.set(name, view);
-    return views;
+    return new Map([...views, ...this.#active]);
   }
 
   /** Resident bytes by owner. Memory of the caller's own (a map of tensors, a host) is not counted. */

@@ -104,13 +104,11 @@ interface Changed {
   readonly names: ReadonlySet<string>;
 }
 
-const NOTHING: Changed = { modules: new Set(), names: new Set() };
-
 /** The adapted weights: those of one task, or inconsistent while a change is made and after one that could not be undone. */
 export class FoldedWeights implements TaskWriter {
   readonly #context: RuntimeContext;
   readonly #pristine: (name: string) => CpuView | undefined;
-  #changed = NOTHING;
+  #changed: Changed = { modules: new Set(), names: new Set() };
   /** Thrown at readers while the weights are not those of one task. */
   #inconsistent: Error | undefined;
 

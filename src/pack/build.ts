@@ -16,7 +16,7 @@ import {
 } from "../adapters/adapter.ts";
 import { inBase } from "../adapters/start.ts";
 import type { BaseInput } from "../core/base.ts";
-import { AliasMatcher, fingerprint, WeightResolver, weightAt } from "../core/mismatch.ts";
+import { fingerprint, WeightResolver, weightAt } from "../core/mismatch.ts";
 import { openHost } from "../core/open-base.ts";
 import { AdapterError } from "../errors.ts";
 import type { ModuleExtraction, ModuleStack, SideBasis } from "../extract/components.ts";
@@ -415,7 +415,6 @@ export async function readFingerprints(
   const host = await openHost(base);
   try {
     const locator = new WeightResolver(host);
-    locator.names = new AliasMatcher(locator.parameters.keys());
     const prints = new Map<string, Float32Array>();
     for (const module of modules) {
       const located = inBase(locator, module);

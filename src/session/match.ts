@@ -4,7 +4,6 @@
  */
 
 import {
-  AliasMatcher,
   checkFingerprint,
   NameMatcher,
   notFound,
@@ -33,8 +32,7 @@ export class ModelMatcher {
   readonly #options: SessionOptions;
   readonly #parameters = new Map<string, OnnxParameter>();
   readonly #byInitializer = new Map<string, OnnxParameter[]>();
-  #names: NameMatcher;
-  #hasAliases = false;
+  readonly #names: NameMatcher;
   readonly #copies: Copies;
   /** The model's names of parameters that were found by the end of their names only, by the pack's names. */
   readonly #bySuffix = new Map<string, string>();
@@ -86,7 +84,7 @@ export class ModelMatcher {
     const byHand = this.#options.names?.get(module);
     const held = this.#heldBy(byHand);
     if (held) return held;
-    const found = await this.#find(byHand ?? `${module}.weight`);
+    const found = this.#names.find(byHand ?? `${module}.weight`);
     if ("name" in found) {
       if (byHand === undefined) this.#note(`${module}.weight`, found.name);
       return this.#parameters.get(found.name)!;
@@ -99,15 +97,6 @@ export class ModelMatcher {
     if (!fused) throw error;
     const what = (await import("../onnx/packed.ts")).whyFused(model, fused);
     throw new BaseMismatchError(`${what}; ${error.message}`, { module, candidates: error.candidates ?? [] });
-  }
-
-  /** Finds a name, by those of other versions too: these are loaded for the first name that is not found without. */
-  async #find(name: string): Promise<ReturnType<NameMatcher["find"]>> {
-    const found = this.#names.find(name);
-    if ("name" in found || found.ambiguous || this.#hasAliases) return found;
-    this.#hasAliases = true;
-    this.#names = new AliasMatcher(this.#parameters.keys());
-    return this.#names.find(name);
   }
 
   /** The name that the user has for a weight that tasks bring. */
@@ -123,9 +112,9 @@ export class ModelMatcher {
     }
   }
 
-  async #findParameter(name: string): Promise<ReturnType<NameMatcher["find"]>> {
+  #findParameter(name: string): ReturnType<NameMatcher["find"]> {
     const byHand = this.#byName(name);
-    return this.#heldBy(byHand) ?? this.#find(byHand ?? name);
+    return this.#heldBy(byHand) ?? this.#names.find(byHand ?? name);
   }
 
   /** A layer that lies in a packed one, or in several. */
@@ -213,7 +202,7 @@ export class ModelMatcher {
       }
     }
     for (const name of parameters) {
-      const parameter = await this.#findParameter(name);
+      const parameter = this.#findParameter(name);
       if ("name" in parameter) {
         if (!this.#byName(name)) this.#note(name, parameter.name);
         found.set(name, undefined);
@@ -246,7 +235,7 @@ export class ModelMatcher {
 
   /** A parameter that tasks bring. @throws BaseMismatchError when the model does not have it, or several match */
   async parameter(name: string, role: string): Promise<OnnxParameter> {
-    const found = await this.#findParameter(name);
+    const found = this.#findParameter(name);
     if ("name" in found) {
       if (!this.#byName(name)) this.#note(name, found.name);
       const parameter = this.#parameters.get(found.name)!;

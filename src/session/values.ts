@@ -13,7 +13,8 @@ import {
   planTasks,
   writeCore,
 } from "../core/kernel-session.ts";
-import { type Merged, mergeAll } from "../core/merge.ts";
+import { addDifferences, blendHeads, changesOf, decode, type Merged, type ParameterChange } from "../core/merge.ts";
+import type { PackView } from "../core/part.ts";
 import type { Runtime, RuntimeOptions } from "../core/runtime.ts";
 import { type LoadedTasks, loadParts, memoryReport, type Selection, type SwitchOptions } from "../core/selection.ts";
 import type { PristineWeight } from "../core/terms.ts";
@@ -507,4 +508,27 @@ export function scaled(
   const { data } = value;
   for (let i = 0; scales && i < data.length; i++) data[i]! *= scales[Math.floor(i / every) % count]!;
   return value;
+}
+
+/**
+ * What tasks bring, by the pack's names, without the base: saved modules as they are. Of the others the caller has the base's
+ * values.
+ * @throws TaskError when saved modules cannot be blended
+ */
+function mergeAll(
+  parts: readonly ActiveTask[],
+  pack: PackView,
+  base: (name: string) => Merged | undefined,
+): Map<string, Merged> {
+  const merged = new Map<string, Merged>();
+  for (const [name, changes] of changesOf(parts, ({ parameter }) => parameter.name)) {
+    const [{ parameter }] = changes as [ParameterChange];
+    if (parameter.role === "saved")
+      merged.set(name, { shape: parameter.shape, values: blendHeads(name, decode(changes[0]!), changes, pack) });
+    else {
+      const original = base(name);
+      if (original) merged.set(name, addDifferences(name, changes, original));
+    }
+  }
+  return merged;
 }

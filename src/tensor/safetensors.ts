@@ -381,7 +381,7 @@ function* checkCoverage(
   byteLength: number,
   fail: Fail,
 ): Generator<void> {
-  // From each end the next tensor is looked up: sorting as many as a header may have would be one long piece of work.
+  // The next tensor is looked up by the end of the last: sorting as many as a header may have is one long piece of work.
   const ends = new Map<number, number>();
   const empty = new Set<number>();
   let wrong = Infinity;

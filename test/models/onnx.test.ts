@@ -20,7 +20,7 @@ import {
   skeletonOf,
   toBinary,
 } from "../support/internals/models.ts";
-import { locate, WeightResolver } from "../support/internals/runtime.ts";
+import { WeightResolver } from "../support/internals/runtime.ts";
 import { data } from "../support/packs.ts";
 import { runs } from "../support/required.ts";
 
@@ -85,10 +85,10 @@ t.test("the f16 export of MiniLM has every parameter of the checkpoint", async (
   for (let i = 0; i < 6; i++) {
     for (const part of ["query", "value"]) {
       const name = `bert.encoder.layer.${i}.attention.self.${part}`;
-      const found = locate(locator, { name, out: 384, in: 384, layout: "out-in" });
+      const found = locator.locate({ name, out: 384, in: 384, layout: "out-in" });
       t.match(found, { name: `${name}.weight`, transposed: true, dtype: "f16", byteLength: 384 * 384 * 2 });
       const headless = { name: name.slice("bert.".length), out: 384, in: 384, layout: "out-in" } as const;
-      t.equal(locate(locator, headless).name, found.name);
+      t.equal(locator.locate(headless).name, found.name);
     }
   }
 });

@@ -32,7 +32,7 @@ import {
   type TaskInput,
   type Trainable,
 } from "./internals/models.ts";
-import { findWeight, NameMatcher } from "./internals/runtime.ts";
+import { NameMatcher } from "./internals/runtime.ts";
 import { data } from "./packs.ts";
 import {
   difference,
@@ -209,7 +209,9 @@ function namesByOrder(file: ModelFile, modules: Iterable<string>): Map<string, s
 /** A layer of a model by the name that adapters give it, as the session's planner finds it. */
 export function layerOf({ model }: ModelFile, module: string, byHand?: ReadonlyMap<string, string>): AdaptedLayer {
   const parameters = new Map(findParameters(model).map((parameter) => [parameter.name, parameter]));
-  const parameter = parameters.get(findWeight(new NameMatcher(parameters.keys()), module, byHand))!;
+  const found = new NameMatcher(parameters.keys()).find(byHand?.get(module) ?? `${module}.weight`);
+  const parameter = "name" in found && parameters.get(found.name);
+  if (!parameter) throw new Error(`no layer is called ${module}`);
   const [out, inputs] = matrixShape(parameter)!;
   const sites = linearsOf(model, parameter);
   if (typeof sites === "string") throw new Error(sites);

@@ -6,7 +6,7 @@ import fc from "fast-check";
 import t from "tap";
 import { writeSafetensors } from "../support/internals/base.ts";
 import { NamePatterns } from "../support/internals/pack.ts";
-import { AliasMatcher } from "../support/internals/runtime.ts";
+import { NameMatcher } from "../support/internals/runtime.ts";
 import { concat, LOSSLESS } from "../support/packs.ts";
 import { python, runs, skip } from "../support/required.ts";
 
@@ -237,31 +237,31 @@ t.test("one finds the other, both ways, with and without segments in front", asy
     [now!, former!],
     [former!, now!],
   ] as const) {
-    const matcher = new AliasMatcher(to);
-    const behind = new AliasMatcher(to.map((name) => `base.${name}`));
+    const matcher = new NameMatcher(to);
+    const behind = new NameMatcher(to.map((name) => `base.${name}`));
     for (const [i, name] of from.entries()) {
       t.same(matcher.find(name), { name: to[i] });
       t.same(behind.find(name), { name: `base.${to[i]}` });
     }
   }
   const [whole, alone] = PAIRS.at(-1)!;
-  t.same(new AliasMatcher([`${alone}.bias`, `${alone}.weight`]).find(`${whole}.weight`), { name: `${alone}.weight` });
-  t.same(new AliasMatcher([`${whole}.weight`]).find(`${alone}.weight`), { name: `${whole}.weight` });
+  t.same(new NameMatcher([`${alone}.bias`, `${alone}.weight`]).find(`${whole}.weight`), { name: `${alone}.weight` });
+  t.same(new NameMatcher([`${whole}.weight`]).find(`${alone}.weight`), { name: `${whole}.weight` });
 });
 
 t.test("its own name comes first; another layer is never found; several are ambiguous", async (t) => {
   const [now, former] = [`${PAIRS[0][0]}.weight`, `${PAIRS[0][1]}.weight`];
-  t.same(new AliasMatcher([former, now]).find(now), { name: now });
-  t.same(new AliasMatcher([former, now]).find(former), { name: former });
+  t.same(new NameMatcher([former, now]).find(now), { name: now });
+  t.same(new NameMatcher([former, now]).find(former), { name: former });
   for (const other of ["vit.encoder.layer.4.attention.attention.query", "vit.encoder.layer.3.attention.attention.key"])
-    t.match(new AliasMatcher([`${other}.weight`]).find(now), { ambiguous: false });
-  const several = new AliasMatcher([`a.${former}`, `b.${former}`]).find(now);
+    t.match(new NameMatcher([`${other}.weight`]).find(now), { ambiguous: false });
+  const several = new NameMatcher([`a.${former}`, `b.${former}`]).find(now);
   t.strictSame("ambiguous" in several && [several.ambiguous, several.candidates()], [
     true,
     [`a.${former}`, `b.${former}`],
   ]);
   // Names that agree only in part do not match.
-  t.match(new AliasMatcher(["vit.encoder.layer.3.attention.attention.query_norm.weight"]).find(now), {
+  t.match(new NameMatcher(["vit.encoder.layer.3.attention.attention.query_norm.weight"]).find(now), {
     ambiguous: false,
   });
 });

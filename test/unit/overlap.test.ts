@@ -159,7 +159,7 @@ t.test("what cannot be is refused by name, and changes nothing", async (t) => {
   const alias = task("alias", [other], [save("model.layer.weight", "saved", [OUT, IN])]);
   await t.rejects((await open([alias, adapts])).switchTask("alias"), {
     tag: "base",
-    message: /its own name is "model\.layer\.weight"; pack the adapters under one name/,
+    message: /it calls it "model\.layer\.weight"; pack the adapters under one name/,
   });
   const biased = task("biased", [other], [save("model.layer.bias", "saved", [OUT])]);
   await t.rejects((await open([biased, adapts])).switchTask({ biased: 1, adapts: 1 }), {

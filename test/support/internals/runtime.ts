@@ -6,7 +6,7 @@ export { createWasmBackend, Heap, WASM_VARIANTS, type WasmVariant } from "../../
 export { createWebgpuBackend, Faults } from "../../../dist/src/backends/webgpu.js";
 export { viewValues } from "../../../dist/src/core/base.js";
 export { createBackend } from "../../../dist/src/core/kernel-session.js";
-export { AliasMatcher, findWeight, locate, NameMatcher, WeightResolver } from "../../../dist/src/core/mismatch.js";
+export { NameMatcher, WeightResolver } from "../../../dist/src/core/mismatch.js";
 export { memoryHost, openHost } from "../../../dist/src/core/open-base.js";
 export { parseTaskFile } from "../../../dist/src/core/task-file.js";
 export { Trust } from "../../../dist/src/core/trust.js";
