@@ -1,10 +1,12 @@
 /**
  * Models of TF.js as bases. Weights are given new tensors; on WebGPU matrices are folded in place, in TF.js's own buffers.
  */
+
 import { described } from "../src/arguments.ts";
 import type { DeviceBuffer } from "../src/backends/backend.ts";
 import { sameShape, viewValues, type WeightHost } from "../src/core/base.ts";
 import type { Layout } from "../src/format/format.ts";
+import { elementsOf } from "../src/tensor/dtypes.ts";
 import { type Called, calledByAdapters, frameworkHost, type Weight, type WeightPlace } from "./framework-host.ts";
 
 /** The WebGPU backend of TF.js, as far as it is used here. */
@@ -86,7 +88,7 @@ function placeOf(tf: Tfjs, gpu: Webgpu, { shape, tensor, put }: Entry): WeightPl
     flush() {
       // Clones and reshaped tensors have the same buffer: they keep it.
       if (gpu.refCount(tensor().dataId) === 1) return;
-      const values = new Float32Array(shape.reduce((a, b) => a * b, 1));
+      const values = new Float32Array(elementsOf(shape));
       put(tf.tensor(values, shape as never));
     },
   };

@@ -56,6 +56,7 @@ export {
   type TaskParameter,
   type TaskTerm,
   type TensorRef,
+  VERSION,
   type Window,
 } from "./format/format.ts";
 export type { FileProgress, OnProgress, Progress, ReadyProgress } from "./progress.ts";
@@ -70,4 +71,3 @@ export type {
 } from "./source.ts";
 export type { Dtype, FloatDtype, QuantizedDtype } from "./tensor/dtypes.ts";
 export type { Term } from "./tensor/term.ts";
-export { VERSION } from "./version.ts";

@@ -13,6 +13,7 @@ import { wrongKind } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
 import { pacer } from "../pace.ts";
 import type { ByteSource, ReadOptions, SourceInput } from "../source.ts";
+import { elementsOf } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 import {
   openSafetensors as readSafetensors,
@@ -352,7 +353,7 @@ export async function factorsOf(module: AdapterModule): Promise<AdapterFactors> 
     const turn = pause();
     if (turn) await turn;
   }
-  const channels = inputs / kernel.reduce((product, size) => product * size, 1);
+  const channels = inputs / elementsOf(kernel);
   return {
     A: { shape: [rank, channels, ...kernel], values: module.rank === 0 ? new Float32Array(inputs) : A },
     B: { shape: [out, rank, ...kernel.map(() => 1)], values: b },

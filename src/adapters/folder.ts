@@ -13,6 +13,7 @@ import type { TaskMetadata } from "../format/format.ts";
 import type { HubOptions } from "../http/hub.ts";
 import { localSource } from "../open-source.ts";
 import { type ByteSource, FETCH_OPTIONS } from "../source.ts";
+import { sum } from "../tensor/dtypes.ts";
 import { openGguf } from "../tensor/gguf.ts";
 import { type Adapter, type AdapterModule, type BaseFacts, compare, readTaskMetadata } from "./adapter.ts";
 import { foreignName, holdsLora, MODELS, readDiffusers, withTextModel } from "./diffusers.ts";
@@ -180,7 +181,7 @@ function joinModels(
   return {
     id,
     file,
-    byteLength: all.reduce((sum, [, { byteLength }]) => sum + byteLength, 0),
+    byteLength: sum(all, ([, { byteLength }]) => byteLength),
     baseModel: bases.size === 1 ? [...bases][0] : undefined,
     modules: new Map(modules.map((module) => [module.name, module] as const).sort(([a], [b]) => compare(a, b))),
     saved: saved.sort((a, b) => compare(a.name, b.name)),

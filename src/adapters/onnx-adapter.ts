@@ -6,6 +6,7 @@
 
 import { FormatError } from "../errors.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
+import { elementsOf } from "../tensor/dtypes.ts";
 import { decodeFloats, isFloatDtype, type TensorFile, type TensorInfo } from "../tensor/safetensors.ts";
 import { transpose } from "../tensor/term.ts";
 import {
@@ -166,7 +167,7 @@ async function readParameter(
   const type = field(TYPE) === undefined ? 0 : await file.u32(field(TYPE)!);
   const data = await file.vector(field(DATA), 1);
   const [dtype, bytes] = TYPES.get(type) ?? [`ONNX type ${type}`, NaN];
-  const expected = shape.reduce((a, b) => a * b, 1) * bytes;
+  const expected = elementsOf(shape) * bytes;
   if (shape.some((size) => !Number.isSafeInteger(size) || size < 0) || (TYPES.has(type) && expected !== data.length))
     throw refuse(
       `parameter ${key}`,

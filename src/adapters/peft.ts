@@ -9,6 +9,7 @@ import type { BaseInput, WeightHost } from "../core/base.ts";
 import { openHost } from "../core/open-base.ts";
 import { AdapterError } from "../errors.ts";
 import { isHead, type Layout, type TaskMetadata } from "../format/format.ts";
+import { elementsOf } from "../tensor/dtypes.ts";
 import { isFloatDtype, type SafetensorsEntry, show, type TensorFile } from "../tensor/safetensors.ts";
 import { type Term, transpose } from "../tensor/term.ts";
 import {
@@ -320,7 +321,7 @@ function checkExtra(
   if (key === undefined) return;
   const found = shape(key);
   const at = field === "use_dora" && found.length > 1 ? 1 : 0;
-  if (found[at] === out && found.reduce((a, b) => a * b, 1) === out && (at > 0 || found.length === 1)) return;
+  if (found[at] === out && elementsOf(found) === out && (at > 0 || found.length === 1)) return;
   throw refuse(key, `${describe(key)}, expected [${out}]; save the adapter again`);
 }
 

@@ -19,6 +19,7 @@ import {
   type ValueInfoProto,
 } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
+import { elementsOf } from "../tensor/dtypes.ts";
 import { flattenScales, unpackProducts } from "./block-weights.ts";
 import { operatorOf } from "./definitions.ts";
 import { Emitter, type Moment } from "./emit.ts";
@@ -227,7 +228,7 @@ export function logitsOf({ name: file, graph }: OnnxModel, { probe }: Injected, 
 function taskFeeds(inputs: readonly TaskInput[], sizes: Readonly<Record<string, number>>): [string, Feed][] {
   return inputs.map(({ name, kind, dims: declared }) => {
     const dims = declared.map((size) => (typeof size === "number" ? size : (sizes[size] ?? 1)));
-    const count = dims.reduce((a, b) => a * b, 1);
+    const count = elementsOf(dims);
     if (kind === "indices") return [name, { dataType: INT64, dims, data: new BigInt64Array(count).fill(-1n) }];
     const data = new Float32Array(count).fill(Number(kind === "scale"));
     for (let i = 0; i < (TRAINED.has(kind) ? count : 0); i++) data[i] = 0.1 * (((7 * i + 1) % 11) / 5 - 1);

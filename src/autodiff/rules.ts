@@ -1,9 +1,11 @@
 /**
  * All operators that gradients pass, with a rule for each, and those at which gradients end.
  */
+
 import { attribute, type Graph, intsOf, type Use } from "../onnx/model.ts";
 import { CONTRIBUTED } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/protobuf.ts";
+import { elementsOf } from "../tensor/dtypes.ts";
 import { type BlockWeight, blocksOf, inParts, unpacked } from "./block-weights.ts";
 import { type Emitter, type Moment, OperatorNode } from "./emit.ts";
 import { type Dims, fromFront, type Problems, type Shapes } from "./shapes.ts";
@@ -282,7 +284,7 @@ const mean = reduction((node, g, axes) => {
   const x = node.x();
   const sizes = axes.map((axis) => node.dims(x)[axis]);
   const count = sizes.every((size) => size !== undefined)
-    ? sizes.reduce((a, b) => a * b, 1)
+    ? elementsOf(sizes)
     : emit.toFloat(axes.map((axis) => emit.size(x, axis)).reduce((a, b) => emit.mul(a, b)));
   return repeated(node, emit.div(g, count));
 });

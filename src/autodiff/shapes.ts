@@ -10,6 +10,7 @@ import { type Added, makeNode, PREFIX } from "../onnx/nodes.ts";
 import { create, type NodeProto, ValueInfoProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { type DetachedModel, detachWeights } from "../onnx/write.ts";
+import { elementsOf } from "../tensor/dtypes.ts";
 import type { Dimension } from "./emit.ts";
 
 /** The parts of an onnxruntime tensor that are used here. */
@@ -109,7 +110,7 @@ function weightOf(graph: Graph, value: string, steps = 4): Probed | undefined {
   const { dims: own, dataType } = graph.initializers.get(value) ?? {};
   const dims = own?.map(Number);
   if (dims) {
-    const isLarge = dims.reduce((a, b) => a * b, 1) > LARGEST_CONSTANT;
+    const isLarge = elementsOf(dims) > LARGEST_CONSTANT;
     return isLarge ? { type: nameOf(dataType!), dims, data: undefined } : undefined;
   }
   const node = graph.producers.get(value);

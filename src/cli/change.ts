@@ -2,6 +2,7 @@
  * Commands that change a pack in place: add puts tasks behind those of the pack, whose bytes stay; remove and compact write it again; sign
  * vouches for it, with a key of keygen.
  */
+
 import { readFile } from "node:fs/promises";
 import { resolve } from "node:path";
 import { type Adapter, refuseBases } from "../adapters/adapter.ts";
@@ -14,6 +15,7 @@ import { integrityOf } from "../format/fields.ts";
 import { MAX_LOSS, projectAdapters, storedDtypes } from "../pack/add.ts";
 import { MUCH } from "../pack/report.ts";
 import { createSigner, freshPack, planAppend, planSignature, signTaskFile } from "../pack/write.ts";
+import { sum } from "../tensor/dtypes.ts";
 import { toBase64 } from "../text.ts";
 import { type Attach, command, OUT_OF_TIME, type Run } from "./command.ts";
 import { append, checkTarget, readText, realTarget, writeTogether, writeWhole } from "./files.ts";
@@ -32,7 +34,7 @@ import {
   text,
   UsageError,
 } from "./options.ts";
-import { bytes, count, lossTable, type Output, percent, sum, warnOf } from "./output.ts";
+import { bytes, count, lossTable, type Output, percent, warnOf } from "./output.ts";
 
 export const add: Attach = command({
   usage: "add <PACK> <ADAPTER_OR_TASKFILE...>",

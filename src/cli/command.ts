@@ -16,6 +16,7 @@ import { hubName, hubText } from "../http/hub-name.ts";
 import { openSource } from "../open-source.ts";
 import type { BuildOptions } from "../pack/recipe.ts";
 import type { OnProgress } from "../progress.ts";
+import { sum } from "../tensor/dtypes.ts";
 import { type Command, Option } from "./commander.ts";
 import {
   type Chunks,
@@ -29,7 +30,7 @@ import {
   writeWhole,
 } from "./files.ts";
 import { flagOf, inFlags, type OptionSpec, type Options, type ReadAs, UsageError, type Values } from "./options.ts";
-import { type Output, sum } from "./output.ts";
+import type { Output } from "./output.ts";
 
 /** Outcome of a command. */
 export interface Result {

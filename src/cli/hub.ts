@@ -10,6 +10,7 @@ import type { Adapter, BaseFacts } from "../adapters/adapter.ts";
 import { describeBase } from "../adapters/tree.ts";
 import type { Pack } from "../core/pack.ts";
 import { FormatError, SourceError } from "../errors.ts";
+import { VERSION } from "../format/format.ts";
 import { completeDtypes } from "../pack/recipe.ts";
 import { assemblePack, buildBasis, openTasks, projectTasks } from "../pack/shard/basis.ts";
 import {
@@ -22,7 +23,6 @@ import {
   writeStatistics,
 } from "../pack/shard/statistics.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
-import { VERSION } from "../version.ts";
 import { refuseOtherBase } from "./change.ts";
 import { type Attach, command, type Result, type Run } from "./command.ts";
 import { checkTarget, filesOf, writeWhole } from "./files.ts";

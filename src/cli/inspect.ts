@@ -1,10 +1,12 @@
 /** The command inspect: the content of a pack, as its directory lists it. Reads no task. */
+
 import type { Pack } from "../core/pack.ts";
 import { keyName } from "../core/trust.ts";
 import { SECTION_FREE, type Side, WINDOW_BYTES } from "../format/format.ts";
 import { breakEven } from "../pack/report.ts";
+import { mean, sum } from "../tensor/dtypes.ts";
 import { type Attach, command } from "./command.ts";
-import { bytes, count, mean, percent, sharing, sum, table } from "./output.ts";
+import { bytes, count, percent, sharing, table } from "./output.ts";
 
 export const inspect: Attach = command({
   usage: "inspect <PACK>",

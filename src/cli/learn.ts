@@ -8,11 +8,12 @@ import type { EigenSession } from "../../bindings/onnxruntime.ts";
 import type { Pack } from "../core/pack.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import { sharedBases } from "../format/format.ts";
+import { mean } from "../tensor/dtypes.ts";
 import { createTrainer, type Start, type TrainingStep } from "../train/trainer.ts";
 import { type Attach, command } from "./command.ts";
 import { openTrainable, readExamples } from "./model.ts";
 import { byDefault, force, from, group, match, number, output, POSITIVE, required, runsOn, text } from "./options.ts";
-import { bytes, count, mean, percent, resources, table } from "./output.ts";
+import { bytes, count, percent, resources, table } from "./output.ts";
 
 const OPTIONS = {
   output: output(

@@ -135,14 +135,6 @@ export function bytes(n: number): string {
   return `${value.toFixed(value < 10 ? 2 : 1)} ${unit}`;
 }
 
-export function mean(numbers: readonly number[]): number {
-  return sum(numbers) / Math.max(numbers.length, 1);
-}
-
-export function sum(numbers: readonly number[]): number {
-  return numbers.reduce((a, b) => a + b, 0);
-}
-
 export function percent(share: number): string {
   return `${(100 * share).toFixed(1)} %`;
 }

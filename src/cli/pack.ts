@@ -2,6 +2,7 @@
  * The command pack: makes a pack from adapters, with a number of components or by a criterion: a size, an error, or, with a model, the
  * answers of adapters and pack. Without a model no session, ONNX or trainer is loaded.
  */
+
 import { existsSync } from "node:fs";
 import { availableParallelism } from "node:os";
 import type { Adapter } from "../adapters/adapter.ts";
@@ -10,12 +11,12 @@ import type { BuildReport, SharedReport } from "../pack/report.ts";
 import { type SearchOptions, type SearchReport, searchStreamed } from "../pack/search.ts";
 import { Unreachable } from "../pack/seek.ts";
 import { DEFAULT_ERROR } from "../pack/tasks.ts";
-import type { Dtypes } from "../tensor/dtypes.ts";
+import { type Dtypes, mean, sum } from "../tensor/dtypes.ts";
 import type { ByAnswersReport } from "../train/pack-by-answers.ts";
 import { type Attach, command, OUT_OF_TIME, type Run } from "./command.ts";
 import { filesOf, openScratch } from "./files.ts";
 import * as option from "./options.ts";
-import { bytes, count, mean, type Output, percent, range, resources, sharing, smaller, sum, table } from "./output.ts";
+import { bytes, count, type Output, percent, range, resources, sharing, smaller, table } from "./output.ts";
 
 /** Units of a size, without their "B". */
 const UNITS: Readonly<Record<string, number>> = { "": 1, k: 1e3, m: 1e6, g: 1e9 };
@@ -253,13 +254,13 @@ function sharedText({ A, B, bytes: stored, saved }: SharedReport, { tasks, modul
   return [`Shared: ${factors.join("; ")}. Stored once, that takes ${bytes(stored)} and saves ${bytes(saved)}.`];
 }
 
-function triedText({ decisions, tried }: SearchReport): string[] {
+function triedText({ tried }: SearchReport): string[] {
   const rows = tried.map(({ name, bytes: size, error }) => [
     name,
     size === undefined ? "out of reach" : bytes(size),
     error === undefined ? "" : percent(error),
   ]);
-  return [...decisions, ...(tried.length > 1 ? table([["tried", "size", "ΔW error"], ...rows]) : [])];
+  return tried.length > 1 ? table([["tried", "size", "ΔW error"], ...rows]) : [];
 }
 
 function byAnswersText(file: string, report: ByAnswersReport): string[] {

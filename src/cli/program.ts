@@ -3,7 +3,7 @@
  */
 import { reasonOf } from "../disk.ts";
 import { EigenLoraError } from "../errors.ts";
-import { VERSION } from "../version.ts";
+import { VERSION } from "../format/format.ts";
 import type { Attach, Result } from "./command.ts";
 import { Command, CommanderError } from "./commander.ts";
 import { UsageError } from "./options.ts";

@@ -91,45 +91,46 @@ interface TaskSlot {
   loading?: SharedWork<TaskBlob> | undefined;
 }
 
-/** A view of a map whose values are made when they are asked for, each time anew: a pack may have many tasks, and few are looked at. */
-class Derived<From, To> implements ReadonlyMap<string, To> {
-  readonly #map: ReadonlyMap<string, From>;
-  readonly #make: (value: From) => To;
+/** The facts about tasks, put together when they are asked for, each time anew: a pack may have many, and few are looked at. */
+class Tasks implements ReadonlyMap<string, TaskInfo> {
+  readonly #entries: ReadonlyMap<string, Entry>;
+  readonly #slots: ReadonlyMap<Entry, TaskSlot>;
 
-  constructor(map: ReadonlyMap<string, From>, make: (value: From) => To) {
-    this.#map = map;
-    this.#make = make;
+  constructor(entries: ReadonlyMap<string, Entry>, slots: ReadonlyMap<Entry, TaskSlot>) {
+    this.#entries = entries;
+    this.#slots = slots;
   }
 
   get size(): number {
-    return this.#map.size;
+    return this.#entries.size;
   }
 
   has(id: string): boolean {
-    return this.#map.has(id);
+    return this.#entries.has(id);
   }
 
-  get(id: string): To | undefined {
-    return this.has(id) ? this.#make(this.#map.get(id)!) : undefined;
+  get(id: string): TaskInfo | undefined {
+    const entry = this.#entries.get(id);
+    return entry && infoOf(entry, this.#slots);
   }
 
   keys(): MapIterator<string> {
-    return this.#map.keys();
+    return this.#entries.keys();
   }
 
-  *values(): Generator<To, undefined> {
-    for (const [, value] of this) yield value;
+  *values(): Generator<TaskInfo, undefined> {
+    for (const [, info] of this) yield info;
   }
 
-  entries(): Generator<[string, To], undefined> {
+  entries(): Generator<[string, TaskInfo], undefined> {
     return this[Symbol.iterator]();
   }
 
-  *[Symbol.iterator](): Generator<[string, To], undefined> {
-    for (const [id, value] of this.#map) yield [id, this.#make(value)];
+  *[Symbol.iterator](): Generator<[string, TaskInfo], undefined> {
+    for (const [id, entry] of this.#entries) yield [id, infoOf(entry, this.#slots)];
   }
 
-  forEach(...call: Parameters<ReadonlyMap<string, To>["forEach"]>): void {
+  forEach(...call: Parameters<ReadonlyMap<string, TaskInfo>["forEach"]>): void {
     new Map(this).forEach(...call);
   }
 }
@@ -247,7 +248,7 @@ export class Pack extends Observable<PackEvents> {
 
   /** The tasks by id, in the order of the file. A snapshot: tasks added or removed later do not change it. */
   get tasks(): ReadonlyMap<string, TaskInfo> {
-    return (this.#tasks ??= new Derived(this.#entries, (entry) => infoOf(entry, this.#slots)));
+    return (this.#tasks ??= new Tasks(this.#entries, this.#slots));
   }
 
   /** The entries, to be changed: a snapshot that was taken keeps those from before. */

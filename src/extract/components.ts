@@ -5,7 +5,7 @@
  * on arrays only: no files, no pack.
  */
 import { refuseLarge } from "../format/encode.ts";
-import { type Dtype, decodeTensor, isQuantized } from "../tensor/dtypes.ts";
+import { type Dtype, decodeTensor, isQuantized, sum } from "../tensor/dtypes.ts";
 import { encodeSteps, encodeTensor, type FindScale, storing, toInteger } from "../tensor/encode.ts";
 import { FACTORS, type Term } from "../tensor/term.ts";
 import {
@@ -190,7 +190,7 @@ const WEAK = 1e-3;
 export function columnMeans(x: Float64Array, rows: number, width: number, weights?: readonly number[]): Float64Array {
   const mean = new Float64Array(width);
   for (let i = 0; i < rows; i++) addScaled(weights?.[i] ?? 1, x, i * width, mean, 0, width);
-  const total = weights?.reduce((a, b) => a + b, 0) || rows;
+  const total = sum(weights ?? []) || rows;
   return mean.map((sum) => Math.fround(sum / total));
 }
 
@@ -221,7 +221,7 @@ export function principalComponents(
   let wanted = 0;
   for (let level = 0; ; level++) {
     const squares = rowSquares(rest, rows, width);
-    if (level === 0) total = squares.reduce((sum, square) => sum + square, 0);
+    if (level === 0) total = sum(squares);
     if (squares.every((square, i) => Math.sqrt(square) <= floors[i]!)) {
       if (level === 0) total = 0;
       break;
@@ -274,7 +274,7 @@ export function coordinates(x: Float64Array, rows: number, width: number, produc
   const n = Math.min(rows, width);
   const eigen = symmetricEigen(smallerGram(x, rows, width, products), n, products.tridiagonalize);
   const singular = eigen.values.map((value) => Math.sqrt(Math.max(0, value)));
-  const total = rowSquares(x, rows, width).reduce((sum, square) => sum + square, 0);
+  const total = sum(rowSquares(x, rows, width));
   const count = eigen.values.filter((value) => value > RESOLVED * eigen.values[0]!).length;
   const found = eigen.vectors(count);
   const across = rows <= width;
@@ -441,7 +441,7 @@ export function reciprocal(factor: Float64Array): number {
 }
 
 export function stacked(factors: readonly Float64Array[]): Float64Array {
-  const rows = new Float64Array(factors.reduce((sum, factor) => sum + factor.length, 0));
+  const rows = new Float64Array(sum(factors, (factor) => factor.length));
   let at = 0;
   for (const factor of factors) {
     rows.set(factor, at);
@@ -565,7 +565,7 @@ export function targetsOf(
   most: number = Infinity,
 ): Target[] {
   const { components, width, mean } = space;
-  const total = ranks.reduce((sum, rank) => sum + rank, 0);
+  const total = sum(ranks);
   const x = centred(rows, total, width, mean);
   const at = space.products.multiplyTransposed(x, space.vectors, total, components, width);
   forwardSolve(space.factor, components, at, total);

@@ -3,7 +3,8 @@
  * integers. (B·R, R⁻¹·A) is the same ΔW for every invertible R, but Algorithm 1 of the paper stacks A and B separately, so its result depends
  * on R, the factorisation ("gauge").
  */
-import type { Dtype } from "../tensor/dtypes.ts";
+
+import { type Dtype, sum } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
 import {
   addScaled,
@@ -347,7 +348,7 @@ export function spectrumOf(
   { out, in: inputs }: Pick<Spectrum, "out" | "in">,
   singular: readonly number[],
 ): Spectrum {
-  return { task, module, out, in: inputs, singular, square: singular.reduce((sum, value) => sum + value ** 2, 0) };
+  return { task, module, out, in: inputs, singular, square: sum(singular, (value) => value ** 2) };
 }
 
 export function byTask(spectra: readonly Spectrum[]): Map<string, { spectra: Spectrum[]; square: number }> {

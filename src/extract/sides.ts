@@ -3,8 +3,9 @@
  * which hold what the basis lacks, or of both. Bits and loss together decide: bits as the coder counts them, loss at the price that
  * rounding pays for a bit. Bases come from groups of tasks whose row spaces overlap.
  */
+
 import { codedBits } from "../format/encode-coded.ts";
-import type { Dtype } from "../tensor/dtypes.ts";
+import { type Dtype, mean, sum } from "../tensor/dtypes.ts";
 import { storing } from "../tensor/encode.ts";
 import { FACTORS } from "../tensor/term.ts";
 import {
@@ -130,7 +131,7 @@ export function takeSides(
   const widths = [choice.A.residual ? inputs : 0, choice.B.residual ? out : 0].filter((width) => width > 0);
   // Rows have numbers on the sides with residual rows; coefficients where no side has.
   const numbers = widths.length > 0 ? widths : [basis.A!.components, basis.B!.components];
-  const worth = worthRows(whole, step, numbers.reduce((sum, width) => sum + width) / numbers.length);
+  const worth = worthRows(whole, step, mean(numbers));
   const pair = leadingRows(whole, Math.min(worth, most));
   const { rank } = pair;
   const type = dtype ?? "int8";
@@ -172,9 +173,7 @@ export function sideCosts(
   const pair = leadingRows(whole, worthRows(whole, step, (out + inputs) / 2));
   const steps = rowSteps(pair, step);
   // A row of a balanced pair is the root of a singular value long.
-  const left = rowSquares(whole.A, whole.rank, inputs)
-    .slice(pair.rank)
-    .reduce((sum, singular) => sum + singular ** 2, 0);
+  const left = sum(rowSquares(whole.A, whole.rank, inputs).slice(pair.rank), (singular) => singular ** 2);
   const side = (which: "A" | "B"): SideCost[] => {
     const rows = pair[FACTORS[which]];
     const format = { rank: pair.rank, type: "int8" as const, steps: steps[FACTORS[which]] };
@@ -383,7 +382,7 @@ function groupsOf(
       const parts = best.filter((group) => members.includes(group.members[0]!));
       if (parts.length === 1) return parts;
       const { span, cost } = bestSpan(stacked(members.map((i) => rows[i]!)), width, products);
-      return span && cost < parts.reduce((sum, part) => sum + part.cost, 0) ? [{ members, span, cost }] : parts;
+      return span && cost < sum(parts, (part) => part.cost) ? [{ members, span, cost }] : parts;
     });
   }
   return best.flatMap(({ span }) => span ?? []);

@@ -4,6 +4,7 @@
 
 import { type Binaries, type Instance, instantiate } from "../backends/wasm.ts";
 import { BackendError } from "../errors.ts";
+import { sum } from "../tensor/dtypes.ts";
 import { mirrored, PLAIN, type Products, type Tridiagonal } from "./linalg.ts";
 
 type Variant = "scalar" | "simd";
@@ -75,7 +76,7 @@ function onBlocks<T>(
   lengths: readonly number[],
   work: (addresses: number[], views: Float64Array[]) => T,
 ): T {
-  const byteLength = 8 * lengths.reduce((sum, length) => sum + length, 0);
+  const byteLength = 8 * sum(lengths);
   const { heap, memory } = instance;
   const start = heap.allocate(byteLength, false);
   if (start === undefined)

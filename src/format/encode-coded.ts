@@ -2,7 +2,7 @@
  * The writing half of coded sections (`coded.ts`).
  */
 
-import { isQuantized } from "../tensor/dtypes.ts";
+import { isQuantized, sum } from "../tensor/dtypes.ts";
 import {
   CODED_HEAD_BYTES,
   type Coder,
@@ -419,10 +419,6 @@ function largestOf(own: Frequencies): number {
   let largest = 1;
   for (let i = 2; i < GIVEN; i++) if (own[i]! > own[largest]!) largest = i;
   return largest;
-}
-
-function sum(numbers: Float64Array): number {
-  return numbers.reduce((a, b) => a + b, 0);
 }
 
 /** Bits that encoded tensors take about, one behind the other: each as if it were all that its section has. */

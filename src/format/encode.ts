@@ -4,7 +4,7 @@
  */
 
 import { atOnce } from "../pace.ts";
-import { align4, BITS, bf16ToF32, DTYPES, type Dtype, f16ToF32, isQuantized } from "../tensor/dtypes.ts";
+import { align4, BITS, bf16ToF32, DTYPES, type Dtype, f16ToF32, isQuantized, sum } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import { fromHex } from "../text.ts";
 import { isCoded, MOST_CODED_DIRECTORY } from "./coded.ts";
@@ -410,7 +410,7 @@ export async function streamFresh(
   async function* chunks(): AsyncGenerator<Uint8Array, void> {
     const first = padded(head, 0);
     yield* first;
-    let end = first.reduce((sum, chunk) => sum + chunk.length, 0);
+    let end = sum(first, (chunk) => chunk.length);
     for (const { read, length } of tasks) {
       yield* padded([await read()], end);
       end = align64(end) + length;

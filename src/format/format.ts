@@ -4,6 +4,9 @@
  */
 import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
 
+/** Version of this package, which packs name as their producer; a test holds it against package.json. */
+export const VERSION = "0.3.0";
+
 /** Bytes of the window: enough to plan the next read (SPEC.md, section 2). */
 export const WINDOW_BYTES = 1536;
 export const MAGIC: readonly number[] = [0x89, 0x45, 0x49, 0x47, 0x45, 0x4e, 0x0d, 0x0a];

@@ -6,7 +6,7 @@
 import type { WeightAt } from "../core/mismatch.ts";
 import { FormatError } from "../errors.ts";
 import type { ReadOptions } from "../source.ts";
-import { bf16ToF32, f16ToF32 } from "../tensor/dtypes.ts";
+import { bf16ToF32, elementsOf, f16ToF32 } from "../tensor/dtypes.ts";
 import { producer, UINT8 } from "./linear.ts";
 import { type Graph, intOf, type OnnxModel, type Use } from "./model.ts";
 import { matrixShape, type OnnxParameter, partSize, partStart, type Stored } from "./modules.ts";
@@ -73,7 +73,7 @@ function readerOf({ model, external }: ModelFile, options: ReadOptions | undefin
     const { data, dtype, shape } = await readTensor(tensor, model.name, external, options);
     const view = new DataView(data.buffer, data.byteOffset, data.byteLength);
     const integer = INTEGERS.get(tensor.dataType);
-    const count = shape.reduce((a, b) => a * b, 1);
+    const count = elementsOf(shape);
     const needed = Math.ceil((count * (integer?.bits ?? (dtype === "f32" ? 32 : 16))) / 8);
     if (data.length < needed) {
       throw new FormatError(`needs ${needed} bytes, found ${data.length}: damaged, export the model again`, {
@@ -133,7 +133,7 @@ async function nBits(read: Read, node: NodeProto): Promise<WeightAt | undefined>
 }
 
 function countOf({ shape }: TensorValues): number {
-  return shape.reduce((a, b) => a * b, 1);
+  return elementsOf(shape);
 }
 
 /** Decodes integers with scales and zero points: one for all, one for each column or row, or blocks along one axis. */

@@ -2,6 +2,7 @@
  * Made-up inputs for any model, from its declared inputs: token ids 1, masks 1, no past. Their values mean nothing; they only make the
  * model run.
  */
+import { elementsOf } from "../tensor/dtypes.ts";
 import { BOOL, FLOAT, FLOAT16, INT64 } from "./linear.ts";
 import { dimsOf, intOf, type OnnxModel } from "./model.ts";
 import { makeValue } from "./nodes.ts";
@@ -130,7 +131,7 @@ export function tinyFeeds(
       return known.get(dimension) ?? size(dimension);
     });
     if (!dims) return undefined;
-    const count = dims.reduce((a, b) => a * b, 1);
+    const count = elementsOf(dims);
     left -= count;
     if (dims.some((size) => size < 0) || !(left >= 0)) return undefined;
     const ones: Record<number, () => Feed["data"]> = {

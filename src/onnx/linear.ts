@@ -3,7 +3,9 @@
  * what comes out, whatever operators the exporter or a quantiser has made of it; biases; rows of tables. Looks at names and operators only,
  * reads no value and changes nothing.
  */
+
 import { biasedRows } from "../core/mismatch.ts";
+import { sum } from "../tensor/dtypes.ts";
 import { constantOf, floatOf, intOf, type OnnxModel, type Use } from "./model.ts";
 import { matrixShape, type OnnxParameter, partSize, type Slice, SUMS } from "./modules.ts";
 import type { GraphProto, NodeProto, TensorProto } from "./protobuf.ts";
@@ -54,7 +56,7 @@ export interface StoredIntegers {
 export function joinedRows(all: readonly ComponentRows[]): ComponentRows {
   const [first, ...others] = all as [ComponentRows, ...ComponentRows[]];
   if (others.length === 0) return first;
-  const rows = all.reduce((sum, part) => sum + part.rows, 0);
+  const rows = sum(all, (part) => part.rows);
   const joined = { rows, width: first.width, floats: () => joinedArrays(all.map((part) => part.floats())) };
   const integers = all.flatMap((part) => part.integers ?? []);
   if (integers.length < all.length) return joined;
@@ -70,7 +72,7 @@ export function joinedRows(all: readonly ComponentRows[]): ComponentRows {
 
 function joinedArrays<T extends Float32Array | Int8Array>(parts: readonly T[]): T {
   const Typed = parts[0]!.constructor as new (length: number) => T;
-  const joined = new Typed(parts.reduce((sum, { length }) => sum + length, 0));
+  const joined = new Typed(sum(parts, ({ length }) => length));
   let at = 0;
   for (const part of parts) {
     joined.set(part, at);

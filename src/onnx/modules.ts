@@ -3,9 +3,11 @@
  * others, merge parameters of equal values, and write one that is applied in two ways down twice; lost names are found again from the
  * nodes that use an initializer. Nothing here reads a value (weights.ts does).
  */
+
 import { sameShape } from "../core/base.ts";
 import { FormatError } from "../errors.ts";
 import type { Layout } from "../format/format.ts";
+import { elementsOf, sum } from "../tensor/dtypes.ts";
 import { type Graph, intOf, intsOf, type OnnxModel, type Use } from "./model.ts";
 import type { NodeProto } from "./protobuf.ts";
 import { type OnnxTensorType, tensorType } from "./tensors.ts";
@@ -117,7 +119,7 @@ function settle(claims: readonly Claim[]): Map<string, Rivals> {
     const tied = best.length > 1;
     const matrix = best.find(isMatrix);
     // A guess is worth something when it explains every layer that the bias is used by.
-    const uses = best.reduce((sum, claim) => sum + claim.uses.length, 0);
+    const uses = sum(best, (claim) => claim.uses.length);
     const isWeak = evidence === EVIDENCE.guessed && uses !== best[0]!.shared;
     const winner = isWeak ? undefined : tied ? matrix : best[0];
     const candidates = winner ? candidatesOf(winner, some, tied) : [];
@@ -164,7 +166,7 @@ export function partSize(stored: Stored): number {
 
 /** Index of the first output of a part of a packed parameter; 0 for other parameters. */
 export function partStart({ slice }: Stored): number {
-  return slice ? slice.sizes.slice(0, slice.index).reduce((a, b) => a + b, 0) : 0;
+  return slice ? sum(slice.sizes.slice(0, slice.index)) : 0;
 }
 
 /** Rows or columns of a parameter, from `from` on, that lie in a parameter of the file, from `at` on. */
@@ -200,8 +202,7 @@ export function pieceShape(stored: Stored): readonly number[] {
 /** A weight as the matrix [out, in] that it is to its module: convolutions are [out, …], tables lie the other way round. */
 export function asMatrix<T extends Stored>(stored: T): T {
   const { shape, layout } = stored;
-  if (shape.length > 2)
-    return { ...stored, shape: [shape[0]!, shape.slice(1).reduce((a, b) => a * b, 1)], layout: "out-in" };
+  if (shape.length > 2) return { ...stored, shape: [shape[0]!, elementsOf(shape.slice(1))], layout: "out-in" };
   return layout === "embedding" ? { ...stored, layout: "in-out" } : stored;
 }
 

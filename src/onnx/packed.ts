@@ -7,6 +7,7 @@
  * bias, a Split, and `MultiHeadAttention`, the same kernel without the product. An attention that these operators cannot express stays as
  * it is. Loaded only for models with such layers.
  */
+import { elementsOf, sum } from "../tensor/dtypes.ts";
 import { type AdaptedBias, type AdaptedLayer, FLOAT16, INT64, type Site } from "./linear.ts";
 import { attribute, floatOf, type Graph, indexGraph, inOrder, intOf, intsOf, type OnnxModel, Ranks } from "./model.ts";
 import { isParameterName, matrixShape, modulePathOf, type OnnxParameter } from "./modules.ts";
@@ -60,7 +61,7 @@ function joinParts(name: string, parts: readonly OnnxParameter[]): OnnxParameter
   const [first] = parts as [OnnxParameter];
   const fit = shapes.every((shape) => shape !== undefined && shape[1] === shapes[0]![1]);
   if (!fit || parts.some(({ dtype }) => dtype !== first.dtype)) return undefined;
-  const out = shapes.reduce((sum, shape) => sum + shape![0], 0);
+  const out = sum(shapes, (shape) => shape![0]);
   const [, inputs] = shapes[0]!;
   const { initializer, dtype, layout } = first;
   const shape = layout === "in-out" ? [inputs, out] : [out, inputs];
@@ -148,7 +149,7 @@ function ofSplit(
   // All parts are equal if no sizes are given.
   const sizes = given.length > 0 || name !== "" ? given : node.output.map(() => total / node.output.length);
   const isWhole = sizes.length === count && sizes.every((size) => Number.isInteger(size) && size > 0);
-  return isWhole && sizes.reduce((a, b) => a + b, 0) === total ? sizes : undefined;
+  return isWhole && sum(sizes) === total ? sizes : undefined;
 }
 
 function integersOf({ rawData }: TensorProto): number[] {
@@ -262,7 +263,7 @@ export interface AxisPart {
 /** Copies `count` rows or columns. @param width bytes of a value */
 export function copyPart(from: AxisPart, to: AxisPart, axis: number, count: number, width: number): void {
   const inner = from.shape.slice(axis + 1).reduce((a, b) => a * b, width);
-  const outer = from.shape.slice(0, axis).reduce((a, b) => a * b, 1);
+  const outer = elementsOf(from.shape.slice(0, axis));
   const fromStep = from.shape[axis]! * inner;
   const toStep = to.shape[axis]! * inner;
   for (let i = 0; i < outer; i++) {
@@ -328,7 +329,7 @@ function attentionSizes({ graph }: OnnxModel, node: NodeProto): readonly number[
   const given = intsOf(node, "qkv_hidden_sizes") ?? [];
   const sizes = given.length > 0 ? given : [total / 3, total / 3, total / 3];
   const fits = sizes.length === 3 && sizes.every((size) => Number.isInteger(size) && size > 0);
-  if (!fits || sizes.reduce((a, b) => a + b, 0) !== total || sizes[0] !== sizes[1])
+  if (!fits || sum(sizes) !== total || sizes[0] !== sizes[1])
     return `divides ${total} columns into [${sizes.join(", ")}]`;
   return sizes;
 }

@@ -2,7 +2,9 @@
  * Makes a model's file without its weights, for runtimes that read these from the original file: large tensors of the main graph point to
  * their place in the file. Reads only the bytes between the weights.
  */
+
 import { type ByteSource, joined, type ReadOptions } from "../source.ts";
+import { sum } from "../tensor/dtypes.ts";
 import { BYTES, FIXED32, FIXED64, VARINT } from "./protobuf.ts";
 
 /** Tensors below this size stay in the protobuf. */
@@ -65,7 +67,7 @@ function pointer(location: string, offset: number, length: number): Uint8Array[]
 }
 
 function message(number: number, content: readonly Uint8Array[]): Uint8Array[] {
-  const length = content.reduce((sum, piece) => sum + piece.length, 0);
+  const length = sum(content, (piece) => piece.length);
   return [Uint8Array.from([...varint(number * 8 + BYTES), ...varint(length)]), ...content];
 }
 

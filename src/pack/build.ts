@@ -3,6 +3,7 @@
  * are one stack for each thread, one that is read meanwhile, and what goes into the pack; never all adapters. No file system: adapters are
  * read through their sources, the result is a list of chunks.
  */
+
 import {
   type Adapter,
   checkAdapters,
@@ -24,6 +25,7 @@ import { createExtractor, type Extractor } from "../extract/extractor.ts";
 import { type SharedSides, UNSHARED } from "../extract/sides.ts";
 import type { ModuleInput, SideInput, TermInput } from "../format/encode.ts";
 import { throwIfAborted } from "../pace.ts";
+import { sum } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import type { Term } from "../tensor/term.ts";
 import { Meter, ROUND } from "../work.ts";
@@ -230,7 +232,7 @@ function groupsOf(adapters: readonly Adapter[], most: number): Adapter[][] {
   const groups: Adapter[][] = [];
   let numbers = Infinity;
   for (const adapter of adapters) {
-    const own = [...adapter.modules.values()].reduce((sum, { rank, in: i, out }) => sum + rank * (i + out), 0);
+    const own = sum(adapter.modules.values(), ({ rank, in: i, out }) => rank * (i + out));
     if (numbers + own > most) {
       groups.push([]);
       numbers = 0;

@@ -1,11 +1,12 @@
 /**
  * The report of a pack that was made: one shape for every strategy.
  */
+
 import { type Adapter, baseModels, commonBase } from "../adapters/adapter.ts";
 import type { ComponentSelection } from "../extract/components.ts";
 import type { SharedSides } from "../extract/sides.ts";
 import type { ModuleInput } from "../format/encode.ts";
-import type { Dtypes } from "../tensor/dtypes.ts";
+import { type Dtypes, mean, sum } from "../tensor/dtypes.ts";
 import type { BuildOptions, Recipe } from "./recipe.ts";
 
 /** Loss of a task: ‖ΔW − ΔW'‖ / ‖ΔW‖. */
@@ -73,7 +74,7 @@ function sharedReport(sides: ReadonlyMap<string, SharedSides>): SharedReport {
       for (const [id, { [which]: choice }] of choices) if (choice.basis !== undefined) tasks.add(id);
     return { tasks: tasks.size, modules: all.filter(({ bases }) => bases[which].length > 0).length };
   };
-  const total = (key: "bits" | "saved"): number => Math.round(all.reduce((sum, one) => sum + one[key], 0) / 8);
+  const total = (key: "bits" | "saved"): number => Math.round(sum(all, (one) => one[key]) / 8);
   return { A: side("A"), B: side("B"), bytes: total("bits"), saved: total("saved") };
 }
 
@@ -131,7 +132,7 @@ export function sizes(
 ): Pick<BuildReport, "tasks" | "bytes" | "adapterBytes" | "ratio" | "breakEvenTasks"> {
   const blobs = tasks.map(({ blob }) => blob);
   const adapters = tasks.map(({ adapter }) => adapter);
-  const adapterBytes = adapters.reduce((a, b) => a + b, 0);
+  const adapterBytes = sum(adapters);
   return {
     tasks: tasks.length,
     bytes,
@@ -147,21 +148,19 @@ export function sizes(
  * @returns null when a blob is no smaller than an adapter, or the adapters' sizes are unknown
  */
 export function breakEven(bytes: number, blobs: readonly number[], adapters: readonly number[]): number | null {
-  const mean = (v: readonly number[]): number => v.reduce((a, b) => a + b, 0) / v.length;
   if (blobs.length === 0 || adapters.some((a) => a === 0)) return null;
-  const shared = bytes - blobs.reduce((a, b) => a + b, 0);
+  const shared = bytes - sum(blobs);
   const saved = mean(adapters) - mean(blobs);
   return saved > 0 ? Math.ceil(shared / saved) : null;
 }
 
 /** The fewest, the mean and the most components of a module's side. */
 export function componentsOf(modules: readonly Pick<ModuleInput, "A" | "B">[]): BuildReport["components"] {
-  const countOf = (bases: ModuleInput["A"] = []): number => bases.reduce((sum, { K }) => sum + K, 0);
+  const countOf = (bases: ModuleInput["A"] = []): number => sum(bases, ({ K }) => K);
   const counts = modules.flatMap(({ A, B }) => [countOf(A), countOf(B)]);
-  const sum = counts.reduce((a, b) => a + b, 0);
   const max = counts.reduce((most, count) => Math.max(most, count), 0);
   const min = counts.reduce((least, count) => Math.min(least, count), max);
-  return { min, mean: sum / (counts.length || 1), max };
+  return { min, mean: mean(counts), max };
 }
 
 /** Notes of a pack that was made without its base model. */
@@ -296,11 +295,10 @@ export function lossesOf(
 
 /** ‖ΔW − ΔW'‖ / ‖ΔW‖ of modules together. */
 export function totalOf(errors: readonly Pick<ModuleError, "error" | "norm">[]): number {
-  const whole = errors.reduce((sum, { norm }) => sum + norm ** 2, 0);
-  return whole > 0 ? Math.sqrt(errors.reduce((sum, { error, norm }) => sum + (error * norm) ** 2, 0) / whole) : 0;
+  const whole = sum(errors, ({ norm }) => norm ** 2);
+  return whole > 0 ? Math.sqrt(sum(errors, ({ error, norm }) => (error * norm) ** 2) / whole) : 0;
 }
 
 function figures(errors: readonly ModuleError[]): { mean: number; max: number } {
-  const sum = errors.reduce((s, e) => s + e.error, 0);
-  return { mean: errors.length ? sum / errors.length : 0, max: errors.reduce((m, e) => Math.max(m, e.error), 0) };
+  return { mean: mean(errors, ({ error }) => error), max: errors.reduce((m, { error }) => Math.max(m, error), 0) };
 }

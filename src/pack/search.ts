@@ -2,6 +2,7 @@
  * Packing for a goal: adapters, strategies, and for each of them the step that fits. A goal is an error that no task exceeds, a size, or
  * the scores of a user's judge. It knows no model and no data.
  */
+
 import type { Adapter, SharedModule } from "../adapters/adapter.ts";
 import { checkArgument, checkChoice, checkOptions } from "../arguments.ts";
 import { openPack, type Pack } from "../core/pack.ts";
@@ -10,7 +11,7 @@ import type { SideBasis } from "../extract/components.ts";
 import { byTask, expectedBits, roundingLoss, type Spectrum, spectrumOf } from "../extract/factors.ts";
 import { costOf, encodeSpans, type SharedSides, type SideChoice, type SideCost, type Spans } from "../extract/sides.ts";
 import { throwIfAborted } from "../pace.ts";
-import type { Dtype } from "../tensor/dtypes.ts";
+import { type Dtype, mean, sum } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import {
   type Adapters,
@@ -82,13 +83,10 @@ export interface Tried {
 
 /** The pack that was chosen, what it was chosen by, and what else was tried. */
 export interface SearchReport extends BuildReport, Pick<Tried, "name" | "scores" | "loss" | "passes"> {
-  readonly judgedBy: "error" | "score";
   /** Scores that were compared with. */
   readonly reference?: ReadonlyMap<string, number> | undefined;
   /** All that was tried, in order; without the pack that gave the reference. */
   readonly tried: readonly Tried[];
-  /** Decisions of the packer, a sentence each. */
-  readonly decisions: readonly string[];
 }
 
 /** Goal of a search, and its judge. */
@@ -189,10 +187,8 @@ interface Candidate {
 }
 
 async function bestOf(context: Context): Promise<Streamed<SearchReport>> {
-  const { goal, opened, head = headFor(goal) } = context;
+  const { goal, head = headFor(goal) } = context;
   const tried: Tried[] = [];
-  const hasHeads = opened.adapters.some(({ saved }) => saved.some(({ shape }) => shape.length > 1));
-  const decisions = head && hasHeads ? [`heads are stored in ${head}`] : [];
   const reference = goal.kind === "score" ? await referenceOf(context, goal) : undefined;
   let best: Candidate | undefined;
   let failure: Error | undefined;
@@ -214,8 +210,7 @@ async function bestOf(context: Context): Promise<Streamed<SearchReport>> {
   if (!best) throw failure!;
   const { chunks, report } = best.made;
   const { bytes, error, step, ...chosen } = best.tried;
-  const judgedBy = goal.kind === "score" ? "score" : "error";
-  return { chunks, report: { ...report, ...chosen, judgedBy, reference, tried, decisions } };
+  return { chunks, report: { ...report, ...chosen, reference, tried } };
 }
 
 /** Number format of heads that loses far less than an error allows; undefined for a size, where their bits count too. */
@@ -240,7 +235,7 @@ async function candidateOf(
   const isRounded = strategy.rows === undefined;
   const candidate = (made: Streamed, scores?: Pick<Tried, "scores" | "loss" | "passes">): Candidate => {
     const { bytes, errors, step } = made.report;
-    const error = errors.reduce((sum, { total }) => sum + total, 0) / Math.max(errors.length, 1);
+    const error = mean(errors, ({ total }) => total);
     return { made, tried: { name: strategy.name, step, bytes, error, ...scores } };
   };
   const noted = (candidate: Candidate): Candidate => {
@@ -261,7 +256,7 @@ async function candidateOf(
   };
   if (goal.kind === "bytes") {
     const expected = (share: number): number =>
-      tasks.reduce((sum, { spectra, norm }) => sum + expectedBits(spectra, share * norm, isRounded), 0);
+      sum(tasks, ({ spectra, norm }) => expectedBits(spectra, share * norm, isRounded));
     const start = bisect(1e-9, MOST_STEP, (share) => expected(share) < 8 * goal.max);
     const fits = withinBytes(
       goal.max,
@@ -281,7 +276,7 @@ async function candidateOf(
     const made = await gathered(await make(share));
     const scores = await ask(context, made);
     const losses = [...reference!].map(([id, score]) => score - scores.get(id)!);
-    const loss = goal.keep === "mean" ? losses.reduce((a, b) => a + b, 0) / losses.length : Math.max(...losses);
+    const loss = goal.keep === "mean" ? mean(losses) : Math.max(...losses);
     least = Math.min(least, loss);
     return noted(candidate({ ...made, chunks: each(made.chunks) }, { scores, loss, passes: loss <= goal.tolerance }));
   };
@@ -365,7 +360,7 @@ function typicalStep(spectra: readonly Spectrum[], steps: Steps): number {
   const logs = [...byTask(spectra)].flatMap(([task, { spectra, square }]) =>
     square > 0 ? Math.log(steps.get(task)! / Math.sqrt(square / spectra.length)) : [],
   );
-  return Math.exp(logs.reduce((a, b) => a + b, 0) / (logs.length || 1));
+  return Math.exp(mean(logs));
 }
 
 /** Reads the spectra of all adapters. */
@@ -485,8 +480,8 @@ async function findSharing(
     sides.set(name, found);
     for (const [task, { unshared, shared }] of found.losses) add(gains, task, unshared - shared);
   }
-  const saved = [...sides.values()].reduce((sum, { saved }) => sum + saved, 0);
-  const all = spectra.reduce((sum, spectrum) => sum + expectedBits([spectrum], steps.get(spectrum.task)!), 0);
+  const saved = sum(sides.values(), ({ saved }) => saved);
+  const all = sum(spectra, (spectrum) => expectedBits([spectrum], steps.get(spectrum.task)!));
   if (saved < LEAST_SAVED * all) return { sides: new Map(), steps };
   const expected = [...steps].map(([task, step]): [string, number] => {
     const before = unshared.get(task) ?? 0;
@@ -526,7 +521,7 @@ async function sharingOf(
   if (used.A.length + used.B.length === 0) return undefined;
   const losses = new Map<string, { unshared: number; shared: number }>();
   const stored = [...used.A.map((i) => bases.A[i]!), ...used.B.map((i) => bases.B[i]!)];
-  const bits = stored.reduce((sum, basis) => sum + basis.bits, 0);
+  const bits = sum(stored, (basis) => basis.bits);
   let saved = -bits;
   const total = { unshared: 0, shared: 0 };
   for (const [i, { id, left, A, B }] of costs.entries()) {

@@ -14,7 +14,7 @@ import {
   type TermInput,
 } from "../format/encode.ts";
 import { bringsOf, misfitLabels, mostRank } from "../format/format.ts";
-import { type Dtype, isQuantized, type QuantizedDtype } from "../tensor/dtypes.ts";
+import { type Dtype, isQuantized, mean, type QuantizedDtype } from "../tensor/dtypes.ts";
 import { advised, encodeSteps, encodeTensor, narrowed, SCALE_DOWN } from "../tensor/encode.ts";
 import type { HeadFormat } from "./recipe.ts";
 import type { ModuleError } from "./report.ts";
@@ -236,7 +236,7 @@ function ascending(
 }
 
 function rootMeanSquare(values: Float32Array): number {
-  return Math.sqrt(values.reduce((sum, value) => sum + value ** 2, 0) / values.length);
+  return Math.sqrt(mean(values, (value) => value ** 2));
 }
 
 /** A vector: f16 where matrices are packed integers, since one scale for all of it would be coarse and save nothing. */

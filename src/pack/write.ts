@@ -25,10 +25,9 @@ import {
 } from "../format/encode.ts";
 import { encodeSection } from "../format/encode-coded.ts";
 import { decode, sha256 } from "../format/fields.ts";
-import type { PackModule, TensorRef } from "../format/format.ts";
+import { type PackModule, type TensorRef, VERSION } from "../format/format.ts";
 import { atOnce } from "../pace.ts";
 import { fromBase64, toHex } from "../text.ts";
-import { VERSION } from "../version.ts";
 
 /** Where blobs lie until their pack is written, for who has no memory for all of them. */
 export interface Scratch {

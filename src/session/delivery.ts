@@ -4,12 +4,14 @@
  *
  * Some providers ignore our inputs without a word. So each model is probed once, by a tiny run of a synthetic task.
  */
+
 import type { DeviceHandle } from "../backends/backend.ts";
 import type { LoadedTasks, Selection } from "../core/selection.ts";
 import { BackendError } from "../errors.ts";
 import type { TaskInput } from "../onnx/inject.ts";
 import type { AdaptedLayer, ComponentRows } from "../onnx/linear.ts";
 import type { DetachedModel } from "../onnx/write.ts";
+import { sum } from "../tensor/dtypes.ts";
 import { transpose } from "../tensor/term.ts";
 import type { CacheState } from "./caches.ts";
 import { dataOf, type Engine, type LoadedModel, type LoadOptions, type Tensors, toTensors } from "./engine.ts";
@@ -116,8 +118,7 @@ function deliver(
   placer: Placer | undefined,
 ): Omit<Delivery, "probe"> {
   const terms = inputs.filter(isTerm).map(({ name }) => name);
-  const bytesOf = (values: InputValues): number =>
-    terms.reduce((sum, name) => sum + values.get(name)!.data.buffer.byteLength, 0);
+  const bytesOf = (values: InputValues): number => sum(terms, (name) => values.get(name)!.data.buffer.byteLength);
   // Cores and factors of a past selection, which the next one is written over: a switch makes no garbage.
   let spare: InputValues | undefined;
   // Their largest size so far: tasks differ in rank.

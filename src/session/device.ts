@@ -13,6 +13,7 @@ import type { TaskInput } from "../onnx/inject.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { fillWeightFile, type WeightFile, type WeightInput } from "../onnx/replaceable.ts";
 import { onnxHost } from "../onnx/weights.ts";
+import { elementsOf, sum } from "../tensor/dtypes.ts";
 import {
   type Active,
   compareOutputs,
@@ -60,7 +61,7 @@ export async function deviceDelivery(
     const none = (await evaluator.read(null)).inputs;
     let before = await evaluator.load(null);
     const probe = await probeBuffers(parts, model, fed, weights, none, device as GPUDevice);
-    const bytes = [...own.values()].reduce((sum, { size }) => sum + size, 0);
+    const bytes = sum(own.values(), ({ size }) => size);
     return {
       ...{ evaluator, probe, first: active(null, none), bytesWritten: bytes },
       ...(ignored && { note: `${engine.name} does not use the device it was given; the weights are on its own` }),
@@ -110,7 +111,7 @@ async function place(
   const layouts = new Map([...host.list()].map(({ name, layout }) => [name, layout]));
   for (const { name, dtype, shape } of fed) {
     const view = (await host.read(name)) as CpuView;
-    const count = shape.reduce((a, b) => a * b, 1);
+    const count = elementsOf(shape);
     const bytes = new Uint8Array(roundUp16(count * (dtype === "f32" ? 4 : 2)));
     if (dtype === view.dtype) bytes.set(view.data.subarray(view.byteOffset, view.byteOffset + byteLengthOf(view)));
     else viewValues(view, new Float32Array(bytes.buffer));
@@ -200,7 +201,7 @@ export function devicePlacer(engine: Engine, handle: DeviceHandle, inputs: reado
       return { feeds, bytes, written, retire };
     },
     get byteLength() {
-      return [...all].reduce((sum, { size }) => sum + size, 0);
+      return sum(all, ({ size }) => size);
     },
     close() {
       for (const buffer of all) free(buffer);

@@ -18,6 +18,7 @@ import { type AdaptedBias, droppedBias, fusedNode } from "../onnx/linear.ts";
 import { asMatrix, findParameters, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { Copies, readLinearWeight } from "../onnx/weights.ts";
+import { elementsOf } from "../tensor/dtypes.ts";
 import type { SessionOptions } from "./options.ts";
 
 /** A weight of a model that may be an embedding's, or tied to one. */
@@ -320,9 +321,7 @@ function misfitOf(module: PackModule, parameter: OnnxParameter): BaseMismatchErr
   const conv = module.layout === "conv" && parameter.shape.length > 2;
   const shape = (conv ? undefined : matrixShape(parameter)) ?? parameter.shape;
   const [rows, ...others] = shape;
-  const fits = conv
-    ? rows === module.out && others.reduce((a, b) => a * b, 1) === module.in
-    : shape.join() === expected.join();
+  const fits = conv ? rows === module.out && elementsOf(others) === module.in : shape.join() === expected.join();
   return fits ? undefined : shapeMismatch(module, parameter.name, expected, shape);
 }
 

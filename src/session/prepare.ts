@@ -44,7 +44,7 @@ import { checkInjectable } from "../onnx/nodes.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import type { WeightFile, WeightInput } from "../onnx/replaceable.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
-import { BITS, isQuantized } from "../tensor/dtypes.ts";
+import { BITS, isQuantized, sum } from "../tensor/dtypes.ts";
 import { decodeIntegers, decodeScales } from "../tensor/encode.ts";
 import { transpose } from "../tensor/term.ts";
 import { ModelMatcher } from "./match.ts";
@@ -512,7 +512,7 @@ function componentsUnder(
   // Factors that are asked for where a core would do are whole ones.
   if (trainable || reserve?.privateTerms || (mode === "factors" && sharedBases(module))) return undefined;
   const side = (which: "A" | "B"): ComponentRows | undefined => {
-    const K = module[which].reduce((sum, { tensor }) => sum + tensor.rows, 0);
+    const K = sum(module[which], ({ tensor }) => tensor.rows);
     const isWhole = brings.has("private") || brings.has(`own-${which}`);
     if (isWhole || K === 0 || K > MOST_COMPONENTS || module[which].some(({ kind }) => kind === "flat"))
       return undefined;

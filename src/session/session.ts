@@ -2,6 +2,7 @@
  * A loaded model that switches tasks: the model is read, planned, changed and loaded once. The session owns the order of runs and
  * switches; its delivery brings tasks to the model, the engine runs it.
  */
+
 import { checkArgument, checkChoice, checkOptions, checkPack, described } from "../arguments.ts";
 import type { Pack, TaskInfo } from "../core/pack.ts";
 import {
@@ -20,6 +21,7 @@ import { detachWeights } from "../onnx/write.ts";
 import { tellReady } from "../open-source.ts";
 import { now, Queue, throwIfAborted } from "../pace.ts";
 import { type SourceInput, unlessAborted } from "../source.ts";
+import { sum } from "../tensor/dtypes.ts";
 import type { CacheWatch } from "./caches.ts";
 import { type Active, type Delivery, inputDelivery, type ProbeReport, type SessionParts } from "./delivery.ts";
 import type { Engine, Tensors } from "./engine.ts";
@@ -66,7 +68,7 @@ export function checkModes({ mode = "auto", components = "stored" }: SessionOpti
 
 /** @throws BackendError when weights are more than the engine has room for, before they are read: that takes minutes */
 function refuseLarger({ model, bytes }: ModelFile, { room = Infinity, name, provider }: Engine): void {
-  const apart = [...externalFiles(model).values()].reduce((sum, end) => sum + end, 0);
+  const apart = sum(externalFiles(model).values());
   const size = (bytes: number): string => `${(bytes / 1e9).toFixed(1)} GB`;
   if (bytes.length + apart < room) return;
   throw new BackendError(
@@ -237,7 +239,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
     const feedsOfRows = typeof probe === "object" ? () => undefined : prepared.feedsOfRows;
     this.#rowModel = { engine, inputs, outputNames, idle, forms, sharesRanges, feedsOfRows };
     this.#short = new Set([...feeds].flatMap(([name, { data }]) => (data instanceof Int32Array ? name : [])));
-    this.#components = prepared.initializers.reduce((sum, { data }) => sum + data.byteLength, 0);
+    this.#components = sum(prepared.initializers, ({ data }) => data.byteLength);
     this.trainable = graph && this.#lend(graph, prepared.feeds);
   }
 

@@ -2,6 +2,7 @@
  * Learning on a session: a training graph in the same model, and a way for a trainer to run it. Loaded
  * when a session is made `trainable`.
  */
+
 import { buildTrainingGraph, logitsOf, type TrainingGraph } from "../autodiff/graph.ts";
 import { LARGEST_CONSTANT, type ShapeProbe } from "../autodiff/shapes.ts";
 import type { Pack } from "../core/pack.ts";
@@ -12,6 +13,7 @@ import type { TaskInput } from "../onnx/inject.ts";
 import { dimsOf, nestedGraphs } from "../onnx/model.ts";
 import type { GraphProto, NodeProto } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
+import { elementsOf } from "../tensor/dtypes.ts";
 import { dataOf, type Engine, type LoadOptions, type Tensors, toTensors } from "./engine.ts";
 import type { SessionOptions } from "./options.ts";
 import type { PreparedModel } from "./prepare.ts";
@@ -126,7 +128,7 @@ function probeOf(engine: Engine): ShapeProbe {
         const entries = Object.entries(found).map(async ([name, tensor]) => {
           const { type, dims } = tensor;
           // The values of a whole run, twice, would be the most that this process ever holds.
-          const small = dims.reduce((a, b) => a * b, 1) <= LARGEST_CONSTANT;
+          const small = elementsOf(dims) <= LARGEST_CONSTANT;
           return [name, { type, dims, data: small ? await dataOf(tensor) : undefined }] as const;
         });
         results.push(Object.fromEntries(await Promise.all(entries)));

@@ -32,6 +32,7 @@ import {
 } from "../format/format.ts";
 import type { CoreBlock, TaskInput } from "../onnx/inject.ts";
 import { Changes, paced, pacer, throwIfAborted } from "../pace.ts";
+import { sum } from "../tensor/dtypes.ts";
 import { type Term, transpose } from "../tensor/term.ts";
 import type { Engine, Tensors } from "./engine.ts";
 import type { PreparedModel } from "./prepare.ts";
@@ -392,7 +393,7 @@ function indicesOf(rows: readonly TaskRows[]): InputValue {
 
 /** Each row ends with its strength, which its values are multiplied with. */
 function rowsOf(name: string, rows: readonly TaskRows[], width: number): InputValue | undefined {
-  const count = rows.reduce((sum, { parameter }) => sum + parameter.indices!.length, 0);
+  const count = sum(rows, ({ parameter }) => parameter.indices!.length);
   if (count === 0) return undefined;
   const data = new Float32Array(count * (width + 1));
   let at = 0;

@@ -49,6 +49,25 @@ export function tensorBytes(type: Dtype, rows: number, width: number): number {
   return scaleBytes(type, rows) + align4(rows * rowBytes(type, width));
 }
 
+/** Number of elements of a tensor. */
+export function elementsOf(shape: readonly number[]): number {
+  let count = 1;
+  for (const size of shape) count *= size;
+  return count;
+}
+
+/** @param of a number of each value. Default: the value itself */
+export function sum<T>(values: Iterable<T>, of: (value: T) => number = Number): number {
+  let total = 0;
+  for (const value of values) total += of(value);
+  return total;
+}
+
+/** 0 without values. @param of as of `sum` */
+export function mean<T>(values: ArrayLike<T> & Iterable<T>, of?: (value: T) => number): number {
+  return sum(values, of) / (values.length || 1);
+}
+
 /** Least multiple of 4 that is ≥ n. */
 export function align4(n: number): number {
   return Math.ceil(n / 4) * 4;
@@ -113,8 +132,7 @@ export function decodeTensor(
   const need = tensorBytes(type, rows, width);
   const count = rows * width;
   if (bytes.byteLength < need || out.length < count) {
-    const found = `got ${bytes.byteLength} for ${out.length} values`;
-    throw new RangeError(`decodeTensor: ${type} [${rows}, ${width}] needs ${need} bytes, ${found}`);
+    throw new RangeError(`${type} [${rows}, ${width}]: expected ${need} bytes, got ${bytes.byteLength}`);
   }
   if (type === "f32") {
     const aligned = bytes.byteOffset % 4 ? new Uint8Array(bytes) : bytes;

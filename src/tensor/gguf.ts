@@ -5,7 +5,7 @@
  */
 import { FormatError, SourceError } from "../errors.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
-import { f16ToF32 } from "./dtypes.ts";
+import { elementsOf, f16ToF32 } from "./dtypes.ts";
 import { decodeFloats, isFloatDtype, type TensorFile, type TensorInfo } from "./safetensors.ts";
 
 /** A field of the header. Arrays are given by their length alone, since the words of a vocabulary are not needed. */
@@ -209,7 +209,7 @@ function place(shape: readonly number[], type: number, byteOffset: number): Gguf
   const known = TYPES.get(type);
   if (known === undefined) return { dtype: `GGML type ${type}`, shape, byteOffset, byteLength: 0 };
   const [dtype, elements, bytes] = known;
-  const count = shape.reduce((a, b) => a * b, 1);
+  const count = elementsOf(shape);
   const whole = Number.isSafeInteger(count) && (shape.at(-1) ?? 1) % elements === 0;
   return { dtype, shape, byteOffset, byteLength: whole ? (count / elements) * bytes : NaN };
 }

@@ -19,7 +19,7 @@ import { gaugeOf, storedModule } from "../pack/add.ts";
 import { bisect } from "../pack/seek.ts";
 import type { Session } from "../session/session.ts";
 import type { AbortOptions } from "../source.ts";
-import { isQuantized } from "../tensor/dtypes.ts";
+import { isQuantized, sum } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import { uniform } from "../tensor/random.ts";
 import {
@@ -278,7 +278,7 @@ function tempered(probabilities: ArrayLike<number>, temperature: number): number
   const values = Array.from(probabilities);
   const top = Math.max(...values);
   const powers = values.map((p) => (p / top) ** (1 / temperature));
-  const total = powers.reduce((a, b) => a + b, 0);
+  const total = sum(powers);
   return powers.map((value) => value / total);
 }
 
@@ -289,7 +289,7 @@ const COLDEST = 0.05;
 function sureTemperature(rows: readonly Row[]): number {
   const answers = rows.map(({ wanted }) => wanted[0]!.probabilities);
   const isUnsure = (temperature: number): boolean =>
-    answers.reduce((sum, answer) => sum + Math.max(...tempered(answer, temperature)), 0) < SURE * answers.length;
+    sum(answers, (answer) => Math.max(...tempered(answer, temperature))) < SURE * answers.length;
   return isUnsure(1) ? bisect(COLDEST, 1, isUnsure) : 1;
 }
 
@@ -298,7 +298,7 @@ function featureWeight(rows: readonly Row[]): number {
   const all = rows.flatMap(({ features }) => features ?? []);
   const mean = new Float64Array(all[0]?.length ?? 0);
   for (const features of all) features.forEach((value, i) => (mean[i]! += value / all.length));
-  const size = mean.reduce((sum, value) => sum + value * value, 0);
+  const size = sum(mean, (value) => value * value);
   let variance = 0;
   for (const features of all) features.forEach((value, i) => (variance += (value - mean[i]!) ** 2 / all.length));
   return variance > ALIKE * size ? FEATURES / variance : 0;

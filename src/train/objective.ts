@@ -7,7 +7,7 @@ import type { Pack } from "../core/pack.ts";
 import { BackendError, type EigenLoraError } from "../errors.ts";
 import { throwIfAborted } from "../pace.ts";
 import type { AbortOptions } from "../source.ts";
-import type { TaskDtypes } from "../tensor/dtypes.ts";
+import { sum, type TaskDtypes } from "../tensor/dtypes.ts";
 import { normal, uniform } from "../tensor/random.ts";
 import { copyOf, featuresOf, type HeadLayer, type LayerNumbers, mapLayers, type State, stateLike } from "./state.ts";
 import { type Stepped, type TaskSteps, toSteps } from "./stored-task.ts";
@@ -175,7 +175,7 @@ export async function checkGradients(
 ): Promise<void> {
   const { loss, gradients } = await evaluate(state);
   const gradient = gradients.all;
-  const norm = Math.sqrt(gradient.reduce((sum, g) => sum + g * g, 0));
+  const norm = Math.sqrt(sum(gradient, (g) => g * g));
   if (norm === 0 && Number.isFinite(loss)) return;
   if (!(norm > 0)) {
     throw stopped(

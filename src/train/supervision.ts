@@ -9,6 +9,7 @@ import type { Feed } from "../onnx/feeds.ts";
 import type { Engine, EngineTensor } from "../session/engine.ts";
 import type { Session } from "../session/session.ts";
 import { type BatchFeeds, encoderOf, endOf, type Tokenizer } from "../session/tokens.ts";
+import { elementsOf, sum } from "../tensor/dtypes.ts";
 import { shuffle } from "../tensor/random.ts";
 
 /** Targets for the logits of one run, in the form that the training graph takes: rows sum to their weight. */
@@ -156,7 +157,7 @@ function refuseUnpadded(cause: unknown): never {
 }
 
 function sizeOf(feeds: BatchFeeds): number {
-  return Math.max(...Object.values(feeds).map(({ dims }) => dims.reduce((a, b) => a * b, 1)));
+  return Math.max(...Object.values(feeds).map(({ dims }) => elementsOf(dims)));
 }
 
 /** Takes an example as a question. @throws TypeError for one without text and feeds */
@@ -232,8 +233,8 @@ function tokenSupervision(
 /** Targets of runs. Weights are relative: those of a batch have the mean 1, by rows of logits. */
 function microBatchesOf(runs: readonly (readonly Row[])[]): MicroBatch[] {
   const rows = runs.flat();
-  const total = rows.reduce((sum, { wanted }) => sum + wanted.length, 0);
-  const mean = rows.reduce((sum, { weight, wanted }) => sum + weight * wanted.length, 0) / total || 1;
+  const total = sum(rows, ({ wanted }) => wanted.length);
+  const mean = sum(rows, ({ weight, wanted }) => weight * wanted.length) / total || 1;
   return runs.map((run) => {
     const targets = targetsOf(run, mean);
     return { rows: run, targets, share: targets.rows / total };
@@ -385,9 +386,9 @@ function checkTarget(target: ArrayLike<number>, labels: number, at: string): voi
   const values = Array.from(target);
   const bad = values.find((value) => !(value >= 0 && value < Infinity));
   if (bad !== undefined) throw new RangeError(`${at}: its target has the probability ${bad}, expected numbers ≥ 0`);
-  const sum = values.reduce((a, b) => a + b, 0);
-  if (Math.abs(sum - 1) > 1e-3)
-    throw new RangeError(`${at}: the probabilities of its target sum to ${sum}, expected 1`);
+  const total = sum(values);
+  if (Math.abs(total - 1) > 1e-3)
+    throw new RangeError(`${at}: the probabilities of its target sum to ${total}, expected 1`);
 }
 
 /**
@@ -642,14 +643,14 @@ function joinFeeds(all: readonly BatchFeeds[]): BatchFeeds {
   const joined = Object.entries(first!).map(([name, { type, dims }]) => {
     const parts = all.map((feeds) => feeds[name]!);
     const arrays = parts.map(({ data }) => data as Float32Array);
-    const length = arrays.reduce((sum, array) => sum + array.length, 0);
+    const length = sum(arrays, (array) => array.length);
     const data = new (arrays[0]!.constructor as Float32ArrayConstructor)(length);
     let at = 0;
     for (const array of arrays) {
       data.set(array, at);
       at += array.length;
     }
-    const rows = parts.reduce((sum, part) => sum + part.dims[0]!, 0);
+    const rows = sum(parts, (part) => part.dims[0]!);
     return [name, { ...(type !== undefined && { type }), dims: [rows, ...dims.slice(1)], data }] as const;
   });
   return Object.fromEntries(joined);
@@ -733,7 +734,7 @@ function logSumExp(logits: Float32Array): number {
 export function softmax(logits: Float32Array): Float32Array {
   const top = Math.max(...logits);
   const powers = logits.map((value) => Math.exp(value - top));
-  const total = powers.reduce((a, b) => a + b, 0);
+  const total = sum(powers);
   return powers.map((value) => value / total);
 }
 
@@ -786,7 +787,7 @@ export function likeliest({ probabilities, classes }: Distribution): number {
 
 /** Draws one class with its probability. */
 export function drawnFrom({ probabilities, classes }: Distribution, random: () => number): Distribution {
-  const total = Array.from(probabilities).reduce((sum, p) => sum + p, 0);
+  const total = sum(Array.from(probabilities));
   let left = random() * total;
   let at = 0;
   while (at < probabilities.length - 1 && (left -= probabilities[at]!) > 0) at++;

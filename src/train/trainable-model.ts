@@ -9,6 +9,7 @@ import { dataOf, type EngineTensor, type Tensors } from "../session/engine.ts";
 import type { Session } from "../session/session.ts";
 import type { BatchFeeds } from "../session/tokens.ts";
 import type { Trainable } from "../session/training.ts";
+import { elementsOf } from "../tensor/dtypes.ts";
 import { type Term, transpose } from "../tensor/term.ts";
 import { featuresOf, type HeadLayer, layersOf, zerosOf } from "./state.ts";
 import { batchTensors, type Targets } from "./supervision.ts";
@@ -220,7 +221,7 @@ export async function sessionModel(
       const logits = tokens ? [] : [logitsOutput];
       const outputs = [graph.lossOutput, ...logits, ...trained.map((name) => graph.gradients.get(name)!)];
       const results = await run({ ...feedsOf(batch, weights, scale), ...learn }, outputs);
-      const found = tokens ? values.length : logitsOf(results, rows).dims.reduce((a, b) => a * b, 1);
+      const found = tokens ? values.length : elementsOf(logitsOf(results, rows).dims);
       if (found !== values.length) {
         const message = `the model gives ${found} logits for ${rows} rows of ${labels.length} labels`;
         throw new BaseMismatchError(message, { module: logitsOutput, expected: values.length, found });

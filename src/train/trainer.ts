@@ -15,6 +15,7 @@ import type { OnProgress } from "../progress.ts";
 import type { Session } from "../session/session.ts";
 import { checkTokenizer, type Tokenizer } from "../session/tokens.ts";
 import type { AbortOptions } from "../source.ts";
+import { mean, sum } from "../tensor/dtypes.ts";
 import { normal, shuffle, uniform } from "../tensor/random.ts";
 import {
   answers,
@@ -149,10 +150,7 @@ export class Trainer {
   /** Counts of trained numbers: in terms, in the head. */
   get size(): { readonly terms: number; readonly head: number } {
     const { model, terms } = this.#setup;
-    const head = model.head.reduce(
-      (sum, { in: inputs, out, bias }) => sum + out * (inputs + Number(bias !== undefined)),
-      0,
-    );
+    const head = sum(model.head, ({ in: inputs, out, bias }) => out * (inputs + Number(bias !== undefined)));
     return { terms: terms.size, head };
   }
 
@@ -700,31 +698,19 @@ function fillCoefficients(
   values: Float32Array,
   K: number,
   donors: readonly Float32Array[] | undefined,
-  mean: boolean,
+  isMean: boolean,
   random: () => number,
 ): void {
   if (!donors) return fillNormal(values, random);
   const columns = Array.from({ length: K }, (_, k) => {
-    let count = 0;
-    let sum = 0;
-    let squares = 0;
-    for (const rows of donors) {
-      for (let i = k; i < rows.length; i += K) {
-        count++;
-        sum += rows[i]!;
-        squares += rows[i]! ** 2;
-      }
-    }
-    const centre = sum / count;
-    return { centre, deviation: Math.sqrt(Math.max(0, squares / count - centre * centre)) };
+    const column = donors.flatMap((rows) => Array.from(rows).filter((_, i) => i % K === k));
+    const centre = mean(column);
+    return { centre, deviation: Math.sqrt(Math.max(0, mean(column, (value) => value ** 2) - centre * centre)) };
   });
   for (let i = 0; i < values.length; i++) {
     const having = donors.filter(({ length }) => i < length);
     const { centre, deviation } = columns[i % K]!;
-    values[i] =
-      mean && having.length > 0
-        ? having.reduce((sum, rows) => sum + rows[i]!, 0) / having.length
-        : centre + deviation * normal(random);
+    values[i] = isMean && having.length > 0 ? mean(having, (rows) => rows[i]!) : centre + deviation * normal(random);
   }
 }
 

@@ -140,7 +140,7 @@ t.test("nobody says what is wanted: every task keeps within a share of its ΔW, 
     completeDtypes(),
   );
   t.ok(later[0]!.residual.total <= DEFAULT_ERROR, `added later: ${later[0]!.residual.total}`);
-  t.ok(report.decisions.length >= 1 && report.tried.every(({ bytes }) => bytes! >= report.bytes));
+  t.ok(report.tried.every(({ bytes }) => bytes! >= report.bytes));
 });
 
 t.test("int8 costs next to no error, a quarter of the bytes, and one more task under 7 kB", async (t) => {

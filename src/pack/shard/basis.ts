@@ -27,7 +27,7 @@ import {
 } from "../../format/encode.ts";
 import type { Value } from "../../format/fields.ts";
 import type { ByteSource, SourceInput } from "../../source.ts";
-import { DTYPES, type Dtype, type Dtypes, type TaskDtypes } from "../../tensor/dtypes.ts";
+import { DTYPES, type Dtype, type Dtypes, sum, type TaskDtypes } from "../../tensor/dtypes.ts";
 import { storing, UnstorableError } from "../../tensor/encode.ts";
 import type { OnWork } from "../../work.ts";
 import { projectAdapters } from "../add.ts";
@@ -228,7 +228,7 @@ export async function assemblePack(
   const owners = new Map<string, string>([...basis.tasks.keys()].map((id) => [id, basis.name]));
   const losses: (TaskLoss & { modules: number })[] = [];
   const places = await tasksOf(basis);
-  const total = parts.reduce((sum, { tasks }) => sum + tasks.length, 0);
+  const total = sum(parts, ({ tasks }) => tasks.length);
   for (const part of parts) {
     refuseOther(basis, first, part);
     for (const loss of part.tasks) {
@@ -246,7 +246,7 @@ export async function assemblePack(
   }
   places.sort((a, b) => compare(a.entry.id, b.entry.id));
   const { bytes, chunks } = await freshPack(basis, places);
-  const count = losses.reduce((sum, { modules }) => sum + modules, 0);
+  const count = sum(losses, ({ modules }) => modules);
   const worst = losses.reduce((a, b) => (b.max > a.max ? b : a));
   const report = {
     ...sizes(
@@ -256,7 +256,7 @@ export async function assemblePack(
     modules: basis.modules.length,
     dtype: first.dtype,
     error: {
-      mean: losses.reduce((sum, { mean, modules }) => sum + mean * modules, 0) / Math.max(count, 1),
+      mean: sum(losses, ({ mean, modules }) => mean * modules) / Math.max(count, 1),
       max: worst.max,
       worstTask: worst.id,
     },

@@ -7,6 +7,7 @@
  * checksum of its header and of every tensor, so that any safetensors reader can look into it. It is not a cache: a part says what it was made
  * from, and its owner decides what to make again.
  */
+
 import {
   type Adapter,
   compare,
@@ -35,6 +36,7 @@ import { pack } from "../../format/msgpackr.ts";
 import { openSource } from "../../open-source.ts";
 import { atOnce } from "../../pace.ts";
 import type { SourceInput } from "../../source.ts";
+import { sum } from "../../tensor/dtypes.ts";
 import {
   openSafetensors,
   parseJson,
@@ -101,7 +103,7 @@ export async function adapterStatistics(
   const products = await fastProducts();
   const summarise = async ({ shape, owners }: SharedModule<Adapter>): Promise<Record<"A" | "B", Summary>> => {
     const { name, out, in: inputs } = shape;
-    const rows = owners.reduce((sum, owner) => sum + rowsOf(owner, name), 0);
+    const rows = sum(owners, (owner) => rowsOf(owner, name));
     const sides = { A: collectSummary(rows, inputs, products), B: collectSummary(rows, out, products) };
     for (const owner of owners) {
       const given = pairOf(await owner.modules.get(name)!.read());
@@ -134,7 +136,7 @@ function counted<O>(
 ): Map<string, StatisticsModule> {
   return new Map(
     [...shared].map(([name, { shape, owners }]) => {
-      return [name, { ...shape, rows: owners.reduce((sum, owner) => sum + rowsOf(owner, name), 0) }];
+      return [name, { ...shape, rows: sum(owners, (owner) => rowsOf(owner, name)) }];
     }),
   );
 }
@@ -630,7 +632,7 @@ function readStatistics(part: Part): StatisticsPart {
       const bytes = await part.read(`${name}.ranks`);
       const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
       const ranks = Uint32Array.from(adapters, (_, i) => view.getUint32(4 * i, true));
-      const rows = ranks.reduce((sum, rank) => sum + rank, 0);
+      const rows = sum(ranks);
       const expected = modules.get(name)!.rows;
       if (rows !== expected) about.fail(`the ranks of ${name} add up to ${rows}, expected ${expected}`);
       return ranks;
