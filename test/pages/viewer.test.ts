@@ -103,7 +103,7 @@ t.test("what cannot be shown is said before a browser opens", async (t) => {
     [["missing.eigen"], 1, /missing\.eigen: cannot be opened/],
     [["notes.eigen"], 1, /this is JSON, expected an EigenLoRA pack/],
     [[data("adapters/own-seed")], 1, /holds 20 adapters; name one: /],
-    [[demo, "--port", "70000"], 2, /--port 70000: .*65536/],
+    [[demo, "--port", "70000"], 2, /--port 70000: .*65535/],
     [[demo, "--port", `${port}`], 2, /leave it out to take a free one/],
   ] as const) {
     const { error } = await json(status, "view", ...args, "--no-open");
