@@ -73,6 +73,7 @@ t.test(
     const context = await browser.newContext();
     const page = await context.newPage();
     page.setDefaultTimeout(90_000);
+    const devtools = await context.newCDPSession(page);
     const note = (text: string): Promise<void> => page.locator("#offline", { hasText: text }).waitFor();
     const get = (path: string, headers: Record<string, string> = {}) =>
       page.evaluate(
@@ -128,9 +129,15 @@ t.test(
       await page.evaluate(async () => {
         const registration = await navigator.serviceWorker.ready;
         await registration.update();
-        const settled = () =>
-          !registration.installing && !registration.waiting && registration.active?.state === "activated";
-        while (!settled()) await new Promise((resolve) => setTimeout(resolve, 50));
+        while (registration.installing) await new Promise((resolve) => setTimeout(resolve, 50));
+      });
+      // Chromium often lets the old worker stay for five minutes once the new one is ready.
+      await devtools.send("ServiceWorker.enable");
+      await devtools.send("ServiceWorker.stopAllWorkers");
+      await page.evaluate(async () => {
+        const registration = await navigator.serviceWorker.ready;
+        while (registration.waiting || registration.active?.state !== "activated")
+          await new Promise((resolve) => setTimeout(resolve, 50));
       });
       const hashes = await page.evaluate(async () => {
         const [mine] = (await caches.keys()).filter((name) => name.startsWith("eigenlora-"));
