@@ -137,8 +137,9 @@ t.test("random patterns match what JavaScript's engine matches", async (t) => {
     }),
     { numRuns: runs(4000), seed: 1 },
   );
-  t.ok(both > 1000 && both < 12_000, `${both} of 16000 match`);
-  t.ok(late < 1600, `${late} are not tried`);
+  const asked = 4 * runs(4000);
+  t.ok(both > asked / 16 && both < 0.75 * asked, `${both} of ${asked} match`);
+  t.ok(late < asked / 6, `${late} are refused, since they may take too long`);
 });
 
 t.test("random patterns match what Python matches", async (t) => {
