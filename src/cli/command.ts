@@ -309,7 +309,10 @@ export class Run {
   /** The kind of a file, by its first bytes; undefined for what is no file, or of no known kind. */
   async kindOf(path: string): Promise<FileKind | undefined> {
     const source = await openSource(path).catch(() => undefined);
-    return source && kindOfSource(this.closing(source));
+    const kind = source && (await kindOfSource(source));
+    // A command line may name more files than a process may hold open.
+    await source?.close?.();
+    return kind;
   }
 
   /** Tells a task file by its name, since a damaged one is to be refused as one, or by its first bytes. */

@@ -1,5 +1,4 @@
 /** The command inspect: the content of a pack, as its directory lists it. Reads no task. */
-
 import type { Pack } from "../core/pack.ts";
 import { keyName } from "../core/trust.ts";
 import { SECTION_FREE, type Side, WINDOW_BYTES } from "../format/format.ts";

@@ -118,9 +118,10 @@ async function nBits(read: Read, node: NodeProto): Promise<WeightAt | undefined>
   const values = integersIn(packed.bytes, bits, false);
   // Each row of zero points is padded to whole bytes.
   const rowOfZeros = (Math.ceil((blocks * bits) / 8) * 8) / bits;
-  const isWhole = packed.bytes.length * 8 >= out * blocks * size * bits && countOf(scales) >= out * blocks;
+  const isWhole = packed.bytes.length * 8 >= out * blocks * size * bits && elementsOf(scales.shape) >= out * blocks;
   const isBased =
-    !zeros || (zeros.integer ? zeros.bytes.length * 8 >= out * rowOfZeros * bits : countOf(zeros) >= out * blocks);
+    !zeros ||
+    (zeros.integer ? zeros.bytes.length * 8 >= out * rowOfZeros * bits : elementsOf(zeros.shape) >= out * blocks);
   if (!isWhole || !isBased) return undefined;
   const packedZeros = zeros?.integer ? integersIn(zeros.bytes, bits, false) : undefined;
   const zeroAt = (o: number, block: number): number =>
@@ -130,10 +131,6 @@ async function nBits(read: Read, node: NodeProto): Promise<WeightAt | undefined>
     const at = o * blocks + block;
     return (values(at * size + (n % size)) - zeroAt(o, block)) * scales.at(at);
   };
-}
-
-function countOf({ shape }: TensorValues): number {
-  return elementsOf(shape);
 }
 
 /** Decodes integers with scales and zero points: one for all, one for each column or row, or blocks along one axis. */
@@ -153,7 +150,7 @@ async function affine(
   const zeros = await read(quantization.zero);
   const { axis, block } = quantization;
   const [rows, columns] = shape as [number, number];
-  const count = countOf(scales);
+  const count = elementsOf(scales.shape);
   const place = (row: number, column: number): number => {
     if (count === 1) return 0;
     if (block === 0) return axis === 0 ? row : column;

@@ -512,8 +512,8 @@ export function scaled(
 }
 
 /**
- * What tasks bring, by the pack's names, without the base: saved modules as they are. Of the others the caller has the base's
- * values.
+ * Parameters that tasks bring, by the pack's names. Saved modules stay as they are; the others are added to the base's values.
+ * @param base the base's value of a parameter; undefined leaves it out
  * @throws TaskError when saved modules cannot be blended
  */
 function mergeAll(

@@ -787,8 +787,7 @@ export function likeliest({ probabilities, classes }: Distribution): number {
 
 /** Draws one class with its probability. */
 export function drawnFrom({ probabilities, classes }: Distribution, random: () => number): Distribution {
-  const total = sum(Array.from(probabilities));
-  let left = random() * total;
+  let left = random() * sum(Array.from(probabilities));
   let at = 0;
   while (at < probabilities.length - 1 && (left -= probabilities[at]!) > 0) at++;
   if (classes) return certain(classes[at]!);

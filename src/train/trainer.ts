@@ -703,7 +703,7 @@ function fillCoefficients(
 ): void {
   if (!donors) return fillNormal(values, random);
   const columns = Array.from({ length: K }, (_, k) => {
-    const column = donors.flatMap((rows) => Array.from(rows).filter((_, i) => i % K === k));
+    const column = donors.flatMap((rows) => Array.from({ length: rows.length / K }, (_, i) => rows[i * K + k]!));
     const centre = mean(column);
     return { centre, deviation: Math.sqrt(Math.max(0, mean(column, (value) => value ** 2) - centre * centre)) };
   });

@@ -27,7 +27,7 @@ function matchesInTime(pattern: string, name: string): boolean | undefined {
 /** PEFT's question to Python, asked of JavaScript's engine: the same for ASCII. */
 const byEngine = (pattern: string, name: string): boolean => new RegExp(`^(.*\\.)?(${pattern})$`).test(name);
 
-/** Those that the random patterns below do not have, and names as people write them. */
+/** Constructs that the random patterns below lack, and names as people write them. */
 t.test("what constructs match", async (t) => {
   const name = "model.layers.12.self_attn.q_proj";
   const cases: [pattern: string, matched: boolean][] = [

@@ -395,65 +395,68 @@ async function alone(
   return state;
 }
 
-t.test("a switch that takes long has pauses, in which nobody sees half of it and it can be aborted", async (t) => {
-  // Every look at the clock finds that much time has passed, so that there is a pause after each module.
-  const { now } = performance;
-  let time = 0;
-  performance.now = () => (time += 50);
-  t.teardown(() => (performance.now = now));
-  for (const [host, make] of Object.entries({ ...HOSTS, ...(gpu && { "buffers of a device": onDevice }) })) {
-    const counts = { made: 0, aborted: 0, seen: 0, refused: 0 };
-    for (let seed = 1; seed <= (make === onDevice ? (soak ? 3 : 2) : soak ? 8 : 4); seed++) {
-      const random = chance(seed);
-      const { bytes, ids } = await (packs.get(seed) ?? randomPack(seed));
-      const base = randomBase(seed, "f32");
-      const options: BackendOptions = { backend: make === onDevice ? "webgpu" : "js" };
-      const rig = await make(bytes, base, options);
-      let last: Wanted = { selection: null };
-      for (let step = 0; step < 6; step++) {
-        const wanted = { selection: random.of([...ids, null]) };
-        const before = await rig.state();
-        const controller = new AbortController();
-        let over = false;
-        const abortAfter = random.of([0, 1, 2, 100, Infinity, Infinity, Infinity]);
-        const looking = (async () => {
-          for (let turn = 0; ; turn++) {
-            await new Promise(setImmediate);
-            if (over) return;
-            if (turn === abortAfter) controller.abort();
-            try {
-              rig.runtime.changes();
-              if (rig.runtime.mode !== "folded" && differing(await rig.state(), before).length > 0)
-                throw new Error("half a switch");
-              counts.seen++;
-            } catch (error) {
-              if (!/between two tasks: wait for a switch/.test((error as Error).message)) throw error;
-              counts.refused++;
+for (const [host, make] of Object.entries({ ...HOSTS, ...(gpu && { "buffers of a device": onDevice }) }))
+  t.test(
+    `${host}: a switch that takes long has pauses, in which nobody sees half of it and it can be aborted`,
+    async (t) => {
+      // Every look at the clock finds that much time has passed, so that there is a pause after each module.
+      const { now } = performance;
+      let time = 0;
+      performance.now = () => (time += 50);
+      t.teardown(() => (performance.now = now));
+      const counts = { made: 0, aborted: 0, seen: 0, refused: 0 };
+      for (let seed = 1; seed <= (make === onDevice ? (soak ? 3 : 2) : soak ? 8 : 4); seed++) {
+        const random = chance(seed);
+        const { bytes, ids } = await (packs.get(seed) ?? randomPack(seed));
+        const base = randomBase(seed, "f32");
+        const options: BackendOptions = { backend: make === onDevice ? "webgpu" : "js" };
+        const rig = await make(bytes, base, options);
+        let last: Wanted = { selection: null };
+        for (let step = 0; step < 6; step++) {
+          const wanted = { selection: random.of([...ids, null]) };
+          const before = await rig.state();
+          const controller = new AbortController();
+          let over = false;
+          const abortAfter = random.of([0, 1, 2, 100, Infinity, Infinity, Infinity]);
+          const looking = (async () => {
+            for (let turn = 0; ; turn++) {
+              await new Promise(setImmediate);
+              if (over) return;
+              if (turn === abortAfter) controller.abort();
+              try {
+                rig.runtime.changes();
+                if (rig.runtime.mode !== "folded" && differing(await rig.state(), before).length > 0)
+                  throw new Error("half a switch");
+                counts.seen++;
+              } catch (error) {
+                if (!/between two tasks: wait for a switch/.test((error as Error).message)) throw error;
+                counts.refused++;
+              }
             }
+          })();
+          const result = await rig.runtime.switchTask(wanted.selection, { signal: controller.signal }).then(
+            () => "made",
+            (error: Error) => (error.name === "AbortError" ? "aborted" : error.message),
+          );
+          over = true;
+          await looking;
+          if (result === "made") last = wanted;
+          else if (result !== "aborted") {
+            // Some tasks need a base.
+            if (!/pass `base`/.test(result)) throw new Error(`${host}, seed ${seed}: ${result}`);
+            continue;
           }
-        })();
-        const result = await rig.runtime.switchTask(wanted.selection, { signal: controller.signal }).then(
-          () => "made",
-          (error: Error) => (error.name === "AbortError" ? "aborted" : error.message),
-        );
-        over = true;
-        await looking;
-        if (result === "made") last = wanted;
-        else if (result !== "aborted") {
-          // Some tasks need a base.
-          if (!/pass `base`/.test(result)) throw new Error(`${host}, seed ${seed}: ${result}`);
-          continue;
+          counts[result as "made" | "aborted"]++;
+          if (rig.runtime.task !== last.selection) throw new Error(`${host}: the task is ${rig.runtime.task}`);
+          const off = differing(await rig.state(), await alone(make, bytes, base, options, last));
+          if (off.length > 0)
+            throw new Error(`${host}, seed ${seed}, step ${step}, ${result}: ${off.join(", ")} differ`);
         }
-        counts[result as "made" | "aborted"]++;
-        if (rig.runtime.task !== last.selection) throw new Error(`${host}: the task is ${rig.runtime.task}`);
-        const off = differing(await rig.state(), await alone(make, bytes, base, options, last));
-        if (off.length > 0) throw new Error(`${host}, seed ${seed}, step ${step}, ${result}: ${off.join(", ")} differ`);
+        await rig.runtime.close();
       }
-      await rig.runtime.close();
-    }
-    t.ok(counts.made > 0 && counts.aborted > 0, `${host}: ${JSON.stringify(counts)}`);
-    if (/array|file/.test(host)) t.ok(counts.refused > 0, "weights between two tasks are not handed out");
-    if (/^core$|factors/.test(host))
-      t.ok(counts.seen > 0, "the terms from before are there until all of the new ones are");
-  }
-});
+      t.ok(counts.made > 0 && counts.aborted > 0, `${host}: ${JSON.stringify(counts)}`);
+      if (/array|file/.test(host)) t.ok(counts.refused > 0, "weights between two tasks are not handed out");
+      if (/^core$|factors/.test(host))
+        t.ok(counts.seen > 0, "the terms from before are there until all of the new ones are");
+    },
+  );

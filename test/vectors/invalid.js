@@ -21,7 +21,7 @@ import {
 import { createModel } from "./model.js";
 import { everyKind, ranked, SIGNER, STRANGER, sides, taskFileOf, VALID } from "./valid.js";
 
-/** Edits `everyKind`, and what `packFile` is told beside it. */
+/** Edits the pack of `everyKind`, and the options of `packFile`. */
 const edited = (edit) => () => {
   const { pack } = everyKind();
   return packFile({ ...pack, ...edit(pack) });
