@@ -187,12 +187,15 @@ export function fold(
   );
 }
 
-/** out[i] = magnitude[i] / √sums[i], 0 where the sum is 0. */
+/** out[i] = magnitude[i] / √sums[i]; 0 where the sum is 0, NaN where the quotient becomes no normal f32. */
 function finishScale(out: usize, magnitude: usize, count: i32): void {
   for (let i = 0; i < count; i++) {
     const at = <usize>i << 2;
     const sum = load<f64>(SUMS + 2 * at);
-    store<f32>(out + at, sum == 0 ? 0 : <f32>(<f64>load<f32>(magnitude + at) / Math.sqrt(sum)));
+    const exact = sum == 0 ? 0 : <f64>load<f32>(magnitude + at) / Math.sqrt(sum), scale = <f32>exact;
+    // Neither the least exponent, of 0 and subnormals, nor the greatest, of infinity and NaN.
+    const isNormal = (reinterpret<u32>(scale) + 0x800000 & 0x7f000000) != 0;
+    store<f32>(out + at, exact == 0 || isNormal ? scale : NaN);
   }
 }
 

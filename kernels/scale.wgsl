@@ -1,9 +1,10 @@
 // DoRA's scale of one axis: out[i] = magnitude[i] / ‖(base + leftᵀ·right)[i, :]‖₂ over rows, or over [:, j] over columns. A
-// zero norm gives 0.
+// zero norm or magnitude gives 0; NaN stands for another scale that is no normal f32.
 //
 //   base          [rows, columns] of f32, f16 or bf16, rows `stride` elements apart, from any element of its binding
 //   left, right   f32 [rank, rows] and [rank, columns]
-//   magnitude     f32 [rows] or [columns], as out
+//   magnitude     f32 [rows] or [columns]
+//   out           the bits of as many f32, since shaders may take it that no f32 is NaN
 //
 // A workgroup sums the squares of one row, or of ACROSS columns, in f32: partial sums of its invocations, then a tree.
 
@@ -27,7 +28,7 @@ struct Job {
 }
 
 @group(0) @binding(0) var<uniform> job: Job;
-@group(0) @binding(1) var<storage, read_write> out: array<f32>;
+@group(0) @binding(1) var<storage, read_write> out: array<u32>;
 @group(0) @binding(2) var<storage, read> left: array<f32>;
 @group(0) @binding(3) var<storage, read> right: array<f32>;
 @group(0) @binding(4) var<storage, read> magnitude: array<f32>;
@@ -63,11 +64,16 @@ fn reduce(lane: u32, least: u32) {
 }
 
 fn put(index: u32, squares: f32) {
-  var scale = 0.0;
+  var bits = 0u;
   if (squares > 0.0) {
-    scale = magnitude[job.magnitude + index] / sqrt(squares);
+    let given = magnitude[job.magnitude + index];
+    bits = bitcast<u32>(given / sqrt(squares));
+    // The least exponent is that of 0 and subnormals, the greatest that of infinity and NaN.
+    if (given != 0.0 && ((bits + 0x800000u) & 0x7f000000u) == 0u) {
+      bits = 0x7fc00000u;
+    }
   }
-  out[job.out + index] = scale;
+  out[job.out + index] = bits;
 }
 
 @compute @workgroup_size(256)

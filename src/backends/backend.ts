@@ -112,7 +112,8 @@ export interface FoldJob extends WeightJob {
 
 /**
  * DoRA's scale of one axis: out[i] = magnitude[i] / ‖(base + leftᵀ·right)[i, :]‖₂ for axis "rows", over [:, j] for
- * "columns". Squares are accumulated in f64 where the backend has it. A zero norm gives 0.
+ * "columns". Squares are accumulated in f64 where the backend has it. A zero norm gives 0. NaN stands for another scale that is no
+ * normal f32: it would have lost digits, or all.
  */
 export interface ScaleJob extends WeightJob {
   /** f32 [rows] or [columns]. */
@@ -185,7 +186,7 @@ export function weightBytes({ dtype, rows, columns, stride }: WeightJob): number
 }
 
 /** A tile of a matrix: its first row, how many rows, its first column, how many columns. */
-export type Tile = readonly [row: number, rows: number, column: number, columns: number];
+type Tile = readonly [row: number, rows: number, column: number, columns: number];
 
 /**
  * Divides a matrix, row by row, into tiles that take at most `most` products where each of its numbers takes `depth`: whole rows where four

@@ -142,7 +142,11 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
     yield* this.#product(job, (row, i, j) => {
       for (let c = 0; c < row.length; c++) sums[byRow ? i : j + c]! += row[c]! * row[c]!;
     });
-    for (let i = 0; i < length; i++) out[i] = sums[i] === 0 ? 0 : magnitude[i]! / Math.sqrt(sums[i]!);
+    for (let i = 0; i < length; i++) {
+      const scale = sums[i] === 0 ? 0 : magnitude[i]! / Math.sqrt(sums[i]!);
+      const size = Math.abs(Math.fround(scale));
+      out[i] = scale === 0 || (size >= 2 ** -126 && size < Infinity) ? scale : NaN;
+    }
   }
 
   /** Calls `use` with all rows of base + leftᵀ·right in f32, or parts of them from column j on. The array is the same each time. */

@@ -41,7 +41,7 @@ export interface ActiveTask {
 }
 
 /** Rows of a factor that expand from a basis. */
-export interface Expansion {
+interface Expansion {
   /** First f32 of the coefficients [rows, basis rows] in the upload buffer. */
   readonly at: number;
   /** Rows of coefficients: the rank (column) or 1 (flat). */
@@ -71,7 +71,7 @@ interface StoredRows {
 }
 
 /** A factor, row by row. Where a plan has a core, residual rows go by pairs of both factors. */
-export interface FactorPlan {
+interface FactorPlan {
   readonly expansions: Expansion[];
   readonly residual: ResidualRows[];
 }
@@ -252,8 +252,7 @@ export class KernelSession {
     const { values, used } = this.buffer;
     const uploaded = this.reserve("coefficients", 4 * used);
     this.reserve("factors", this.#layOut(plans));
-    const scaled = plans.filter((plan) => plan.magnitude !== undefined);
-    this.reserve("scale", 4 * Math.max(0, ...scaled.map((plan) => this.modules[plan.module]!.out)));
+    this.reserve("scale", plans.some(isScaled) ? 4 * used : 0);
     this.backend.upload(uploaded, new Uint8Array(values.buffer, 0, 4 * used));
   }
 
@@ -326,7 +325,7 @@ export class KernelSession {
   *fold(plan: ModulePlan, weight: Stored, base: Slice, out: Slice): Generator<void> {
     const { backend } = this;
     yield* this.expand(plan);
-    const scale = plan.magnitude === undefined ? undefined : yield* this.rowScale(plan, weight, base);
+    const scale = isScaled(plan) ? yield* this.rowScale(plan, weight, base) : undefined;
     const scaled = weight.transposed ? { columnScale: scale } : { rowScale: scale };
     const job: FoldJob = { ...this.#job(plan, weight, base), out, ...scaled };
     if (backend.folding) yield* backend.folding(job);
@@ -338,8 +337,8 @@ export class KernelSession {
   *rowScale(plan: ModulePlan, weight: Stored, base: Slice): Generator<void, Slice> {
     const { backend } = this;
     yield* this.expand(plan);
-    const out = this.reserved("scale");
-    const magnitude = at(this.reserved("coefficients").block, 4 * plan.magnitude!);
+    const out = after(this.reserved("scale"), 4 * plan.magnitude!);
+    const magnitude = after(this.reserved("coefficients"), 4 * plan.magnitude!);
     const axis = weight.transposed ? "columns" : "rows";
     const job: ScaleJob = { ...this.#job(plan, weight, base), out, magnitude, axis };
     if (backend.scaling) yield* backend.scaling(job);
@@ -359,6 +358,10 @@ export class KernelSession {
     this.backend.copy(from, to, byteLength);
     this.dispatches++;
   }
+}
+
+export function isScaled({ magnitude }: ModulePlan): boolean {
+  return magnitude !== undefined;
 }
 
 function align16(bytes: number): number {

@@ -1,6 +1,6 @@
 /**
  * Identity of a base's weights: which of them a module of an adapter is, by its name or by that of another version of transformers;
- * fingerprints; values that tied weights share; and errors for a module whose weight is not there or not as it must be.
+ * fingerprints; values that tied weights share; and errors for a module whose weight is not there, not as it must be, or not of DoRA's size.
  */
 import { nearest } from "../arguments.ts";
 import { BaseMismatchError } from "../errors.ts";
@@ -16,6 +16,7 @@ import {
   sameShape,
   type WeightHost,
 } from "./base.ts";
+import { isScaled, type KernelSession, type ModulePlan } from "./kernel-session.ts";
 import type { ParameterChange } from "./merge.ts";
 
 /** Segments that are dropped at most, so that a long name makes no more than a few others. */
@@ -480,4 +481,23 @@ export function biasedRows(weight: string): BaseMismatchError {
       `merged. Use PEFT's merged model; or, to leave the layer as it is, pass ignore: ["${weight}"]`,
     { module },
   );
+}
+
+/**
+ * DoRA's scales of plans that have been computed: each begins at its plan's `magnitude`.
+ * @throws BaseMismatchError where one is NaN (see `ScaleJob`)
+ */
+export async function scalesOf(plans: readonly ModulePlan[], kernels: KernelSession): Promise<Float32Array> {
+  const scaled = plans.filter(isScaled);
+  if (scaled.length === 0) return new Float32Array(0);
+  const { buffer, byteOffset } = await kernels.bytesAt(kernels.reserved("scale"), 4 * kernels.buffer.used);
+  const scales = new Float32Array(buffer, byteOffset, kernels.buffer.used);
+  for (const { module, magnitude } of scaled) {
+    const { name, out } = kernels.modules[module]!;
+    const row = scales.subarray(magnitude, magnitude! + out).findIndex(Number.isNaN);
+    if (row < 0) continue;
+    const message = `"${name}": row ${row}: DoRA's magnitude ÷ the row's norm is out of f32's range: was the task trained on another base?`;
+    throw new BaseMismatchError(message, { module: name });
+  }
+  return scales;
 }

@@ -24,6 +24,7 @@ import {
   writeCore,
 } from "./kernel-session.ts";
 import { refuseMagnitudes } from "./merge.ts";
+import { scalesOf } from "./mismatch.ts";
 import type { PackView } from "./part.ts";
 import { loadParts } from "./selection.ts";
 import { type RuntimeContext, readWeight, type TaskChange, type TaskWriter } from "./weights.ts";
@@ -294,12 +295,14 @@ export async function unfold(
     const { data, dtype, transposed = false } = weightOf(plan.module);
     const base = kernels.reserve("weight", data.length);
     kernels.backend.upload(base, data);
-    // DoRA's scale [out], in scratch memory until the next is made.
     const turn = paced(kernels.rowScale(plan, { dtype, transposed }, base), pause);
     if (turn) await turn;
-    const { out } = kernels.modules[plan.module]!;
-    const rowScale = floatsOf(await kernels.bytesAt(kernels.reserved("scale"), 4 * out)).slice();
-    terms.set(plan.module, { ...terms.get(plan.module)!, rowScale });
+  }
+  const scales = await scalesOf(plans, kernels);
+  for (const { module, magnitude } of plans) {
+    if (magnitude === undefined) continue;
+    const rowScale = scales.slice(magnitude, magnitude + kernels.modules[module]!.out);
+    terms.set(module, { ...terms.get(module)!, rowScale });
   }
   return terms;
 }

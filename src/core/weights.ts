@@ -9,8 +9,8 @@ import type { PackModule } from "../format/format.ts";
 import { atOnce, paced, pacer } from "../pace.ts";
 import type { ReadOptions } from "../source.ts";
 import { type CpuView, type Located, onDevice, type WeightHost } from "./base.ts";
-import type { ActiveTask, KernelSession, ModulePlan } from "./kernel-session.ts";
-import type { WeightResolver } from "./mismatch.ts";
+import { type ActiveTask, isScaled, type KernelSession, type ModulePlan } from "./kernel-session.ts";
+import { scalesOf, type WeightResolver } from "./mismatch.ts";
 import type { PackView } from "./part.ts";
 import { cannotPutBack } from "./selection.ts";
 
@@ -222,6 +222,7 @@ export class FoldedWeights implements TaskWriter {
       for (const name of transaction ? names : [])
         await transaction!.write(name, parameters.get(name) ?? this.#pristine(name) ?? null);
       await backend.finish();
+      if (plans.some(isScaled)) await scalesOf(plans, kernels);
       await transaction?.commit();
     } catch (error) {
       try {

@@ -431,16 +431,23 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     );
   });
 
-  check("scale of a zero row or column is 0", async (t, backend) => {
-    const base = Float32Array.of(0, 0, 0, 0, 3, 4);
+  check("scale of a zero row or column is 0, one that leaves the normal numbers NaN", async (t, backend) => {
     const nothing = place(backend, new Uint8Array(0), 0);
-    for (const [axis, expected] of [
-      ["rows", [0, 0.4]],
-      ["columns", [0, 2 / 3, 0.5]],
+    for (const [axis, each, base, expected] of [
+      ["rows", 2, [0, 0, 0, 0, 3, 4], [0, 0.4]],
+      ["columns", 2, [0, 0, 0, 0, 3, 4], [0, 2 / 3, 0.5]],
+      ["rows", 1e-30, [0, 0, 0, 1e15, 1, 1], [0, NaN]],
+      ["columns", -1e30, [0, 1e-15, 1, 0, 0, 0], [0, NaN, -1e30]],
     ] as const) {
       const out = place(backend, new Uint8Array(4 * expected.length), 0);
-      const magnitude = place(backend, bytesOf(new Float32Array(expected.length).fill(2)), 0);
-      const weight = { base: place(backend, bytesOf(base), 0), dtype: "f32", rows: 2, columns: 3, stride: 3 } as const;
+      const magnitude = place(backend, bytesOf(new Float32Array(expected.length).fill(each)), 0);
+      const weight = {
+        base: place(backend, bytesOf(Float32Array.from(base)), 0),
+        dtype: "f32",
+        rows: 2,
+        columns: 3,
+        stride: 3,
+      } as const;
       backend.scale({ out, magnitude, ...weight, left: nothing, right: nothing, rank: 0, axis });
       const found = new Float32Array((await download(backend, out, 4 * expected.length)).buffer);
       t.strictSame([...found], expected.map(Math.fround), axis);

@@ -1,4 +1,5 @@
 import { spawnSync } from "node:child_process";
+import { randomInt } from "node:crypto";
 import { readdir, readFile } from "node:fs/promises";
 import { basename } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -296,7 +297,9 @@ t.test(
   `${COUNT} mutants with right checksums: refused by name, or read${noPython ? "" : " as SPEC.md says"}`,
   { timeout: soak ? 7_200_000 : 280_000 },
   async (t) => {
-    const { refused, folded, wrong } = await runMutants(1, COUNT, !noPython);
+    // Each soak takes other mutants; in 3111386 DoRA's scale is below what f32 holds exactly.
+    const first = soak ? randomInt(2 ** 31) : 3_111_000;
+    const { refused, folded, wrong } = await runMutants(first, COUNT, !noPython);
     t.same(wrong.slice(0, 5), []);
     t.ok(refused > COUNT / 2 && refused < COUNT, `${refused} were refused`);
     if (!noPython) t.ok(folded > COUNT / 5, `${folded} were folded`);
