@@ -1,14 +1,22 @@
 /**
  * The command check: whether a pack works on a model, which modes do, what a session costs, and what to do where it does not. It
- * plans as a session does (src/session/survey.ts); where onnxruntime-node is installed it makes one, too, and runs it.
+ * plans as a session does, so that the two cannot disagree, and lists all obstacles, where a session stops at the first; where onnxruntime-node
+ * is installed it makes one, too, and runs it.
  */
 import { basename, extname } from "node:path";
 import { createEigenSession, createEigenSessions } from "../../bindings/onnxruntime.ts";
 import type { Ort } from "../../bindings/ort-engine.ts";
 import type { Pack } from "../core/pack.ts";
-import { readModel } from "../onnx/read.ts";
-import type { SessionOptions } from "../session/options.ts";
-import { type Survey, surveyFiles, surveyModel } from "../session/survey.ts";
+import { type PackView, partOf } from "../core/part.ts";
+import { BaseMismatchError, type EigenLoraError, FormatError } from "../errors.ts";
+import { isOfModule } from "../format/format.ts";
+import { fusedNode } from "../onnx/linear.ts";
+import type { OnnxParameter } from "../onnx/modules.ts";
+import { type ModelFile, readModel } from "../onnx/read.ts";
+import { Residence } from "../session/group.ts";
+import { ModelMatcher } from "../session/match.ts";
+import type { Mode, SessionOptions } from "../session/options.ts";
+import { broughtBy, planSession } from "../session/prepare.ts";
 import { type Attach, command } from "./command.ts";
 import { openRuntime, WITHOUT_NUGET } from "./model.ts";
 import { inFlags, list, match, refuseUnknown, toggle, UsageError } from "./options.ts";
@@ -90,12 +98,21 @@ async function survey(
   pack: Pack,
   options: CheckOptions,
 ): Promise<{ files: Surveyed[]; lost: string | undefined }> {
-  const reads = [...models].map(([name, path]) => [name, () => readModel(path)] as const);
-  const [[name, read]] = reads as [(typeof reads)[number]];
-  if (models.size === 1)
-    return { files: [[name, inWords(await surveyModel(await read(), pack, options))]], lost: undefined };
-  const { files, unmatched } = await surveyFiles(new Map(reads), pack, options);
-  return { files: [...files].map(([name, found]) => [name, inWords(found)]), lost: inWords(unmatched ?? undefined) };
+  const residence = models.size > 1 ? new Residence(pack, "refuse") : undefined;
+  const files: Surveyed[] = [];
+  for (const [name, path] of models) {
+    const file = await readModel(path);
+    const { made: modules, why } = await attempt(
+      async () =>
+        await residence?.in(file, name, options).catch(async (error: unknown) => {
+          await file.close();
+          throw error;
+        }),
+    );
+    files.push([name, inWords(why ?? (await surveyModel(file, pack, modules ? { ...options, modules } : options)))]);
+  }
+  const { why } = await attempt(async () => residence?.refuseUnmatched());
+  return { files, lost: inWords(why ?? undefined) };
 }
 
 /** The same with flags in place of the library's options, in all texts. */
@@ -150,6 +167,155 @@ async function tryLearning(ort: Ort, model: string, pack: Pack, options: CheckOp
   } catch (error) {
     return { works: false, says: (error as Error).message };
   }
+}
+
+// The survey of a file.
+
+interface SurveyedModule {
+  readonly module: string;
+  /** The model's name of its weight; null where it is not found or does not fit. */
+  readonly weight: string | null;
+  /** The initializer that holds it, and its type there: "quantised" for integers. */
+  readonly initializer: string | null;
+  readonly type: string | null;
+  readonly nodes: readonly string[];
+  /** True if the pack's fingerprint is the weight's. Null: there is none, or it was not asked for. */
+  readonly confirmed: boolean | null;
+  /** The fault, if there is one. */
+  readonly why: string | null;
+  readonly misfit: boolean;
+  /** Names in the model that are like it. */
+  readonly candidates: readonly string[];
+}
+
+/** A parameter that tasks bring next to their terms, and is not left out. */
+interface SurveyedParameter {
+  readonly name: string;
+  readonly role: string;
+  /** The reason why it is not found. */
+  readonly why: string | null;
+}
+
+/** True if a mode works; the obstacle if not. */
+interface SurveyedMode {
+  readonly works: boolean;
+  readonly why: string | null;
+}
+
+export interface Survey {
+  /** The mode that "auto" takes, and the reason; null where no mode works. */
+  readonly mode: Mode | null;
+  readonly reason: string;
+  readonly opset: number;
+  /** The operator that holds several layers in one, where an optimiser has fused them. */
+  readonly fused: string | null;
+  /** Which half of an encoder-decoder it may be. */
+  readonly half: "encoder" | "decoder" | null;
+  readonly modules: readonly SurveyedModule[];
+  readonly parameters: readonly SurveyedParameter[];
+  readonly modes: Readonly<Record<Mode, SurveyedMode>>;
+  /** True if it can be made to learn, as far as can be told without a run. */
+  readonly learning: SurveyedMode;
+}
+
+/** Closes the file; a plan changes nothing of it. @throws SourceError, FormatError when the pack cannot be read */
+export async function surveyModel(file: ModelFile, pack: Pack, options: SessionOptions = {}): Promise<Survey> {
+  let section: Awaited<ReturnType<Pack["bases"]>> | undefined;
+  try {
+    section = await pack.bases();
+    const { bytes: bases } = section;
+    const { modules } = options;
+    const { model } = file;
+    const view = modules === undefined ? pack : partOf(pack, modules);
+    const planned = await attempt(() => planSession(file, view, bases, options));
+    const plan = planned.made;
+    const survey = async (mode: Mode): Promise<SurveyedMode> => {
+      const { why } = await attempt(() => planSession(file, view, bases, { ...options, mode }));
+      return { works: why === null, why };
+    };
+    const modes = { core: await survey("core"), factors: await survey("factors"), folded: await survey("folded") };
+    const both = [...(plan?.base.heads ?? [])].find(([, { adapted }]) => adapted)?.[0];
+    const { halfOf, refuseParts } = await import("../session/training.ts");
+    const parts = await attempt(async () => refuseParts(file, pack, modules));
+    const form = plan?.changes.modules.find(({ kind }) => kind !== "linear");
+    const why =
+      parts.why ??
+      (both === undefined ? modes.factors.why : `tasks bring "${both}" whole and others adapt it`) ??
+      (form ? `"${form.name}" is no linear layer (${form.kind})` : null);
+    return {
+      mode: plan?.mode ?? null,
+      reason: plan?.reason ?? planned.why!,
+      opset: model.opset,
+      fused: fusedNode(model)?.opType ?? null,
+      half: halfOf(file) ?? null,
+      modules: await surveyModules(file, view, bases, options),
+      parameters: await surveyParameters(file, view, options),
+      modes,
+      learning: { works: why === null, why },
+    };
+  } finally {
+    section?.close();
+    await file.close();
+  }
+}
+
+/** Makes something, or gives the reason why it is refused. */
+async function attempt<T>(make: () => Promise<T>): Promise<{ made?: T; why: string | null; error?: EigenLoraError }> {
+  try {
+    return { made: await make(), why: null };
+  } catch (error) {
+    if (!(error instanceof BaseMismatchError || error instanceof FormatError)) throw error;
+    return { why: error.message, error };
+  }
+}
+
+/** Each by itself, so that one that is missing hides no other. */
+async function surveyModules(
+  file: ModelFile,
+  pack: PackView,
+  bases: Uint8Array,
+  options: SessionOptions,
+): Promise<SurveyedModule[]> {
+  const matcher = new ModelMatcher(file, options);
+  const found: SurveyedModule[] = [];
+  for (const module of pack.modules) {
+    const { made, why, error } = await attempt(() => matcher.weights([module]));
+    const [weight] = made ?? [];
+    const checked =
+      weight && options.anyBase !== true ? await attempt(() => matcher.confirms(module, weight, bases)) : undefined;
+    found.push({
+      module: module.name,
+      weight: weight?.name ?? null,
+      initializer: weight?.initializer ?? null,
+      type: weight ? (weight.dtype === "other" ? "quantised" : weight.dtype) : null,
+      nodes: weight ? nodesThatUse(weight) : [],
+      confirmed: checked?.made === true ? true : checked?.why ? false : null,
+      why: why ?? checked?.why ?? null,
+      misfit: error instanceof BaseMismatchError && error.expected !== undefined,
+      candidates: error instanceof BaseMismatchError ? (error.candidates ?? []) : [],
+    });
+  }
+  return found;
+}
+
+function nodesThatUse({ uses, copies }: OnnxParameter): string[] {
+  const all = [uses, ...copies.map((copy) => copy.uses)].flat();
+  return [...new Set(all.map(({ node }) => node.name || `${node.opType} of ${node.output[0]}`))];
+}
+
+async function surveyParameters(
+  file: ModelFile,
+  pack: PackView,
+  options: SessionOptions,
+): Promise<SurveyedParameter[]> {
+  const matcher = new ModelMatcher(file, options);
+  const found: SurveyedParameter[] = [];
+  for (const { role, name } of await broughtBy(pack, options)) {
+    if (isOfModule(role) || matcher.ignores(name)) continue;
+    const { why } = await attempt(async () => (await matcher.dropped(name)) ?? matcher.parameter(name, role));
+    found.push({ name, role, why });
+  }
+  return found;
 }
 
 // Text.

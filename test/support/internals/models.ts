@@ -1,6 +1,7 @@
 /** Reaches inside the built package for tests: oNNX graphs made and changed node by node, and a session's decisions. */
 
 export { optionsFor, whileAlive } from "../../../dist/bindings/ort-engine.js";
+export { type Survey, surveyModel } from "../../../dist/src/cli/check.js";
 export { readVector } from "../../../dist/src/onnx/dequantize.js";
 export { inject, type TaskInput } from "../../../dist/src/onnx/inject.js";
 export { type AdaptedHead, type AdaptedLayer, endOf, linearsOf } from "../../../dist/src/onnx/linear.js";
@@ -17,6 +18,5 @@ export { readLinearWeight } from "../../../dist/src/onnx/weights.js";
 export { detachWeights, embedWeights } from "../../../dist/src/onnx/write.js";
 export { CacheWatch } from "../../../dist/src/session/caches.js";
 export { planSession, prepareModel } from "../../../dist/src/session/prepare.js";
-export { type Survey, surveyModel } from "../../../dist/src/session/survey.js";
 export type { Trainable } from "../../../dist/src/session/training.js";
 export { fixInnerHeads } from "../../../dist/src/session/training.js";
