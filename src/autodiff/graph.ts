@@ -59,7 +59,7 @@ export interface TrainingGraph {
 }
 
 /** Additional inputs of a model that answers at every position. */
-export interface TokenInputs {
+interface TokenInputs {
   /**
    * int64 [N]: the rows of logits to compute, numbered across all texts: text · length + position. The logits are then [1, N, C].
    * Empty: all rows, and the logits are [batch, length, C].

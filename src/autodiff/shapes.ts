@@ -14,7 +14,7 @@ import { elementsOf } from "../tensor/dtypes.ts";
 import type { Dimension } from "./emit.ts";
 
 /** The parts of an onnxruntime tensor that are used here. */
-export interface Probed {
+interface Probed {
   readonly type: string;
   readonly dims: readonly number[];
   readonly data: unknown;

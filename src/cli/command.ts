@@ -44,7 +44,7 @@ export interface Result {
 }
 
 /** The exit code after a Ctrl-C, as shells have it: 128 and the number of the signal. */
-export const INTERRUPTED = 130;
+const INTERRUPTED = 130;
 /** The exit code where `--minutes` left tasks without a turn. */
 export const OUT_OF_TIME = 3;
 

@@ -25,7 +25,7 @@ import type { Output } from "./output.ts";
 type ModelOptions = Values<typeof runsOn>;
 
 /** A runtime, and the encoder of texts for a model. */
-export interface OpenedModel {
+interface OpenedModel {
   readonly ort: Ort;
   /** @throws BaseMismatchError for an input of the model that a tokenizer does not give */
   readonly encode: Encode;
@@ -219,13 +219,13 @@ async function digestOf(paths: readonly string[], folder: string): Promise<strin
 
 // Texts: plain, one on each line, or JSON lines with texts, labelled texts, prompts with completions, or chats.
 
-export interface LabelledText {
+interface LabelledText {
   readonly text: string;
   readonly label: string;
 }
 
 /** An example for a language model. */
-export type Completion = { readonly prompt: string; readonly completion: string } | { readonly messages: Message[] };
+type Completion = { readonly prompt: string; readonly completion: string } | { readonly messages: Message[] };
 
 /** Questions for a model: texts, or examples with completions, whose tokens are asked for. */
 export type Asked =

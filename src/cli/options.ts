@@ -145,11 +145,7 @@ export function choice<const T extends string>(choices: readonly T[], help: stri
  * `LEFT=RIGHT`, any number of times.
  * @param cut which of several "=" separates the two
  */
-export function assignments(
-  value: string,
-  help: string,
-  cut: "first" | "last",
-): OptionSpec<ReadonlyMap<string, string>> {
+function assignments(value: string, help: string, cut: "first" | "last"): OptionSpec<ReadonlyMap<string, string>> {
   return {
     value,
     help: `${help} May be given again.`,

@@ -23,7 +23,7 @@ import type { ParameterChange } from "./merge.ts";
 const MOST_DROPPED = 64;
 
 /** Why there is no one name. */
-export interface NotFound {
+interface NotFound {
   readonly ambiguous: boolean;
   /** Names that are equally good, or look alike. */
   candidates(): readonly string[];

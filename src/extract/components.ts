@@ -261,7 +261,7 @@ export function principalComponents(
 }
 
 /** A stack on its components: coordinates of the rows say how many components are worth it, before any is made. */
-export interface Coordinates extends Pick<Components, "singular" | "total"> {
+interface Coordinates extends Pick<Components, "singular" | "total"> {
   /** Number of components; those below 2⁻¹⁶ of the strongest are not among them. */
   readonly count: number;
   /** [rows, count]. */
@@ -631,7 +631,7 @@ export function rounded(
 }
 
 /** Opened bases of a module, for `projectModule`. */
-export type ModuleSpace = BySide<Subspace>;
+type ModuleSpace = BySide<Subspace>;
 
 export function openModule({ A, B }: BySide<Basis>, products?: Products): ModuleSpace {
   return { A: openSubspace(A, products), B: openSubspace(B, products) };

@@ -116,7 +116,7 @@ export function leadingRows({ rank, A, Bt }: Pair, most: number): Pair {
 }
 
 /** A direction of both sides at once: a sum of row pairs, such as the mean. */
-export type Direction = Pick<Pair, "A" | "Bt">;
+type Direction = Pick<Pair, "A" | "Bt">;
 
 /**
  * Settles the signs of all balanced pairs of a stack: every row pair (a, b) is turned to point along the stack's mean,

@@ -290,7 +290,7 @@ function sideCost(
 // `sideCosts` of every task then says if they do.
 
 /** The components of a group, before they are rounded. */
-export interface Span extends Omit<Side, "rows"> {
+interface Span extends Omit<Side, "rows"> {
   /** Steps of their integers [K]. */
   readonly steps: Float64Array;
 }

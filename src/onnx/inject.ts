@@ -49,7 +49,7 @@ import {
 import type { GraphProto, NodeProto } from "./protobuf.ts";
 
 /** Operators of a runtime for products with integers: MatMulNBits for 4 bits, DequantizeLinear for bytes, both for MatMulNBits of bytes too. */
-export type IntegerProducts = readonly ("MatMulNBits" | "DequantizeLinear")[];
+type IntegerProducts = readonly ("MatMulNBits" | "DequantizeLinear")[];
 
 export interface InjectOptions {
   /** Adds outputs for the parity probe. Default: true. */
@@ -63,7 +63,7 @@ export interface InjectOptions {
 }
 
 /** Surgery next to what is no linear layer: forms.ts, which is loaded when it is needed. */
-export interface FormInjection {
+interface FormInjection {
   addModule(tools: Injector, module: AdaptedLayer): void;
   addVector(tools: Injector, vector: AdaptedVector): void;
 }
@@ -100,7 +100,7 @@ export interface Injected {
 }
 
 /** Values of one adapted layer that are outputs of the graph: x, f32 rows of [in], and the term, f32 rows of [out]. */
-export interface ProbeOutputs {
+interface ProbeOutputs {
   readonly module: string;
   readonly x: string;
   readonly term: string;

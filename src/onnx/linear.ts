@@ -46,7 +46,7 @@ export interface ComponentRows {
   readonly integers?: StoredIntegers | undefined;
 }
 
-export interface StoredIntegers {
+interface StoredIntegers {
   readonly bits: 3 | 4 | 8;
   readonly scales: Float32Array;
   values(): Int8Array;

@@ -22,7 +22,7 @@ export interface Use {
 }
 
 /** The values that one graph makes itself, without those of graphs nested in it. */
-export interface Scope {
+interface Scope {
   readonly initializers: ReadonlyMap<string, TensorProto>;
   readonly producers: ReadonlyMap<string, NodeProto>;
   readonly outputs: ReadonlySet<string>;

@@ -522,7 +522,7 @@ function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role |
 export const SCOPES = "pkg.torch.onnx.name_scopes";
 
 /** The module whose `forward` made a node, as the exporter wrote it: dynamo into the node's metadata, TorchScript into its name. */
-export function writtenPath({ name, metadataProps }: NodeProto): string | undefined {
+function writtenPath({ name, metadataProps }: NodeProto): string | undefined {
   const scopes = metadataProps.find(({ key }) => key === SCOPES)?.value;
   // A Python list of modules from the outermost in, then the operator: ['', 'encoder', 'encoder.query', 'linear'].
   if (scopes !== undefined) return [...scopes.matchAll(/'([^']*)'/g)].at(-2)?.[1];

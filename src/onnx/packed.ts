@@ -254,7 +254,7 @@ export function addsOneToNorms({ proto, graph }: OnnxModel): boolean {
 }
 
 /** Values in memory, and where along an axis a part of them begins. */
-export interface AxisPart {
+interface AxisPart {
   readonly data: Uint8Array;
   readonly shape: readonly number[];
   readonly start: number;

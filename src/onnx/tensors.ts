@@ -49,7 +49,7 @@ export interface OnnxTensorType {
 }
 
 /** An initializer and its bytes: a view of the model or of the external file where these hold them in that form. */
-export interface TensorBytes extends OnnxTensorType {
+interface TensorBytes extends OnnxTensorType {
   readonly data: Uint8Array;
 }
 

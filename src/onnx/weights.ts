@@ -25,7 +25,7 @@ import {
 import { type ModelFile, type ModelOptions, readModel } from "./read.ts";
 import { readTensor } from "./tensors.ts";
 
-export interface ReadWeight {
+interface ReadWeight {
   readonly at: WeightAt;
   readonly quantized: boolean;
 }

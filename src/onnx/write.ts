@@ -25,7 +25,7 @@ export interface DetachedModel {
 }
 
 /** Least size of tensors that leave the protobuf; smaller ones are shapes and axes, which runtimes read while loading. */
-export const LEAST_DETACHED = 4096;
+const LEAST_DETACHED = 4096;
 const OWN_FILE = "eigenlora-model";
 const ADDED_FILE = "eigenlora-components";
 

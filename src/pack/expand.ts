@@ -155,7 +155,7 @@ export async function taskAdapter(pack: Pack, id: string, options: AbortOptions 
 const COMPONENTS = "eigenlora.components";
 
 /** Components of a pack, to be written by `writeSafetensors`. */
-export interface ComponentsFile {
+interface ComponentsFile {
   /**
    * `MODULE.A.components` [K, in] and `MODULE.B.components` [K, out], f32 as the pack decodes them, [K, rank, width] of a
    * flat pack; with a mean also `MODULE.A.mean`, without the first dimension. Rows of B are those of Bᵀ, scale included.

@@ -278,7 +278,7 @@ export interface ModuleError {
 }
 
 /** Mean and worst of errors. */
-export function summaryOf(errors: readonly ModuleError[]): BuildReport["error"] {
+function summaryOf(errors: readonly ModuleError[]): BuildReport["error"] {
   const worst = errors.reduce((a, b) => (b.error > a.error ? b : a), { task: "", module: "", error: 0, norm: 0 });
   return { ...figures(errors), worstTask: worst.task, worstModule: worst.module };
 }
@@ -294,7 +294,7 @@ export function lossesOf(
 }
 
 /** ‖ΔW − ΔW'‖ / ‖ΔW‖ of modules together. */
-export function totalOf(errors: readonly Pick<ModuleError, "error" | "norm">[]): number {
+function totalOf(errors: readonly Pick<ModuleError, "error" | "norm">[]): number {
   const whole = sum(errors, ({ norm }) => norm ** 2);
   return whole > 0 ? Math.sqrt(sum(errors, ({ error, norm }) => (error * norm) ** 2) / whole) : 0;
 }

@@ -19,7 +19,7 @@ export class Unreachable extends RangeError {
 }
 
 /** A figure with the step of a key, compared with its limit. */
-export interface Figure {
+interface Figure {
   readonly key: string;
   /** The figure as a share of its limit: at most 1 fits. */
   readonly ratio: number;
@@ -28,7 +28,7 @@ export interface Figure {
 }
 
 /** A question to each thing that is made. */
-export interface Fits<T> {
+interface Fits<T> {
   /** Figures grow nearly by this power of steps; it is negative for those that fall. */
   readonly slope: number;
   figuresOf(made: T): readonly Figure[] | Promise<readonly Figure[]>;

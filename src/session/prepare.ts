@@ -73,7 +73,7 @@ export interface PreparedModel extends Injected, Omit<Plan, "changes" | "folded"
   readonly folded: WeightFile | readonly WeightInput[] | undefined;
 }
 
-export interface PrepareOptions extends SessionOptions, Omit<InjectOptions, "forms"> {
+interface PrepareOptions extends SessionOptions, Omit<InjectOptions, "forms"> {
   /** Mode "folded": the weights that change become inputs, which an engine can take from a device. Default: false. */
   readonly foldedInputs?: boolean | undefined;
 }
@@ -133,7 +133,7 @@ export interface Plan {
 }
 
 /** A head as the base has it. */
-export interface BaseHead {
+interface BaseHead {
   /** [in, labels]. */
   readonly weight: Float32Array;
   /** [labels]. */
@@ -144,7 +144,7 @@ export interface BaseHead {
 }
 
 /** The model's own values, from which values of tasks are computed once it is loaded. Holds nothing of the graph or the file. */
-export interface BaseValues {
+interface BaseValues {
   readonly heads: ReadonlyMap<string, BaseHead>;
   /** Values of the biases that tasks change, by the pack's name of the parameter. */
   readonly biases: ReadonlyMap<string, Float32Array>;

@@ -173,7 +173,7 @@ export function decodePart(
 }
 
 /** Where rows are put: the value `column` of `row` at `at + row · down + column · along`. */
-export interface RowPlaces {
+interface RowPlaces {
   readonly at: number;
   readonly down: number;
   readonly along: number;

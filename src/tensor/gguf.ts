@@ -9,7 +9,7 @@ import { elementsOf, f16ToF32 } from "./dtypes.ts";
 import { decodeFloats, isFloatDtype, type TensorFile, type TensorInfo } from "./safetensors.ts";
 
 /** A field of the header. Arrays are given by their length alone, since the words of a vocabulary are not needed. */
-export type GgufField = string | number | boolean | { readonly length: number };
+type GgufField = string | number | boolean | { readonly length: number };
 
 /** A GGUF file: fields of the header, and tensors with their dimensions in the order that all other formats have. */
 export interface GgufFile extends TensorFile {

@@ -37,7 +37,7 @@ export function isFloatDtype(dtype: string): boolean {
 }
 
 /** Where one tensor lies. */
-export interface SafetensorsTensor extends TensorInfo {
+interface SafetensorsTensor extends TensorInfo {
   /** Counted from the beginning of the file. */
   readonly byteOffset: number;
   readonly byteLength: number;
@@ -57,7 +57,7 @@ export interface SafetensorsFile extends TensorFile {
 }
 
 /** Options of reading a header. */
-export interface HeaderOptions extends ReadOptions {
+interface HeaderOptions extends ReadOptions {
   /** Most bytes of the header. Default: 10 000 000, some 70 000 tensors; the format allows 100 000 000. */
   readonly maxHeaderBytes?: number | undefined;
 }

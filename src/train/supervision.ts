@@ -32,7 +32,7 @@ export interface Features {
 }
 
 /** Rows of a batch that run together; their gradients are added up. */
-export interface MicroBatch {
+interface MicroBatch {
   readonly rows: readonly Row[];
   readonly targets: Targets;
   /** Share of the batch's rows of logits, since the loss of a micro-batch is a mean. */

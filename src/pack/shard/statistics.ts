@@ -48,12 +48,12 @@ import type { OnWork } from "../../work.ts";
 import type { BuildOptions } from "../recipe.ts";
 
 /** An adapted module, and the rows that each of its factors has over all adapters. */
-export interface StatisticsModule extends ModuleShape {
+interface StatisticsModule extends ModuleShape {
   readonly rows: number;
 }
 
 /** An adapter that was counted. */
-export interface CountedAdapter {
+interface CountedAdapter {
   readonly id: string;
   readonly baseModel: string | undefined;
 }
@@ -278,7 +278,7 @@ interface SummaryCollector {
 }
 
 /** Collects the summary of a stack [count, width]. Their number is said first, because it decides what is kept. */
-export function collectSummary(count: number, width: number, products: Products = PLAIN): SummaryCollector {
+function collectSummary(count: number, width: number, products: Products = PLAIN): SummaryCollector {
   const kind = summaryKind(count, width);
   const held = kind === "rows" ? count : Math.min(count, Math.max(1, Math.floor(BLOCK_VALUES / width)));
   /** All rows, or those that wait for the next product. */

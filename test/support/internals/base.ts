@@ -3,7 +3,7 @@
 export { checkChoice, nearest } from "../../../dist/src/arguments.js";
 export { type HubName, hubName } from "../../../dist/src/http/hub-name.js";
 export { openSource } from "../../../dist/src/open-source.js";
-export { atOnce, Queue } from "../../../dist/src/pace.js";
+export { atOnce } from "../../../dist/src/pace.js";
 export * as dtypes from "../../../dist/src/tensor/dtypes.js";
 export * from "../../../dist/src/tensor/dtypes.js";
 export { decodeIntegers, decodeScales, encodeTensor } from "../../../dist/src/tensor/encode.js";

@@ -12,7 +12,7 @@ export { createWasmProducts } from "../../../dist/src/extract/wasm-products.js";
 export { expandTerm } from "../../../dist/src/pack/expand.js";
 export { completeDtypes } from "../../../dist/src/pack/recipe.js";
 export { lossesOf } from "../../../dist/src/pack/report.js";
-export { type Steps, search, Unreachable, withinError } from "../../../dist/src/pack/seek.js";
+export { search } from "../../../dist/src/pack/seek.js";
 export * from "../../../dist/src/pack/shard/basis.js";
 export * from "../../../dist/src/pack/shard/statistics.js";
 export { DEFAULT_ERROR } from "../../../dist/src/pack/tasks.js";
