@@ -360,8 +360,8 @@ export class KernelSession {
   }
 }
 
-export function isScaled({ magnitude }: ModulePlan): boolean {
-  return magnitude !== undefined;
+export function isScaled(plan: ModulePlan): plan is ModulePlan & { magnitude: number } {
+  return plan.magnitude !== undefined;
 }
 
 function align16(bytes: number): number {
@@ -418,8 +418,8 @@ export function* writeCore(
     const [KA, KB] = [basis.tensor.rows, B.basis.tensor.rows];
     const high = 2 * Math.ceil(PIECE / Math.max(1, rows) / KB / 2);
     for (let a = 0; a < KA; a += high) {
+      if (a + i > 0) yield;
       addProduct(uploaded, [a0, KA, B.at, KB, rows], [a, Math.min(a + high, KA)], out, at, stride, i === 0);
-      yield;
     }
   }
 }

@@ -16,7 +16,7 @@ import {
   sameShape,
   type WeightHost,
 } from "./base.ts";
-import { isScaled, type KernelSession, type ModulePlan } from "./kernel-session.ts";
+import type { KernelSession, ModulePlan } from "./kernel-session.ts";
 import type { ParameterChange } from "./merge.ts";
 
 /** Segments that are dropped at most, so that a long name makes no more than a few others. */
@@ -487,14 +487,16 @@ export function biasedRows(weight: string): BaseMismatchError {
  * DoRA's scales of plans that have been computed: each begins at its plan's `magnitude`.
  * @throws BaseMismatchError where one is NaN (see `ScaleJob`)
  */
-export async function scalesOf(plans: readonly ModulePlan[], kernels: KernelSession): Promise<Float32Array> {
-  const scaled = plans.filter(isScaled);
-  if (scaled.length === 0) return new Float32Array(0);
+export async function scalesOf(
+  plans: readonly (ModulePlan & { magnitude: number })[],
+  kernels: KernelSession,
+): Promise<Float32Array> {
+  if (plans.length === 0) return new Float32Array(0);
   const { buffer, byteOffset } = await kernels.bytesAt(kernels.reserved("scale"), 4 * kernels.buffer.used);
   const scales = new Float32Array(buffer, byteOffset, kernels.buffer.used);
-  for (const { module, magnitude } of scaled) {
+  for (const { module, magnitude } of plans) {
     const { name, out } = kernels.modules[module]!;
-    const row = scales.subarray(magnitude, magnitude! + out).findIndex(Number.isNaN);
+    const row = scales.subarray(magnitude, magnitude + out).findIndex(Number.isNaN);
     if (row < 0) continue;
     const message = `"${name}": row ${row}: DoRA's magnitude ÷ the row's norm is out of f32's range: was the task trained on another base?`;
     throw new BaseMismatchError(message, { module: name });

@@ -15,6 +15,7 @@ import {
   type ActiveTask,
   coreBases,
   hasCore,
+  isScaled,
   type KernelSession,
   type ModulePlan,
   planTasks,
@@ -269,18 +270,16 @@ export async function unfold(
     return FACTORS.filter((key) => plan[key].expansions.length > 0 && !wanted?.has(SIDES[key]));
   };
   const jobs = plans.map((plan) => ({ plan, keys: expandedOf(plan) }));
-  const computed = jobs.filter(({ plan, keys }) => plan.magnitude !== undefined || keys.length > 0);
+  const computed = jobs.filter(({ plan, keys }) => isScaled(plan) || keys.length > 0);
   if (computed.length > 0) kernels.prepare(computed.map(({ plan }) => plan));
   const terms = new Map<number, Term>();
   for (const { plan, keys } of jobs) {
     const expanded: { A?: Float32Array; Bt?: Float32Array } = {};
-    const made = keys.length > 0 && paced(kernels.expand(plan), pause);
-    if (made) await made;
+    if (keys.length > 0) await paced(kernels.expand(plan), pause);
     const module = kernels.modules[plan.module]!;
     for (const key of keys) {
       const width = key === "A" ? module.in : module.out;
-      const bytes = kernels.bytesAt(kernels.factors(plan)[key], 4 * plan.rank * width);
-      expanded[key] = floatsOf(bytes instanceof Promise ? await bytes : bytes);
+      expanded[key] = floatsOf(await kernels.bytesAt(kernels.factors(plan)[key], 4 * plan.rank * width));
     }
     const isCore = hasCore(plan, mode);
     const wanted = isCore ? undefined : over?.(plan.module);
@@ -290,17 +289,15 @@ export async function unfold(
     const turn = pause();
     if (turn) await turn;
   }
-  for (const plan of plans) {
-    if (plan.magnitude === undefined) continue;
+  const scaled = plans.filter(isScaled);
+  for (const plan of scaled) {
     const { data, dtype, transposed = false } = weightOf(plan.module);
     const base = kernels.reserve("weight", data.length);
     kernels.backend.upload(base, data);
-    const turn = paced(kernels.rowScale(plan, { dtype, transposed }, base), pause);
-    if (turn) await turn;
+    await paced(kernels.rowScale(plan, { dtype, transposed }, base), pause);
   }
-  const scales = await scalesOf(plans, kernels);
-  for (const { module, magnitude } of plans) {
-    if (magnitude === undefined) continue;
+  const scales = await scalesOf(scaled, kernels);
+  for (const { module, magnitude } of scaled) {
     const rowScale = scales.slice(magnitude, magnitude + kernels.modules[module]!.out);
     terms.set(module, { ...terms.get(module)!, rowScale });
   }
@@ -343,12 +340,12 @@ function* termOf(
   const arrays: { A?: Float32Array; Bt?: Float32Array } = {};
   for (const key of FACTORS) {
     const { expansions, residual } = plan[key];
-    const width = key === "A" ? module.in : module.out;
     const across = turned && key === "A";
     const bases = module[SIDES[key]];
     const overComponents = wanted?.has(SIDES[key]) ?? false;
-    const K = bases.reduce((sum, { tensor }) => sum + tensor.rows, 0);
-    const out = reuse(old?.[key], rank * (overComponents ? K : width));
+    const factorWidth = key === "A" ? module.in : module.out;
+    const width = overComponents ? bases.reduce((sum, { tensor }) => sum + tensor.rows, 0) : factorWidth;
+    const out = reuse(old?.[key], rank * width);
     arrays[key] = out;
     // Residual and expanded rows fill all of it.
     if (overComponents || stored === 0) out.fill(0);
@@ -360,7 +357,8 @@ function* termOf(
         for (const other of bases.slice(0, bases.indexOf(basis))) column += other.tensor.rows;
         for (let r = 0; r < rows; r++)
           for (let k = 0; k < count; k++)
-            out[across ? (column + k) * rank + row + r : (row + r) * K + column + k] = uploaded[at + r * count + k]!;
+            out[across ? (column + k) * rank + row + r : (row + r) * width + column + k] =
+              uploaded[at + r * count + k]!;
       }
     } else if (rows) {
       const step = Math.max(1, Math.floor(PIECE / width));

@@ -222,7 +222,7 @@ export class FoldedWeights implements TaskWriter {
       for (const name of transaction ? names : [])
         await transaction!.write(name, parameters.get(name) ?? this.#pristine(name) ?? null);
       await backend.finish();
-      if (plans.some(isScaled)) await scalesOf(plans, kernels);
+      await scalesOf(plans.filter(isScaled), kernels);
       await transaction?.commit();
     } catch (error) {
       try {

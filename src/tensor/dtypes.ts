@@ -134,13 +134,27 @@ export function decodeTensor(
   if (bytes.byteLength < need || out.length < count) {
     throw new RangeError(`${type} [${rows}, ${width}]: expected ${need} bytes, got ${bytes.byteLength}`);
   }
-  if (type === "f32") {
-    const aligned = bytes.byteOffset % 4 ? new Uint8Array(bytes) : bytes;
-    out.set(new Float32Array(aligned.buffer, aligned.byteOffset, count));
-  } else if (isQuantized(type)) decodePart(type, bytes, rows, width, [0, rows, 0, width], out);
-  // Rows of floats have nothing between them: a small tensor is decoded in one loop.
-  else decodePart(type, bytes, 1, count, [0, 1, 0, count], out);
+  if (isQuantized(type)) decodePart(type, bytes, rows, width, [0, rows, 0, width], out);
+  else decodeFloats(type, bytes, 0, count, out);
   return out;
+}
+
+/** Decodes `count` floats that begin at the byte `start`, to `out` from `to` on. */
+export function decodeFloats(
+  type: Dtype,
+  bytes: Uint8Array,
+  start: number,
+  count: number,
+  out: Float32Array,
+  to = 0,
+): void {
+  const at = bytes.byteOffset + start;
+  const view = new DataView(bytes.buffer, at, bytes.byteLength - start);
+  if (type === "f32") {
+    const aligned = at % 4 ? new Uint8Array(bytes.subarray(start, start + 4 * count)) : undefined;
+    out.set(aligned ? new Float32Array(aligned.buffer) : new Float32Array(bytes.buffer, at, count), to);
+  } else if (type === "f16") for (let i = 0; i < count; i++) out[to + i] = f16ToF32(view.getUint16(2 * i, true));
+  else for (let i = 0; i < count; i++) out[to + i] = bf16ToF32(view.getUint16(2 * i, true));
 }
 
 /**
@@ -157,18 +171,15 @@ export function decodePart(
 ): void {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   // A small array costs more than the numbers of a small tensor.
-  const integers = isQuantized(type) ? new Int8Array(columns) : undefined;
+  const integers = new Int8Array(isQuantized(type) ? columns : 0);
   for (let i = row; i < row + height; i++) {
     const start = scaleBytes(type, rows) + i * rowBytes(type, width) + rowBytes(type, column);
     const to = i * width + column;
-    if (integers) {
+    if (isQuantized(type)) {
       const scale = f16ToF32(view.getUint16(2 * i, true));
-      unpackRow(type as QuantizedDtype, bytes, start, integers);
+      unpackRow(type, bytes, start, integers);
       for (let c = 0; c < columns; c++) out[to + c] = scale * integers[c]!;
-    } else if (type === "f32") for (let c = 0; c < columns; c++) out[to + c] = view.getFloat32(start + 4 * c, true);
-    else if (type === "f16")
-      for (let c = 0; c < columns; c++) out[to + c] = f16ToF32(view.getUint16(start + 2 * c, true));
-    else for (let c = 0; c < columns; c++) out[to + c] = bf16ToF32(view.getUint16(start + 2 * c, true));
+    } else decodeFloats(type, bytes, start, columns, out, to);
   }
 }
 
