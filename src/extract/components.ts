@@ -266,7 +266,6 @@ interface Coordinates extends Pick<Components, "singular" | "total"> {
   readonly count: number;
   /** [rows, count]. */
   readonly along: Float64Array;
-  /** The strongest `count` components. */
   strongest(count: number): Components;
 }
 
@@ -430,7 +429,6 @@ function meanWeights(
   return factors.map((factor) => reciprocal(factor) ** 2);
 }
 
-/** Repeats the number of each factor for each of its rows. */
 function ofRows(numbers: readonly number[], factors: readonly Float64Array[], width: number): number[] {
   return factors.flatMap((factor, i) => Array<number>(factor.length / width).fill(numbers[i]!));
 }
@@ -630,7 +628,6 @@ export function rounded(
   return { encoded: encodeTensor(type, values, rows, width, steps, find, seen), values: seen };
 }
 
-/** Opened bases of a module, for `projectModule`. */
 type ModuleSpace = BySide<Subspace>;
 
 export function openModule({ A, B }: BySide<Basis>, products?: Products): ModuleSpace {
@@ -785,7 +782,6 @@ function scalePair({ A, Bt }: Pair, factor: number): void {
   for (const side of factor === 1 ? [] : [A, Bt]) scale(factor, side, 0, side.length);
 }
 
-/** Id of the member with the largest value in its rows. */
 function largestOf({ members }: ModuleStack, ranks: readonly number[], { rows, width }: Side): string {
   let at = 0;
   const peaks = ranks.map((rank) => {

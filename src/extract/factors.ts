@@ -316,7 +316,6 @@ export function pairNorm({ rank, A, Bt }: Pair): number {
   return norm(multiply(transpose(b, rank, n), a, n, m, rank));
 }
 
-/** The pair of the difference of two ΔW. */
 function subtracted(one: Pair, other: Pair): Pair {
   const join = (a: Float64Array, b: Float64Array, factor: number): Float64Array => {
     const all = lengthened(a, a.length + b.length);
