@@ -16,7 +16,7 @@ import { type PreparedModel, prepareModel } from "../session/prepare.ts";
 import { stackValues, type TaskEvaluator, unfoldingEvaluator } from "../session/values.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors.ts";
 import { type Attach, command } from "./command.ts";
-import { checkTarget, realTarget, stat, writeTogether } from "./files.ts";
+import { checkTarget, makeFolder, realTarget, stat, writeTogether } from "./files.ts";
 import { byDefault, choice, force, list, match, output, refuseUnknown, revoked, UsageError } from "./options.ts";
 import { bytes, count } from "./output.ts";
 
@@ -78,7 +78,7 @@ export const attach: Attach = command({
       yield* values(id);
       out.progress({ stage: "writing", done, total: ids.length, unit: "tasks" });
     }
-    run.folder(tasksFolder(target));
+    makeFolder(tasksFolder(target));
     const [baseSize, ...sizes] = await writeTogether(
       [
         [baseFile(target), values(null)],

@@ -5,13 +5,12 @@
 
 export type { BatchFeeds, Encode, EncodeHow, PlainTokenizer, Tokenizer } from "../session/tokens.ts";
 export type { TaskDtypes } from "../tensor/dtypes.ts";
-export { type Distilled, type DistillOptions, distill } from "./distill.ts";
+export { type Distilled, type DistillOptions, distill, type FinishedOutcomes } from "./distill.ts";
 export type { ObjectiveOptions } from "./objective.ts";
 export {
   type AnsweringTask,
   type ByAnswersOptions,
   type ByAnswersReport,
-  type FinishedOutcomes,
   packByAnswers,
   tasksByAnswers,
 } from "./pack-by-answers.ts";

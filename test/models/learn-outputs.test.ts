@@ -13,8 +13,6 @@ import {
   ModelProtoSchema,
   makeNode,
   makeValue,
-  readModel,
-  surveyModel,
   toBinary,
 } from "../support/internals/models.ts";
 import { fitted } from "../support/learning.ts";
@@ -138,9 +136,5 @@ t.test("one of several files is refused, with what to do", async (t) => {
   t.match((await refused("onnx/encoder_model.onnx")).message, /is the encoder of .*: tasks adapt "decoder\./);
   const merged = await refused("onnx/decoder_model_merged.onnx", of("decoder"));
   t.match(merged, { tag: "base", message: /it has a branch for each use of its cache, which gradients do not pass/ });
-  const { learning } = await surveyModel(await readModel(data("seq2seq/onnx/decoder_model_merged.onnx")), pack, {
-    modules: of("decoder"),
-  });
-  t.match(learning, { works: false, why: /it has a branch for each use of its cache/ }, "and told beforehand");
   await pack.close();
 });
