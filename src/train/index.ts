@@ -18,11 +18,11 @@ export type { Questions, TeachOptions } from "./questions.ts";
 export type { OptimizerOptions } from "./state.ts";
 export type { LearnedTaskOptions, TaskFileOptions } from "./stored-task.ts";
 export type { Example, Message, Score, SequenceOptions, Unlabelled } from "./supervision.ts";
-export type { Start } from "./trainer.ts";
 export {
   type CreateTrainerOptions,
   createTrainer,
   type FitOptions,
+  type Start,
   Trainer,
   type TrainingStep,
 } from "./trainer.ts";

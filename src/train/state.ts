@@ -1,6 +1,4 @@
-/**
- * The trained numbers as one vector, and its optimizer.
- */
+/** The trained numbers as one vector, and its optimizer. */
 
 import type { TrainedTerms } from "./trained-terms.ts";
 

@@ -636,10 +636,7 @@ function fillNormal(values: Float32Array, random: () => number): void {
   for (let i = 0; i < values.length; i++) values[i] = SMALL * normal(random);
 }
 
-/**
- * Writes starting values into all parameters.
- * @throws TaskError when the task to start from has another rank
- */
+/** Writes starting values into all parameters. @throws TaskError when the task to start from has another rank */
 async function fillStart(
   pack: Pack,
   terms: TrainedTerms,
