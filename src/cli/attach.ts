@@ -12,7 +12,7 @@ import { PREFIX } from "../onnx/nodes.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import { externalFiles } from "../onnx/tensors.ts";
 import { embedWeights } from "../onnx/write.ts";
-import { type PreparedModel, prepareModel } from "../session/prepare.ts";
+import { prepareModel } from "../session/prepare.ts";
 import { stackValues, type TaskEvaluator, unfoldingEvaluator } from "../session/values.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors.ts";
 import { type Attach, command } from "./command.ts";
@@ -60,7 +60,12 @@ export const attach: Attach = command({
     checkTarget(baseFile(target), { force, inputs, output: target });
     const bases = (await pack.bases()).bytes;
     const prepared = await prepareModel(file, pack, bases, { ...options, mode, probeOutputs: false });
-    refuseFolded(prepared, pack);
+    if (prepared.mode === "folded")
+      throw new BaseMismatchError(
+        `the tasks of ${pack.name} cannot come as inputs: ${prepared.reason}. Merge one into the checkpoint with eigenlora fold, ` +
+          'or use createEigenSession, whose mode "folded" changes weights',
+        { module: prepared.reason },
+      );
     const ids = task.length > 0 ? [...new Set(task)] : [...pack.tasks.keys()];
     // An unknown or damaged task is found before anything is written.
     await pack.prefetch(ids);
@@ -118,16 +123,6 @@ export const attach: Attach = command({
     };
   },
 });
-
-/** @throws BaseMismatchError when the tasks need other weights */
-function refuseFolded({ mode, reason }: PreparedModel, { name }: Pack): void {
-  if (mode !== "folded") return;
-  throw new BaseMismatchError(
-    `the tasks of ${name} cannot come as inputs: ${reason}. Merge one into the checkpoint with eigenlora fold, ` +
-      'or use createEigenSession, whose mode "folded" changes weights',
-    { module: reason },
-  );
-}
 
 /** @throws FormatError when it becomes too large for a single file */
 function serialise(file: ModelFile, { initializers }: Injected, marks: Marks, target: string): Uint8Array {

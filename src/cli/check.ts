@@ -189,12 +189,6 @@ interface SurveyedParameter {
   readonly why: string | null;
 }
 
-/** True if a mode works; the obstacle if not. */
-interface SurveyedMode {
-  readonly works: boolean;
-  readonly why: string | null;
-}
-
 export interface Survey {
   /** The mode that "auto" takes, and the reason; null where no mode works. */
   readonly mode: Mode | null;
@@ -206,7 +200,8 @@ export interface Survey {
   readonly half: "encoder" | "decoder" | null;
   readonly modules: readonly SurveyedModule[];
   readonly parameters: readonly SurveyedParameter[];
-  readonly modes: Readonly<Record<Mode, SurveyedMode>>;
+  /** The obstacle where a mode does not work. */
+  readonly modes: Readonly<Record<Mode, { readonly works: boolean; readonly why: string | null }>>;
 }
 
 /** Closes the file; a plan changes nothing of it. @throws SourceError, FormatError when the pack cannot be read */
@@ -220,7 +215,7 @@ export async function surveyModel(file: ModelFile, pack: Pack, options: SessionO
     const view = modules === undefined ? pack : partOf(pack, modules);
     const planned = await attempt(() => planSession(file, view, bases, options));
     const plan = planned.made;
-    const survey = async (mode: Mode): Promise<SurveyedMode> => {
+    const survey = async (mode: Mode) => {
       const { why } = await attempt(() => planSession(file, view, bases, { ...options, mode }));
       return { works: why === null, why };
     };

@@ -305,10 +305,7 @@ export class Run {
     return adapters.map((adapter) => this.closing(adapter));
   }
 
-  /**
-   * The base model's weights, where a file of them was named.
-   * @param names its names of weights, by module name
-   */
+  /** The base model's weights, where a file of them was named. @param names its names of weights, by module name */
   async base(path: string | undefined, names: ReadonlyMap<string, string>): Promise<Pick<BuildOptions, "base">> {
     if (path === undefined) return {};
     const how: HubOptions = { onProgress: downloading(this.#out) };

@@ -140,10 +140,7 @@ export function choice<const T extends string>(choices: readonly T[], help: stri
   return { value: choices.join("|"), help, parse };
 }
 
-/**
- * `LEFT=RIGHT`, any number of times.
- * @param cut which of several "=" separates the two
- */
+/** `LEFT=RIGHT`, any number of times. @param cut which of several "=" separates the two */
 function assignments(value: string, help: string, cut: "first" | "last"): OptionSpec<ReadonlyMap<string, string>> {
   return {
     value,

@@ -706,10 +706,7 @@ export interface ModuleExtraction extends BySide<SideBasis> {
   readonly tasks: readonly TaskUpdate[];
 }
 
-/**
- * Extracts one module.
- * @throws UnstorableError for values that are not finite, or do not fit the stored types
- */
+/** Extracts one module. @throws UnstorableError for values that are not finite, or do not fit the stored types */
 export function extractModule(stack: ModuleStack, options: ExtractOptions): ModuleExtraction {
   const { basisDtype: type, coefficientDtype, products, rank } = options;
   const { pairs, kept } = gaugedPairs(stack, options);

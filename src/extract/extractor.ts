@@ -104,10 +104,7 @@ interface Question {
 export type Answer = { readonly result: unknown } | { readonly failed: Failure };
 type Failure = Pick<UnstorableError, "name" | "message" | "owner">;
 
-/**
- * Close it when all is done.
- * @param threads from 2 on so many threads are started, where the platform has them
- */
+/** Close it when all is done. @param threads from 2 on so many threads are started, where the platform has them */
 export async function createExtractor(threads: number = 1): Promise<Extractor> {
   return threads > 1 && openThread ? inThreads(threads, openThread) : here(await fastProducts());
 }

@@ -1,6 +1,4 @@
-/**
- * The report of a pack that was made: one shape for every strategy.
- */
+/** The report of a pack that was made: one shape for every strategy. */
 
 import { type Adapter, baseModels, commonBase } from "../adapters/adapter.ts";
 import type { ComponentSelection } from "../extract/components.ts";

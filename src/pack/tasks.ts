@@ -1,6 +1,4 @@
-/**
- * An adapter as a task of a pack, encoded: its terms on the pack's bases, and what it changes whole.
- */
+/** An adapter as a task of a pack, encoded: its terms on the pack's bases, and what it changes whole. */
 import type { Adapter, SavedTensor } from "../adapters/adapter.ts";
 import { AdapterError } from "../errors.ts";
 import type { Factor, TaskUpdate } from "../extract/components.ts";
