@@ -371,6 +371,8 @@ function trainableHead(pack: Pack, id: string, { terms, parameters }: TaskBlob):
   const isBias = (name: string): boolean => head.some((module) => name === `${module}.bias`);
   const other = parameters.find((one) => !weights.includes(one) && !(one.role === "saved" && isBias(one.name)));
   if (other) throw refuse(`it brings "${other.name}" (${other.role}), and only coefficients and heads can be trained`);
+  const lone = weights.find(({ shape }) => shape[0]! < 2);
+  if (lone) throw refuse(`"${lone.name}" gives one number for a text, and answers are compared by two labels at least`);
   const bare = head.find((module) => !saved.some(({ name }) => name === `${module}.bias`));
   if (bare !== undefined) throw refuse(`its head "${bare}" has no bias`);
   return head;
