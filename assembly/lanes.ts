@@ -8,35 +8,30 @@
 export const variant: i32 = ASC_FEATURE_RELAXED_SIMD ? 2 : ASC_FEATURE_SIMD ? 1 : 0;
 
 /** Bytes of V. */
-// @ts-ignore: decorator
 @inline
 export function bytes<V>(): usize {
   return isVector<V>() ? 16 : sizeof<V>();
 }
 
 /** Loads the f32 at `at` into every lane. */
-// @ts-ignore: decorator
 @inline
 export function spread<V>(at: usize): V {
   if (isVector<V>()) return v128.load_splat<f32>(at);
   return <V>load<f32>(at);
 }
 
-// @ts-ignore: decorator
 @inline
 export function zero<V>(): V {
   if (isVector<V>()) return f32x4.splat(0);
   return <V>0;
 }
 
-// @ts-ignore: decorator
 @inline
 export function add<V>(a: V, b: V): V {
   if (isVector<V>()) return v128.add<f32>(a, b);
   return a + b;
 }
 
-// @ts-ignore: decorator
 @inline
 export function multiply<V>(a: V, b: V): V {
   if (isVector<V>()) return v128.mul<f32>(a, b);
@@ -44,7 +39,6 @@ export function multiply<V>(a: V, b: V): V {
 }
 
 /** The sum of the lanes. */
-// @ts-ignore: decorator
 @inline
 export function total<V>(a: V): f32 {
   if (isVector<V>()) {
@@ -55,7 +49,6 @@ export function total<V>(a: V): f32 {
 }
 
 /** sum + a·b, rounded after each step, or once where the relaxed build's machine fuses them. */
-// @ts-ignore: decorator
 @inline
 export function accumulate<V>(sum: V, a: V, b: V): V {
   if (isVector<V>()) {

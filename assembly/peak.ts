@@ -16,7 +16,6 @@ export function perRound(): i32 {
  * Eight sums s += x·y of two x and four y, `at`: six f32, then room for a vector. The x change places, so that no product stays the same. The
  * sum of all is stored, so that nothing is optimised away.
  */
-// @ts-ignore: decorator
 @inline
 function run<V>(at: usize, rounds: i32): void {
   let x = spread<V>(at), z = spread<V>(at + 4);

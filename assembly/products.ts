@@ -7,18 +7,14 @@
 import { PANEL } from "./layout";
 
 /** Rows and columns of a panel, 16 KiB. */
-// @ts-ignore: decorator
 @inline const ROWS: i32 = 16;
-// @ts-ignore: decorator
 @inline const COLUMNS: usize = 128;
 
-// @ts-ignore: decorator
 @inline
 function addTo(at: usize, value: f64): void {
   store<f64>(at, load<f64>(at) + value);
 }
 
-// @ts-ignore: decorator
 @inline
 function total(pair: v128): f64 {
   return f64x2.extract_lane(pair, 0) + f64x2.extract_lane(pair, 1);

@@ -5,19 +5,16 @@
  * by loads and stores. So both are done in one pass, two rows at a time, on the upper triangle only.
  */
 
-// @ts-ignore: decorator
 @inline
 function pair(at: usize): v128 {
   return v128.load(at);
 }
 
-// @ts-ignore: decorator
 @inline
 function twice(a: v128, b: v128, c: v128, d: v128): v128 {
   return f64x2.add(f64x2.mul(a, b), f64x2.mul(c, d));
 }
 
-// @ts-ignore: decorator
 @inline
 function total(pair: v128): f64 {
   return f64x2.extract_lane(pair, 0) + f64x2.extract_lane(pair, 1);
