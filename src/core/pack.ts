@@ -5,10 +5,10 @@
  */
 /// <reference lib="esnext.disposable" preserve="true" />
 import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
-import { type EigenLoraError, type FormatError, TaskError, type TrustError } from "../errors.ts";
+import { type FormatError, TaskError } from "../errors.ts";
 import { Observable } from "../events.ts";
 import { basesTensors, checkTensors, parseDirectory, parseTask, parseWindow } from "../format/directory.ts";
-import { align64, Fields } from "../format/fields.ts";
+import { align64, Fields, integrityOf } from "../format/fields.ts";
 import {
   type Directory,
   type PackModule,
@@ -91,50 +91,6 @@ interface TaskSlot {
   loading?: SharedWork<TaskBlob> | undefined;
 }
 
-/** The facts about tasks, put together when they are asked for, each time anew: a pack may have many, and few are looked at. */
-class Tasks implements ReadonlyMap<string, TaskInfo> {
-  readonly #entries: ReadonlyMap<string, Entry>;
-  readonly #slots: ReadonlyMap<Entry, TaskSlot>;
-
-  constructor(entries: ReadonlyMap<string, Entry>, slots: ReadonlyMap<Entry, TaskSlot>) {
-    this.#entries = entries;
-    this.#slots = slots;
-  }
-
-  get size(): number {
-    return this.#entries.size;
-  }
-
-  has(id: string): boolean {
-    return this.#entries.has(id);
-  }
-
-  get(id: string): TaskInfo | undefined {
-    const entry = this.#entries.get(id);
-    return entry && infoOf(entry, this.#slots);
-  }
-
-  keys(): MapIterator<string> {
-    return this.#entries.keys();
-  }
-
-  *values(): Generator<TaskInfo, undefined> {
-    for (const [, info] of this) yield info;
-  }
-
-  entries(): Generator<[string, TaskInfo], undefined> {
-    return this[Symbol.iterator]();
-  }
-
-  *[Symbol.iterator](): Generator<[string, TaskInfo], undefined> {
-    for (const [id, entry] of this.#entries) yield [id, infoOf(entry, this.#slots)];
-  }
-
-  forEach(...call: Parameters<ReadonlyMap<string, TaskInfo>["forEach"]>): void {
-    new Map(this).forEach(...call);
-  }
-}
-
 function infoOf(entry: Entry, slots: ReadonlyMap<Entry, TaskSlot>): TaskInfo {
   const { id, adapterBytes, brings, section } = entry;
   return {
@@ -165,12 +121,18 @@ interface SharedBases {
   checked?: SharedWork<Uint8Array>;
 }
 
-/** Adds the likely cause to an error that makes a pack useless. */
+/**
+ * Adds the likely cause to an error that makes a pack useless: another kind of file. Clears a cache, which may hold the damage, so that the
+ * next try reads the file itself.
+ */
 async function withDiagnosis(error: unknown, source: ByteSource): Promise<unknown> {
-  if (!["format", "trust"].includes((error as Partial<EigenLoraError>).tag!)) return error;
+  const { tag, part } = error as Partial<FormatError>;
+  if (!["format", "trust"].includes(tag!)) return error;
+  await source.clear?.().catch(() => undefined);
+  if (part !== "window") return error;
   // The explanation cannot be loaded without a network; the error then stays unchanged.
   const kind = await import("../format/kind.ts").catch(() => undefined);
-  return kind ? kind.refusal(error as FormatError | TrustError, source) : error;
+  return kind ? kind.wrongKind(error, source, "an EigenLoRA pack") : error;
 }
 
 /** @throws FormatError when the bytes are damaged, TrustError when they are not those that were asked for */
@@ -219,7 +181,7 @@ export class Pack extends Observable<PackEvents> {
   readonly reads: Reads;
 
   readonly #file: OpenedFile;
-  #entries: Map<string, Entry>;
+  readonly #entries: Map<string, Entry>;
   readonly #slots = new Map<Entry, TaskSlot>();
   /** Most bytes of the blobs in `#recent` where no limit was asked for: tasks of this size call for it. */
   #most = MOST_RESIDENT;
@@ -248,14 +210,7 @@ export class Pack extends Observable<PackEvents> {
 
   /** The tasks by id, in the order of the file. A snapshot: tasks added or removed later do not change it. */
   get tasks(): ReadonlyMap<string, TaskInfo> {
-    return (this.#tasks ??= new Tasks(this.#entries, this.#slots));
-  }
-
-  /** The entries, to be changed: a snapshot that was taken keeps those from before. */
-  #changing(): Map<string, Entry> {
-    if (this.#tasks) this.#entries = new Map(this.#entries);
-    this.#tasks = undefined;
-    return this.#entries;
+    return (this.#tasks ??= new Map(Array.from(this.#entries, ([id, entry]) => [id, infoOf(entry, this.#slots)])));
   }
 
   /** The slot of a task, made when it is first asked for: a pack may have many tasks, and most of them are never used. */
@@ -422,7 +377,7 @@ export class Pack extends Observable<PackEvents> {
    * @throws TypeError where the platform has no WebCrypto
    */
   async integrity(): Promise<string> {
-    return (await import("./trust.ts")).rootOf(this.window.head, this.directory.bytes);
+    return integrityOf(this.window.head, this.directory.bytes);
   }
 
   /**
@@ -435,7 +390,8 @@ export class Pack extends Observable<PackEvents> {
     await addTaskFile(file, id, this, this.#entries, this.#file.trust, options, (entry, integrity, stored, blob) => {
       const { length } = stored;
       const added = { ...entry, section: { length, integrity } };
-      this.#changing().set(id, added);
+      this.#tasks = undefined;
+      this.#entries.set(id, added);
       this.#slots.set(added, { entry: added, stored, blob: this.#bounded(blob, length) });
     });
   }
@@ -449,7 +405,8 @@ export class Pack extends Observable<PackEvents> {
     if (!slot) throw this.#unknown(id);
     this.#recent.delete(slot);
     this.#slots.delete(slot.entry);
-    this.#changing().delete(id);
+    this.#tasks = undefined;
+    this.#entries.delete(id);
   }
 
   #unknown(id: string): Error {

@@ -31,11 +31,6 @@ export interface AddTaskOptions extends AbortOptions {
   readonly integrity?: string | undefined;
 }
 
-/** The root of a pack, "sha256-…". @throws TypeError where the platform has no WebCrypto */
-export function rootOf(head: Uint8Array, directory: Uint8Array): Promise<string> {
-  return integrityOf(head, directory);
-}
-
 /** The options of one open pack, checked. */
 export class Trust {
   readonly #file: string;
@@ -204,10 +199,7 @@ export async function importKey(file: string, get: () => Promise<CryptoKey>): Pr
     if (name === "DataError") throw new TypeError(`${file}: this is not an Ed25519 key`, { cause });
     throw new TrustError(
       "signatures need Ed25519 in WebCrypto, which is missing here; check them elsewhere, or by `integrity`",
-      {
-        file,
-        cause,
-      },
+      { file, cause },
     );
   }
 }

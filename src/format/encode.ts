@@ -4,7 +4,7 @@
  */
 
 import { atOnce } from "../pace.ts";
-import { align4, BITS, bf16ToF32, DTYPES, type Dtype, f16ToF32, isQuantized, sum } from "../tensor/dtypes.ts";
+import { align4, BITS, bf16ToF32, DTYPES, type Dtype, f16ToF32, isQuantized } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import { fromHex } from "../text.ts";
 import { isCoded, MOST_CODED_DIRECTORY } from "./coded.ts";
@@ -123,7 +123,7 @@ export function refuseLarge(what: string, { dtype, encoded }: TensorInput, rows:
 }
 
 /** The bases section and the description that goes with it (SPEC.md, sections 4.2 and 4.4). */
-export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Bytes } {
+export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Bytes; both: Bytes } {
   const tensors: { at: number; bytes: Uint8Array }[] = [];
   let end = 0;
   const place = (bytes: Uint8Array): void => {
@@ -161,7 +161,7 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
   both.set(said);
   const [description, bases] = [both.subarray(0, said.length), both.subarray(said.length)];
   for (const { at, bytes } of tensors) bases.set(bytes, at);
-  return { description, bases };
+  return { description, bases, both };
 }
 
 /**
@@ -400,25 +400,6 @@ export interface TaskPlace extends Measured {
 /** Vouches for a hash: the root of a pack, or that of a task file (SPEC.md, section 8). */
 export type Sign = (kind: "pack" | "task", hash: Uint8Array) => Promise<Signature>;
 
-/** Writes a fresh pack as consecutive chunks: window, directory, bases, blobs, one blob in memory at a time. `bytes` is the total size. */
-export async function streamFresh(
-  basis: FreshBasis,
-  tasks: readonly TaskPlace[],
-  sign?: Sign,
-): Promise<{ bytes: number; chunks: AsyncGenerator<Uint8Array, void> }> {
-  const { head, bytes } = await freshHead(basis, tasks, sign);
-  async function* chunks(): AsyncGenerator<Uint8Array, void> {
-    const first = padded(head, 0);
-    yield* first;
-    let end = sum(first, (chunk) => chunk.length);
-    for (const { read, length } of tasks) {
-      yield* padded([await read()], end);
-      end = align64(end) + length;
-    }
-  }
-  return { bytes, chunks: chunks() };
-}
-
 /** A task whose blob is in memory. */
 export async function placeOf({ entry, blob }: TaskToWrite): Promise<TaskPlace> {
   return { entry, ...(await measured(blob, isCoded(blob))), read: async () => blob };
@@ -428,11 +409,12 @@ async function measured(bytes: Uint8Array, coded: boolean): Promise<Measured> {
   return { length: bytes.length, crc: crc32c(bytes), integrity: await integrityOf(bytes), coded };
 }
 
-async function freshHead(
+/** Writes a fresh pack as consecutive chunks: window, directory, bases, blobs, one blob in memory at a time. `bytes` is the total size. */
+export async function streamFresh(
   { description, bases: plain, coded, basisId }: FreshBasis,
   tasks: readonly TaskPlace[],
-  sign: Sign | undefined,
-): Promise<{ head: Uint8Array[]; bytes: number }> {
+  sign?: Sign,
+): Promise<{ bytes: number; chunks: AsyncGenerator<Uint8Array, void> }> {
   const bases = coded ?? plain;
   const list = encodeTaskList(tasks.map((t) => t.entry));
   let end = 0;
@@ -459,7 +441,16 @@ async function freshHead(
     directoryCrc: crc32c(directory),
     signature: await sign?.("pack", await sha256(window, directory)),
   };
-  return { head: [encodeWindow(window, superblock), directory, bases], bytes: basesOffset + end };
+  const head = padded([encodeWindow(window, superblock), directory, bases], 0);
+  async function* chunks(): AsyncGenerator<Uint8Array, void> {
+    yield* head;
+    let at = basesOffset + bases.length;
+    for (const { read, length } of tasks) {
+      yield* padded([await read()], at);
+      at = align64(at) + length;
+    }
+  }
+  return { bytes: basesOffset + end, chunks: chunks() };
 }
 
 /** The directory of a pack with coded sections, where it takes fewer bytes coded. It says no places: they follow from the lengths. */

@@ -52,8 +52,8 @@ export async function newPack(
   const coding = basis.step !== undefined;
   let first = coding && tasks.length > 1 ? await tasks[0]!() : undefined;
   const header = first && headerOf(first);
-  const { description, bases } = encodeBasis({ producer: `eigenlora ${VERSION}`, ...basis, header });
-  const basisId = toHex(await sha256(description, bases));
+  const { description, bases, both } = encodeBasis({ producer: `eigenlora ${VERSION}`, ...basis, header });
+  const basisId = toHex(await sha256(both));
   const parsed =
     coding && atOnce(parseBasis(description, { coded: false, length: bases.length }, "the new pack")).basis;
   const coder = parsed && { modules: parsed.modules, description };
