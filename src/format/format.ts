@@ -328,13 +328,6 @@ export function readTensor(section: Uint8Array, ref: TensorRef, out?: Float32Arr
 
 // Class names held against the head that they are the classes of.
 
-/** A parameter that comes with a task, as far as it matters here. */
-interface HeadParameter {
-  readonly name: string;
-  readonly role: string;
-  readonly shape: readonly number[];
-}
-
 /** True if a parameter belongs to a classifier, by the names that transformers and PEFT have for it. */
 export function isHead(parameter: string): boolean {
   return /(^|\.)(classifier|score)\./.test(parameter);
@@ -346,7 +339,7 @@ export function isHead(parameter: string): boolean {
  */
 export function misfitLabels(
   labels: readonly string[] | undefined,
-  parameters: readonly HeadParameter[],
+  parameters: readonly Pick<TaskParameter, "name" | "role" | "shape">[],
 ): string | undefined {
   const layers = parameters.filter(({ name, role, shape }) => role === "saved" && isHead(name) && shape.length === 2);
   if (!labels || layers.length === 0 || layers.some(({ shape }) => shape[0] === labels.length)) return undefined;
