@@ -57,3 +57,32 @@ export function accumulate<V>(sum: V, a: V, b: V): V {
   }
   return sum + a * b;
 }
+
+/** The sum of both f64. */
+@inline
+export function totalOfPair(pair: v128): f64 {
+  return f64x2.extract_lane(pair, 0) + f64x2.extract_lane(pair, 1);
+}
+
+/** Σ x·y over `length` bytes of f64, in several sums, so that additions need not wait for one another. */
+export function dot(x: usize, y: usize, length: usize): f64 {
+  let sum: f64 = 0;
+  let at: usize = 0;
+  if (ASC_FEATURE_SIMD) {
+    let s0 = f64x2.splat(0), s1 = s0;
+    for (; at + 32 <= length; at += 32) {
+      s0 = f64x2.add(s0, f64x2.mul(v128.load(x + at), v128.load(y + at)));
+      s1 = f64x2.add(s1, f64x2.mul(v128.load(x + at, 16), v128.load(y + at, 16)));
+    }
+    sum = totalOfPair(f64x2.add(s0, s1));
+  } else {
+    let s0: f64 = 0, s1: f64 = 0;
+    for (; at + 16 <= length; at += 16) {
+      s0 += load<f64>(x + at) * load<f64>(y + at);
+      s1 += load<f64>(x + at, 8) * load<f64>(y + at, 8);
+    }
+    sum = s0 + s1;
+  }
+  for (; at < length; at += 8) sum += load<f64>(x + at) * load<f64>(y + at);
+  return sum;
+}
