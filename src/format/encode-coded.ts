@@ -2,6 +2,7 @@
  * The writing half of coded sections (`coded.ts`).
  */
 
+import { atOnce } from "../pace.ts";
 import { isQuantized, sum } from "../tensor/dtypes.ts";
 import {
   CODED_HEAD_BYTES,
@@ -315,8 +316,7 @@ function codeAll(coder: Coder, section: Uint8Array, before: Uint8Array, plan: Pl
   const refuse = (fault: string, at: number): never => {
     throw new RangeError(`what cannot be coded: ${fault} at byte ${at}`);
   };
-  const pieces = code(coder, section, refuse, before, plan);
-  while (!pieces.next().done);
+  atOnce(code(coder, section, refuse, before, plan));
 }
 
 /** Frequencies for runs; undefined where none has given ones. */
@@ -398,7 +398,7 @@ class Counter implements Coder {
       }
       // The largest frequency pays for those that rounding raised from 0.
       for (const least = Number(counts[0]! > 0); left < least; ) {
-        const largest = largestOf(own);
+        const largest = own.indexOf(Math.max(...own.subarray(1)), 1);
         own[largest]!--;
         left += largest <= MOST_GIVEN ? 2 : 1;
       }
@@ -412,13 +412,6 @@ class Counter implements Coder {
       this.#counts.subarray(level * GIVEN, (level + 1) * GIVEN),
     );
   }
-}
-
-/** Index of the largest frequency behind that of 0. */
-function largestOf(own: Frequencies): number {
-  let largest = 1;
-  for (let i = 2; i < GIVEN; i++) if (own[i]! > own[largest]!) largest = i;
-  return largest;
 }
 
 /** Bits that encoded tensors take about, one behind the other: each as if it were all that its section has. */

@@ -179,32 +179,24 @@ export function encodeTask(
   const head = pack([
     terms.map((t) => {
       const name = `"${names[t.module] ?? t.module}"`;
-      for (const s of [t.A, t.B]) {
-        if (!s) continue;
-        refuseLarge(`coefficients of ${name}`, s, s.kind === "column" ? t.rank : 1);
-        tensors.push(s.encoded);
-      }
-      for (const own of [t.ownA, t.ownBt]) {
-        if (!own) continue;
-        refuseLarge(`a row of ${name}`, own, t.rank);
-        tensors.push(own.encoded);
-      }
+      const add = (what: string, tensor: TensorInput | undefined, rows: number): void => {
+        if (!tensor) return;
+        refuseLarge(`${what} of ${name}`, tensor, rows);
+        tensors.push(tensor.encoded);
+      };
+      for (const s of [t.A, t.B]) add("coefficients", s, s?.kind === "column" ? t.rank : 1);
+      for (const own of [t.ownA, t.ownBt]) add("a row", own, t.rank);
       const side = (s: TermInput["A"], own: TensorInput | undefined): number | null | (number | null)[] => {
         const over = s ? (s.kind === "column" ? 1 : 2) + (s.mean ? 4 : 0) + 8 * code(s.dtype) : null;
         return own || s?.basis ? [over, s?.basis ?? 0, own ? code(own.dtype) : null] : over;
       };
       const [A, B] = [side(t.A, t.ownA), side(t.B, t.ownBt)];
-      for (const encoded of t.privateTerms ? [t.privateTerms.A, t.privateTerms.Bt] : []) {
-        const { dtype, rank } = t.privateTerms!;
-        refuseLarge(`a private term of ${name}`, { dtype, encoded }, rank);
-        tensors.push(encoded);
-      }
-      if (t.magnitude) {
-        refuseLarge(`the magnitude of ${name}`, t.magnitude, 1);
-        tensors.push(t.magnitude.encoded);
-      }
-      const type = t.privateTerms ? code(t.privateTerms.dtype) : 0;
-      return [t.module, t.rank, A, B, t.privateTerms?.rank ?? 0, type, t.magnitude ? code(t.magnitude.dtype) : null];
+      const pair = t.privateTerms;
+      for (const encoded of pair ? [pair.A, pair.Bt] : [])
+        add("a private term", { dtype: pair!.dtype, encoded }, pair!.rank);
+      add("the magnitude", t.magnitude, 1);
+      const magnitude = t.magnitude ? code(t.magnitude.dtype) : null;
+      return [t.module, t.rank, A, B, pair?.rank ?? 0, pair ? code(pair.dtype) : 0, magnitude];
     }),
     parameters.map((p) => {
       tensors.push(p.encoded);

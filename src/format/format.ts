@@ -261,19 +261,16 @@ export interface Brought {
   readonly name: string;
 }
 
+/** The parts of a blob, read or to be written, that say what it brings. */
+interface Bringing {
+  readonly terms: readonly (Pick<TaskTerm, "module"> & {
+    [Key in "magnitude" | "privateA" | "ownA" | "ownBt"]?: unknown;
+  })[];
+  readonly parameters: readonly Pick<TaskParameter, "role" | "name">[];
+}
+
 /** The same list, derived from the blob itself. */
-export function bringsOf(
-  {
-    terms,
-    parameters,
-  }: {
-    readonly terms: readonly (Pick<TaskTerm, "module"> & {
-      [Key in "magnitude" | "privateA" | "ownA" | "ownBt"]?: unknown;
-    })[];
-    readonly parameters: readonly Pick<TaskParameter, "role" | "name">[];
-  },
-  modules: readonly Pick<PackModule, "name">[],
-): string[] {
+export function bringsOf({ terms, parameters }: Bringing, modules: readonly Pick<PackModule, "name">[]): string[] {
   const brings = parameters.map(({ role, name }) => `${role} ${name}`);
   for (const [role, key] of [
     ["magnitude", "magnitude"],
