@@ -38,9 +38,8 @@ export async function openSource(
     const url = addressOf(text, where);
     if (!url) return openPath!(text, options);
     // Loaded late: apps that have the bytes, a Blob or a file do without.
-    const { UrlSource } = await import("./http/url-source.ts");
-    // The text, since a parser of addresses may have changed a name.
-    return new UrlSource(/^hf:/i.test(text) ? (await import("./http/hub-name.ts")).hubFile(text) : url, options);
+    const { openUrl } = await import("./http/url-source.ts");
+    return openUrl(url, options, text);
   }
   if (typeof (input as ByteSource | undefined)?.read === "function") return input as ByteSource;
   throw new TypeError(`${where}: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${described(input)}`);

@@ -8,7 +8,7 @@ import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
 import { type FormatError, TaskError } from "../errors.ts";
 import { Observable } from "../events.ts";
 import { basesTensors, checkTensors, parseDirectory, parseTask, parseWindow } from "../format/directory.ts";
-import { align64, Fields, integrityOf } from "../format/fields.ts";
+import { align64, Fields } from "../format/fields.ts";
 import {
   type Directory,
   type PackModule,
@@ -360,7 +360,7 @@ export class Pack extends Observable<PackEvents> {
    * @throws TypeError where the platform has no WebCrypto
    */
   async integrity(): Promise<string> {
-    return integrityOf(this.window.head, this.directory.bytes);
+    return (await import("./trust.ts")).rootOf(this.window.head, this.directory.bytes);
   }
 
   /**

@@ -31,6 +31,11 @@ export interface AddTaskOptions extends AbortOptions {
   readonly integrity?: string | undefined;
 }
 
+/** The root of a pack, "sha256-…". @throws TypeError where the platform has no WebCrypto */
+export function rootOf(head: Uint8Array, directory: Uint8Array): Promise<string> {
+  return integrityOf(head, directory);
+}
+
 /** The options of one open pack, checked. */
 export class Trust {
   readonly #file: string;

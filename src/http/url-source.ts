@@ -55,6 +55,16 @@ type ReadBody = (
 ) => Promise<Uint8Array>;
 
 /**
+ * Opens an address, or a name of the Hub where there are no files.
+ * @param text source of `url`: a parser of addresses may have changed a name
+ * @throws RangeError, TypeError for options, an address or a name that make no sense
+ */
+export async function openUrl(url: URL, options: FetchOptions, text: string): Promise<UrlSource> {
+  const address = /^hf:/i.test(text) ? (await import("./hub-name.ts")).hubFile(text) : url;
+  return new UrlSource(address, options);
+}
+
+/**
  * A file behind a URL. Every response is compared with the request and with earlier responses: status, range, total size,
  * entity tag or date, and number of bytes, so that a file that changes between two reads is noticed and never mixed.
  */
