@@ -9,7 +9,7 @@ import { BackendError } from "../src/errors.ts";
 import type { Feed } from "../src/onnx/feeds.ts";
 import { FLOAT } from "../src/onnx/linear.ts";
 import { makeNode, makeValue } from "../src/onnx/nodes.ts";
-import { create, GraphProtoSchema, ModelProtoSchema, toBinary } from "../src/onnx/protobuf.ts";
+import { create, toBinary } from "../src/onnx/protobuf.ts";
 import { Queue } from "../src/pace.ts";
 import type { Engine, EngineGpu, EngineTensor, LoadOptions, Tensors } from "../src/session/engine.ts";
 
@@ -241,12 +241,12 @@ async function computesOn(ort: Ort, device: GPUDevice, provider: string | { read
 function oneAddition(): Uint8Array {
   const x = makeValue("x", FLOAT, [4]);
   const y = makeValue("y", FLOAT, [4]);
-  const graph = create(GraphProtoSchema, {
+  const graph = create("GraphProto", {
     ...{ name: "device", input: [x], output: [y] },
     node: [makeNode("Add", "", ["x", "x"], "y")],
   });
   const model = { irVersion: 8n, graph, opsetImport: [{ domain: "", version: 13n }] };
-  return toBinary(ModelProtoSchema, create(ModelProtoSchema, model));
+  return toBinary("ModelProto", create("ModelProto", model));
 }
 
 /**

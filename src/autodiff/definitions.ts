@@ -6,7 +6,7 @@
 import { INT64 } from "../onnx/linear.ts";
 import { dimsOf, type Graph, indexGraph, intOf, type OnnxModel, Ranks } from "../onnx/model.ts";
 import { PREFIX } from "../onnx/nodes.ts";
-import { create, GraphProtoSchema, ModelProtoSchema, type NodeProto } from "../onnx/protobuf.ts";
+import { create, type NodeProto } from "../onnx/protobuf.ts";
 import { Emitter, OperatorNode } from "./emit.ts";
 
 // Attention over all heads at once: onnxruntime's operators written as products, a mask and a softmax. Training has no past, so there are
@@ -290,7 +290,7 @@ export function shadowOf(model: OnnxModel): Shadow {
   const { graph } = model;
   const refused = new Map<NodeProto, string>();
   const ranks = new Map<string, number>();
-  const shadow = create(GraphProtoSchema, { name: graph.proto.name });
+  const shadow = create("GraphProto", { name: graph.proto.name });
   shadow.input = graph.proto.input;
   shadow.output = [...graph.proto.output];
   shadow.initializer = [...graph.proto.initializer];
@@ -309,7 +309,7 @@ export function shadowOf(model: OnnxModel): Shadow {
     else for (const [name, value] of fused.given) shadow.node.push(...emit.rename(value, name, fresh));
   }
   if (emit.nodes.length === 0) return { model, refused, ranks };
-  const proto = create(ModelProtoSchema, { ...model.proto, graph: shadow });
+  const proto = create("ModelProto", { ...model.proto, graph: shadow });
   return { model: { ...model, proto, graph: indexGraph(shadow, model.name) }, refused, ranks };
 }
 

@@ -7,11 +7,11 @@
 import { basename, dirname, join } from "node:path";
 import type { Pack } from "../core/pack.ts";
 import { BaseMismatchError, FormatError, SourceError } from "../errors.ts";
-import type { Injected, TaskInput } from "../onnx/inject.ts";
+import type { TaskInput } from "../onnx/inject.ts";
 import { PREFIX } from "../onnx/nodes.ts";
+import { toBinary } from "../onnx/protobuf.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import { externalFiles } from "../onnx/tensors.ts";
-import { embedWeights } from "../onnx/write.ts";
 import { type PreparedModel, prepareModel } from "../session/prepare.ts";
 import { stackValues, type TaskEvaluator, unfoldingEvaluator } from "../session/values.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors.ts";
@@ -71,7 +71,7 @@ export const attach: Attach = command({
       [`${PREFIX}.basis`, pack.basisId],
       [`${PREFIX}.mode`, chosen],
     ]);
-    const model = serialise(file, prepared, marks, target);
+    const model = serialise(file, marks, target);
     const evaluator = run.closing(await unfoldingEvaluator(prepared, bases));
     const values = (id: string | null) => valuesOf(pack, prepared.inputs, evaluator, marks, id);
     async function* reported(id: string, done: number) {
@@ -130,10 +130,10 @@ function refuseFolded({ mode, reason }: PreparedModel, { name }: Pack): void {
 }
 
 /** @throws FormatError when it becomes too large for a single file */
-function serialise(file: ModelFile, { initializers }: Injected, marks: Marks, target: string): Uint8Array {
+function serialise(file: ModelFile, marks: Marks, target: string): Uint8Array {
   const { metadataProps } = file.model.proto;
   for (const [key, value] of marks) metadataProps.push({ key, value });
-  const model = embedWeights(file, initializers);
+  const model = toBinary("ModelProto", file.model.proto);
   if (model.length <= MOST_MODEL_BYTES) return model;
   throw new FormatError(
     `needs ${model.length} bytes with the components inside, at most ${MOST_MODEL_BYTES} are allowed; ` +

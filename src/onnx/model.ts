@@ -8,7 +8,6 @@ import {
   fromBinary,
   type GraphProto,
   type ModelProto,
-  ModelProtoSchema,
   type NodeProto,
   type TensorProto,
   type ValueInfoProto,
@@ -51,7 +50,7 @@ export interface OnnxModel {
 export function parseModel(bytes: Uint8Array, name: string): OnnxModel {
   let proto: ModelProto;
   try {
-    proto = fromBinary(ModelProtoSchema, bytes);
+    proto = fromBinary("ModelProto", bytes);
   } catch (cause) {
     const why = (cause as Error).message;
     throw new FormatError(`its ${bytes.length} bytes are truncated or no ONNX model (${why}); fetch it again`, {

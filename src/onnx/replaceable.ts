@@ -9,8 +9,9 @@ import { FLOAT, FLOAT16, origin } from "./linear.ts";
 import { intOf, type OnnxModel, type Use } from "./model.ts";
 import { MOST_PASSED, type OnnxParameter, outputAxis, partSize, partsOf, pieceShape } from "./modules.ts";
 import { makeNode, makeSplit, makeValue, NodeEdits, PREFIX } from "./nodes.ts";
-import { create, type GraphProto, type NodeProto, NodeProtoSchema, TensorProtoSchema } from "./protobuf.ts";
-import { type DataFile, point } from "./write.ts";
+import { create, type GraphProto, type NodeProto } from "./protobuf.ts";
+import { point } from "./tensors.ts";
+import type { DataFile } from "./write.ts";
 
 const FILE = "eigenlora-folded";
 
@@ -46,7 +47,7 @@ export function replaceByFile(model: OnnxModel, parameters: readonly OnnxParamet
     end = offset + byteLength;
     places.set(parameter.name, { offset, byteLength, shape: parameter.shape, width });
     const name = `${PREFIX}/folded/${parameter.name}`;
-    const tensor = create(TensorProtoSchema, { name, dims: old.dims, dataType: old.dataType });
+    const tensor = create("TensorProto", { name, dims: old.dims, dataType: old.dataType });
     point(tensor, FILE, offset, byteLength);
     model.graph.proto.initializer.push(tensor);
     wiring.connect(parameter, name);
@@ -207,7 +208,7 @@ function wiringOf(model: OnnxModel) {
       const { opType, attribute, domain, input, output } = node;
       const name = `${to}/${output[0]}`;
       const copy = { opType, domain, attribute, name, input: [value, ...input.slice(1)], output: [name] };
-      if (isNew(graph, name)) edits.insert(graph, node, [create(NodeProtoSchema, copy)]);
+      if (isNew(graph, name)) edits.insert(graph, node, [create("NodeProto", copy)]);
       value = name;
     }
     return value;

@@ -5,17 +5,14 @@
 
 import { type ByteSource, joined, type ReadOptions } from "../source.ts";
 import { sum } from "../tensor/dtypes.ts";
-import { BYTES, FIXED32, FIXED64, VARINT } from "./protobuf.ts";
+import { BYTES, create, FIXED32, FIXED64, toBinary, VARINT } from "./protobuf.ts";
+import { LEAST_DETACHED, point } from "./tensors.ts";
 
-/** Tensors below this size stay in the protobuf. */
-const LEAST_BYTES = 4096;
 const WINDOW = 16_384;
 
 /** Numbers of the fields on the way to a tensor's bytes: of `ModelProto`, `GraphProto` and `TensorProto`. */
 const PATH = { graph: 7, initializer: 5, rawData: 9 };
 const FIELDS: readonly number[] = Object.values(PATH);
-const EXTERNAL_DATA = 13;
-const DATA_LOCATION = 14;
 
 /** A field of a message: `at` its tag, `body` its content. */
 interface Field {
@@ -40,30 +37,17 @@ export async function skeletonOf(
   const piecesOf = async (start: number, end: number, depth: number): Promise<Uint8Array[]> => {
     const pieces: Uint8Array[] = [];
     // The last place that is given counts.
-    let place: Uint8Array[] = [];
+    const place = create("TensorProto");
     for await (const { number, wire, at, body, end: stop } of reader.fields(start, end)) {
-      const isLarge = number === FIELDS[depth] && wire === BYTES && stop - body > LEAST_BYTES;
+      const isLarge = number === FIELDS[depth] && wire === BYTES && stop - body > LEAST_DETACHED;
       if (!isLarge) pieces.push(await reader.bytes(at, stop));
       else if (number !== PATH.rawData) pieces.push(...message(number, await piecesOf(body, stop, depth + 1)));
-      else place = pointer(location, body, stop - body);
+      else point(place, location, body, stop - body);
     }
-    return [...pieces, ...place];
+    return [...pieces, toBinary("TensorProto", place)];
   };
   const pieces = await piecesOf(0, source.byteLength!, 0);
   return reader.damaged ? undefined : joined(pieces);
-}
-
-/** Fields of a tensor whose bytes lie in a file. */
-function pointer(location: string, offset: number, length: number): Uint8Array[] {
-  const utf8 = new TextEncoder();
-  const entries = Object.entries({ location, offset: String(offset), length: String(length) });
-  const place = entries.flatMap((entry) =>
-    message(
-      EXTERNAL_DATA,
-      entry.flatMap((text, i) => message(i + 1, [utf8.encode(text)])),
-    ),
-  );
-  return [...place, Uint8Array.from([...varint(DATA_LOCATION * 8 + VARINT), 1])];
 }
 
 function message(number: number, content: readonly Uint8Array[]): Uint8Array[] {

@@ -11,14 +11,7 @@ import type { SessionOptions } from "eigenlora/session";
 import t from "tap";
 import { run } from "../support/command-line.ts";
 import { folderFor } from "../support/folder.ts";
-import {
-  fromBinary,
-  ModelProtoSchema,
-  readModel,
-  type Survey,
-  surveyModel,
-  toBinary,
-} from "../support/internals/models.ts";
+import { fromBinary, readModel, type Survey, surveyModel, toBinary } from "../support/internals/models.ts";
 import { concat, data, LOSSLESS } from "../support/packs.ts";
 import { MODES, NODE, open, refusal } from "../support/sessions.ts";
 
@@ -109,9 +102,9 @@ const CASES: Readonly<Record<string, Case>> = {
 function pathOf(model: string): string {
   if (model.endsWith(".onnx")) return data(model);
   const path = join(folder, `${model}.onnx`);
-  const proto = fromBinary(ModelProtoSchema, new Uint8Array(readFileSync(data("sessions/fused.onnx"))));
+  const proto = fromBinary("ModelProto", new Uint8Array(readFileSync(data("sessions/fused.onnx"))));
   for (const node of proto.graph!.node) if (node.opType === "Attention") node.opType = model;
-  writeFileSync(path, toBinary(ModelProtoSchema, proto));
+  writeFileSync(path, toBinary("ModelProto", proto));
   return path;
 }
 

@@ -10,7 +10,6 @@ import t, { type Test } from "tap";
 import {
   fromBinary,
   type GraphProto,
-  ModelProtoSchema,
   makeNode,
   makeValue,
   readModel,
@@ -50,11 +49,11 @@ function encode(some: readonly string[]): BatchFeeds {
 
 /** The encoder with its hidden states [batch, sequence, 32] turned into another output. */
 function giving(name: string, add: (graph: GraphProto) => void): Uint8Array {
-  const proto = fromBinary(ModelProtoSchema, modelBytes("encoder"));
+  const proto = fromBinary("ModelProto", modelBytes("encoder"));
   const graph = proto.graph!;
   add(graph);
   graph.output = [makeValue(name, 1)];
-  return toBinary(ModelProtoSchema, proto);
+  return toBinary("ModelProto", proto);
 }
 const HIDDEN = "last_hidden_state";
 const mean = (name: string) => (graph: GraphProto) => {

@@ -11,7 +11,6 @@ import { adapterOf, linear } from "../support/adapters.ts";
 import { modelOf } from "../support/graphs.ts";
 import {
   fromBinary,
-  ModelProtoSchema,
   makeFloats,
   makeInts,
   makeNode,
@@ -97,7 +96,7 @@ for (const { name, ort } of ORTS) {
 
 for (const { name, ort } of ORTS) {
   t.test(`${name}: products with integers round their inputs where all of the model's layers do`, async (t) => {
-    const built = fromBinary(ModelProtoSchema, await readFile(model("q4")));
+    const built = fromBinary("ModelProto", await readFile(model("q4")));
     const layers = built.graph!.node.filter(({ opType }) => opType === "MatMulNBits");
     const setLevel = (node: (typeof layers)[number], level: number): void => {
       node.attribute = node.attribute.filter(({ name }) => name !== "accuracy_level");
@@ -105,7 +104,7 @@ for (const { name, ort } of ORTS) {
     };
     /** Bits and accuracy levels of the products that a session adds. */
     const added = async (pack: Pack): Promise<Set<string>> => {
-      const file = await readModel(toBinary(ModelProtoSchema, built));
+      const file = await readModel(toBinary("ModelProto", built));
       const bases = await pack.bases();
       await prepareModel(file, pack, bases.bytes, { mode: "core", integers: ["MatMulNBits", "DequantizeLinear"] });
       bases.close();
@@ -129,7 +128,7 @@ for (const { name, ort } of ORTS) {
       t.same(await added(pack), new Set(exact), "the file says nothing");
       for (const node of layers) setLevel(node, 4);
       t.same(await added(pack), new Set(rounded));
-      const bytes = toBinary(ModelProtoSchema, built);
+      const bytes = toBinary("ModelProto", built);
       const small = await open(ort, bytes, pack, { mode: "core" });
       t.equal(small.probe.result, "passed");
       const plain = await open(ort, bytes, pack, { mode: "core", components: "f32" });

@@ -8,15 +8,7 @@ import { Tensor } from "onnxruntime-node";
 import t, { type Test } from "tap";
 import { adapterOf, linear } from "../support/adapters.ts";
 import { modelOf } from "../support/graphs.ts";
-import {
-  create,
-  makeFloats,
-  makeInts,
-  makeNode,
-  makeValue,
-  type NodeProto,
-  TensorProtoSchema,
-} from "../support/internals/models.ts";
+import { create, makeFloats, makeInts, makeNode, makeValue, type NodeProto } from "../support/internals/models.ts";
 import { concat, LOSSLESS } from "../support/packs.ts";
 import { difference, NODE, open, outputOf, refusal, type Session } from "../support/sessions.ts";
 
@@ -175,7 +167,7 @@ function dynamic(swapped: boolean): Uint8Array {
     i < WIDE ? 0 : Math.round(90 * Math.sin(1 + 1.9 * i)),
   );
   const raw = (name: string, dataType: number, dims: number[], data: Int8Array | Float32Array) =>
-    create(TensorProtoSchema, { name, dataType, dims: dims.map(BigInt), rawData: new Uint8Array(data.buffer) });
+    create("TensorProto", { name, dataType, dims: dims.map(BigInt), rawData: new Uint8Array(data.buffer) });
   const initializer = [
     makeFloats("mid.weight", [...wave(SIZE * SIZE, 3)], [SIZE, SIZE]),
     raw("out.weight_quantized", 3, [SIZE, WIDE], weight),

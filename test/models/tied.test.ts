@@ -10,7 +10,7 @@ import t, { type Test } from "tap";
 import { json, run, words } from "../support/command-line.ts";
 import { tensorsOf as read } from "../support/compare.ts";
 import { workIn } from "../support/folder.ts";
-import { fromBinary, ModelProtoSchema, toBinary } from "../support/internals/models.ts";
+import { fromBinary, toBinary } from "../support/internals/models.ts";
 import { concat, data, LOSSLESS } from "../support/packs.ts";
 import { feedsIn, int64, MODES, type Mode, NODE, ORTS, open, type Session } from "../support/sessions.ts";
 
@@ -124,14 +124,14 @@ t.test("sessions: a head in another form", async (t) => {
 
 t.test("sessions: an embedding under another name, and two files of one model", async (t) => {
   const pack = await packOf(t, ["rows", "rows-more"]);
-  const model = fromBinary(ModelProtoSchema, await readFile(at("torchscript.onnx")));
+  const model = fromBinary("ModelProto", await readFile(at("torchscript.onnx")));
   for (const node of model.graph!.node) {
     if (!node.input.includes(TABLE)) continue;
     node.name = "/LookUp";
     node.input[node.input.indexOf(TABLE)] = "weight";
   }
   for (const tensor of model.graph!.initializer) if (tensor.name === TABLE) tensor.name = "weight";
-  const renamed = toBinary(ModelProtoSchema, model);
+  const renamed = toBinary("ModelProto", model);
   const names = new Map([["model.embed_tokens", "weight"]]);
   for (const mode of ["factors", "folded"] as const) {
     const session = await open(NODE, renamed, pack, { mode, names });

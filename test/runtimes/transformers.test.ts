@@ -13,7 +13,7 @@ import { type AttachedPack, type AttachOptions, attachPack } from "eigenlora/tra
 import t, { type Test } from "tap";
 import { answerOf, bundle, noChromium, openPage } from "../support/browser.ts";
 import { folderFor } from "../support/folder.ts";
-import { fromBinary, ModelProtoSchema, toBinary } from "../support/internals/models.ts";
+import { fromBinary, toBinary } from "../support/internals/models.ts";
 import { concat, data, LOSSLESS, packOf } from "../support/packs.ts";
 import { packages, without } from "../support/required.ts";
 import { difference, GOLDENS, golden, goldenRow, model, modelBytes, packBytes, refusal } from "../support/sessions.ts";
@@ -136,11 +136,11 @@ async function makeModels(): Promise<void> {
     JSON.stringify({ ...config, "transformers.js_config": { use_external_data_format: true } }),
   );
   // transformers.js prescribes the second file's name.
-  const proto = fromBinary(ModelProtoSchema, modelBytes("external"));
+  const proto = fromBinary("ModelProto", modelBytes("external"));
   for (const { externalData } of proto.graph!.initializer) {
     for (const entry of externalData) if (entry.key === "location") entry.value = "model.onnx_data";
   }
-  await write("external/onnx/model.onnx", toBinary(ModelProtoSchema, proto));
+  await write("external/onnx/model.onnx", toBinary("ModelProto", proto));
   await write("external/onnx/model.onnx_data", await readFile(data("sessions/external.onnx.data")));
   await write("decoder.eigen", (await packOf(["decoder/adapters/upper", "decoder/adapters/lower"], LOSSLESS)).bytes);
   await write(

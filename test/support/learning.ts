@@ -90,7 +90,7 @@ export function probeOf(ort: Ort): ShapeProbe & { runs: number } {
 
 /** A session of the training graph, the weights beside it. */
 export async function sessionOf(ort: Ort, file: ModelFile, level: Level): Promise<common.InferenceSession> {
-  const { bytes, files } = await detachWeights(file, []);
+  const { bytes, files } = await detachWeights(file);
   return ort.InferenceSession.create(bytes, { externalData: [...files], graphOptimizationLevel: level });
 }
 

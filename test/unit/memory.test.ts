@@ -6,7 +6,7 @@ import t from "tap";
 import { dawnMissing } from "../support/backend-list.ts";
 import { folderFor } from "../support/folder.ts";
 import { modelOf } from "../support/graphs.ts";
-import { create, makeNode, makeValue, TensorProtoSchema } from "../support/internals/models.ts";
+import { create, makeNode, makeValue } from "../support/internals/models.ts";
 
 const child = fileURLToPath(new URL("../support/memory-child.js", import.meta.url));
 
@@ -40,7 +40,7 @@ const model = join(folderFor(t), "model.onnx");
     const rawData = new Uint8Array(
       Float32Array.from({ length: SIZE * SIZE }, (_, k) => ((k * (i + 7)) % 97) / 5000).buffer,
     );
-    return create(TensorProtoSchema, {
+    return create("TensorProto", {
       name: `${name}.weight`,
       dataType: 1,
       dims: [BigInt(SIZE), BigInt(SIZE)],

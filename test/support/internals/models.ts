@@ -15,7 +15,7 @@ export { replaceByFile, type WeightInput } from "../../../dist/src/onnx/replacea
 export { skeletonOf } from "../../../dist/src/onnx/skeleton.js";
 export { externalFiles, readTensor as readOnnxTensor } from "../../../dist/src/onnx/tensors.js";
 export { readLinearWeight } from "../../../dist/src/onnx/weights.js";
-export { detachWeights, embedWeights } from "../../../dist/src/onnx/write.js";
+export { detachWeights } from "../../../dist/src/onnx/write.js";
 export { CacheWatch } from "../../../dist/src/session/caches.js";
 export { planSession, prepareModel } from "../../../dist/src/session/prepare.js";
 export type { Trainable } from "../../../dist/src/session/training.js";
