@@ -74,10 +74,7 @@ export function createEngine<O extends Ort>(ort: O, session?: SessionOptions<O>)
   if (typeof ort?.InferenceSession?.create !== "function" || typeof ort.Tensor !== "function") {
     throw new TypeError(`expected the module onnxruntime-web or onnxruntime-node, got ${described(ort)}`);
   }
-  return engineOf(ort, session as KnownOptions | undefined);
-}
-
-function engineOf(ort: Ort, options: KnownOptions = {}): Engine<OrtSession> {
+  const options: KnownOptions = session ?? {};
   const { InferenceSession, env } = ort;
   const Tensor = ort.Tensor as unknown as new (...of: unknown[]) => EngineTensor;
   const name = "onnxruntime";
@@ -224,7 +221,7 @@ async function findDevice(
 /** True if what onnxruntime computes with this provider lies on the device: asked of a session on a model of one addition. */
 async function computesOn(ort: Ort, device: GPUDevice, provider: string | { readonly name: string }): Promise<boolean> {
   const options = { executionProviders: [provider], preferredOutputLocation: "gpu-buffer" };
-  const engine = engineOf(ort, options);
+  const engine = createEngine(ort, options as never);
   const session = await engine.load({ bytes: oneAddition(), files: [] });
   try {
     const { y } = await engine.run(session, { x: engine.tensor(new Float32Array(4), [4]) }, ["y"]);

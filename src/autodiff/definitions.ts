@@ -4,7 +4,7 @@
  */
 
 import { INT64 } from "../onnx/linear.ts";
-import { dimsOf, type Graph, indexGraph, intOf, type OnnxModel, Ranks } from "../onnx/model.ts";
+import { dimsOf, type Graph, indexGraph, intOf, type OnnxModel, type RankOf, ranksOf } from "../onnx/model.ts";
 import { PREFIX } from "../onnx/nodes.ts";
 import { create, type NodeProto } from "../onnx/protobuf.ts";
 import { Emitter, OperatorNode } from "./emit.ts";
@@ -295,7 +295,7 @@ export function shadowOf(model: OnnxModel): Shadow {
   shadow.output = [...graph.proto.output];
   shadow.initializer = [...graph.proto.initializer];
   const emit = new Emitter(shadow, model.opset, `${PREFIX}/defined`);
-  const known = new Ranks(model);
+  const known = ranksOf(model);
   for (const node of graph.proto.node) {
     const written = emit.nodes.length;
     const define = DEFINITIONS.get(operatorOf(node));
@@ -328,12 +328,12 @@ class Fused extends OperatorNode {
   /** Ranks that were assumed, by value; a run checks them. */
   readonly assumed: Map<string, number>;
   readonly #graph: Graph;
-  readonly #ranks: Ranks;
+  readonly #rankOf: RankOf;
 
-  constructor(proto: NodeProto, emit: Emitter, graph: Graph, ranks: Ranks, assumed: Map<string, number>) {
+  constructor(proto: NodeProto, emit: Emitter, graph: Graph, rankOf: RankOf, assumed: Map<string, number>) {
     super(proto, emit);
     this.#graph = graph;
-    this.#ranks = ranks;
+    this.#rankOf = rankOf;
     this.assumed = assumed;
   }
 
@@ -373,7 +373,7 @@ class Fused extends OperatorNode {
 
   /** Rank of a value as far as the graph tells, else `otherwise`; a run checks the assumption. */
   rank(value: string, otherwise: number): number {
-    const rank = this.#ranks.of(value) ?? otherwise;
+    const rank = this.#rankOf(value) ?? otherwise;
     this.assumed.set(value, rank);
     return rank;
   }

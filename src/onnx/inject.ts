@@ -31,7 +31,7 @@ import {
   type Site,
   UINT8,
 } from "./linear.ts";
-import { intOf, type OnnxModel, Ranks } from "./model.ts";
+import { intOf, type OnnxModel, type RankOf, ranksOf } from "./model.ts";
 import {
   CONTRIBUTED,
   Constants,
@@ -141,7 +141,7 @@ export class Injector extends NodeWriter {
   inputs: TaskInput[] = [];
   #componentBytes = 0;
   readonly edits: NodeEdits = new NodeEdits();
-  readonly #ranks: Ranks;
+  readonly #rankOf: RankOf;
   readonly #integers: IntegerProducts;
   /** `accuracy_level` of products with components. */
   readonly #level: number;
@@ -159,7 +159,7 @@ export class Injector extends NodeWriter {
     super(new Constants(model.graph.proto, model.opset, PREFIX), `${PREFIX}/shared`);
     this.model = model;
     this.main = model.graph.proto;
-    this.#ranks = new Ranks(model);
+    this.#rankOf = ranksOf(model);
     this.#integers = integers;
     const levels = layers.flatMap(({ sites }) =>
       sites.map(({ node, product = node }) => intOf(product, "accuracy_level")),
@@ -239,7 +239,7 @@ export class Injector extends NodeWriter {
 
   /** Rank of a value in the main graph; undefined elsewhere, and where it cannot be told. */
   rank(graph: GraphProto, value: string): number | undefined {
-    return graph === this.main ? this.#ranks.of(value) : undefined;
+    return graph === this.main ? this.#rankOf(value) : undefined;
   }
 
   /** Groups modules with components of one form by their common input: queries, keys and values; gate and up. Others stay alone. */

@@ -72,14 +72,14 @@ export function makeInts(
 
 /** Makes a Split. @param axis of the value. Default: the last */
 export function makeSplit(
-  { graph, opset }: OnnxModel,
+  model: OnnxModel,
   name: string,
   value: string,
   outputs: readonly string[],
   sizes: readonly number[],
   axis = -1,
 ): NodeProto {
-  const write = new NodeWriter(new Constants(graph.proto, opset, name), name);
+  const write = writerOn(model, name);
   write.split(value, axis, sizes);
   return Object.assign(write.nodes[0]!, { output: [...outputs] });
 }
@@ -314,6 +314,11 @@ export class NodeWriter {
   int(value: number): string {
     return this.constants.add(`int/${value}`, (name) => makeInts(name, [value], []));
   }
+}
+
+/** A writer whose nodes, and constants of the main graph, have a name in front of theirs. */
+export function writerOn({ graph, opset }: OnnxModel, name: string): NodeWriter {
+  return new NodeWriter(new Constants(graph.proto, opset, name), name);
 }
 
 function isAttributes(given: Operand | Attributes | undefined): given is Attributes {

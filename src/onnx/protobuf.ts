@@ -186,14 +186,12 @@ export function create<Name extends keyof Messages>(name: Name, init: Init<Messa
 function made(schema: Schema, init: object): Proto {
   const message: Fields = Object.create(schema.defaults);
   for (const { name, type, kind } of schema.fields) {
-    const inner = SCHEMAS.get(type);
+    const value = (init as Fields)[name] ?? (isList(kind) ? [] : undefined);
+    if (value === undefined) continue;
+    const inner = type in SCALARS ? undefined : SCHEMAS.get(type)!;
     const whole = (value: unknown): unknown =>
       !inner || Object.getPrototypeOf(value) === inner.defaults ? value : made(inner, value as Proto);
-    const value = (init as Fields)[name];
-    if (isList(kind)) {
-      const list = (value ?? []) as unknown[];
-      message[name] = inner ? list.map(whole) : list;
-    } else if (value !== undefined) message[name] = whole(value);
+    message[name] = isList(kind) && inner ? (value as unknown[]).map(whole) : whole(value);
   }
   return message;
 }

@@ -3,15 +3,13 @@
  * when the model is loaded again; or each is an input, whose buffer is written. Changes the graph; reads no weight.
  */
 
-import type { View } from "../core/base.ts";
 import { BaseMismatchError, FormatError } from "../errors.ts";
 import { FLOAT, FLOAT16, origin } from "./linear.ts";
 import { intOf, type OnnxModel, type Use } from "./model.ts";
-import { MOST_PASSED, type OnnxParameter, outputAxis, partSize, partsOf, pieceShape } from "./modules.ts";
+import { MOST_PASSED, type OnnxParameter, outputAxis, partSize, pieceShape } from "./modules.ts";
 import { makeNode, makeSplit, makeValue, NodeEdits, PREFIX } from "./nodes.ts";
 import { create, type GraphProto, type NodeProto } from "./protobuf.ts";
 import { point } from "./tensors.ts";
-import type { DataFile } from "./write.ts";
 
 const FILE = "eigenlora-folded";
 
@@ -219,31 +217,4 @@ function wiringOf(model: OnnxModel) {
     made.set(graph, names);
     return !names.has(name) && names.add(name).has(name);
   }
-}
-
-/** Makes the content of the file of `value` for each parameter. @throws BaseMismatchError when one has another shape than the model's */
-export async function fillWeightFile(
-  { byteLength, places, pieces }: WeightFile,
-  value: (name: string) => View | Promise<View>,
-): Promise<DataFile> {
-  const data = new Uint8Array(byteLength);
-  for (const [name, place] of places) {
-    const view = await value(name);
-    if (view.shape.join() !== place.shape.join()) {
-      const message = `a task brings "${name}" of [${view.shape.join(", ")}], the model's needs [${place.shape.join(", ")}]`;
-      throw new BaseMismatchError(message, { module: name, expected: place.shape, found: view.shape });
-    }
-    data.set((view.data as Uint8Array).subarray(view.byteOffset, view.byteOffset + place.byteLength), place.offset);
-  }
-  const { copyPart } = pieces.length > 0 ? await import("./packed.ts") : {};
-  for (const piece of pieces) {
-    const view = await value(piece.name);
-    const own = { ...view, data: (view.data as Uint8Array).subarray(view.byteOffset) };
-    for (const { name, at, from, count } of partsOf(piece)) {
-      const { offset, shape, width } = places.get(name)!;
-      const target = { data: data.subarray(offset), shape, start: at };
-      copyPart!({ ...own, start: from }, target, outputAxis(piece), count, width);
-    }
-  }
-  return { path: FILE, data };
 }

@@ -174,7 +174,7 @@ async function headOf(
   if (!weight) throw new Error(`${module} is not in the model`);
   const [rows, columns] = weight.shape as [number, number];
   const [out, inputs] = weight.layout === "in-out" ? [columns, rows] : [rows, columns];
-  const { at } = await readLinearWeight(file, weight);
+  const at = await readLinearWeight(file, weight);
   const values = Float32Array.from({ length: out * inputs }, (_, i) => at(Math.floor(i / inputs), i % inputs));
   return { weight: values, bias: bias ? await readVector(file, bias) : new Float32Array(out), out, in: inputs };
 }
