@@ -546,7 +546,7 @@ async function derive(
   const emit = new Emitter(main, opset);
   emit.gathers = gathers;
   const problems = new Problems();
-  const path = await probePath(file, sources, "whole", problems, probeOf(NODE), feeds, []);
+  const path = await probePath(file, sources, "whole", problems, probeOf(NODE), feeds);
   const gradients = differentiate(path, "whole", () => "seed", emit, problems);
   problems.throwIfAny(name);
   main.node.push(...emit.shapes, ...emit.nodes);
