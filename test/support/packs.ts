@@ -6,7 +6,7 @@ import { type Adapter, type BuildOptions, type BuildReport, buildPack, taskAdapt
 import { readAdapters } from "eigenlora/node";
 import { deltaOf, type Golden, relativeDifference } from "./compare.ts";
 import { decodeTensor } from "./internals/base.ts";
-import { placeOf, type Sign, streamFresh, type TaskToWrite } from "./internals/format.ts";
+import { type layoutAppend, placeOf, type Sign, streamFresh, type TaskToWrite } from "./internals/format.ts";
 import { allOf, deltaError, relative } from "./internals/pack.ts";
 
 /** Options that store everything an adapter has without loss. */
@@ -35,6 +35,16 @@ export async function freshChunks(
   sign?: Sign,
 ): Promise<Uint8Array[]> {
   return allOf((await streamFresh(basis, await Promise.all(tasks.map(placeOf)), sign)).chunks);
+}
+
+/** A pack with the written bytes of an append. */
+export function applied(
+  bytes: Uint8Array,
+  { body, superblock, superblockOffset, offset }: Awaited<ReturnType<typeof layoutAppend>>,
+): Uint8Array<ArrayBuffer> {
+  const grown = concat([bytes.subarray(0, offset), ...body]);
+  grown.set(superblock, superblockOffset);
+  return grown;
 }
 
 /** A pack of adapters, open. */
