@@ -3,8 +3,7 @@
  * come from ONNX Runtime, on the same file with W + ΔW written into every initializer that holds the layer.
  */
 import { readFileSync } from "node:fs";
-import { type CpuView, openPack, type Pack, type WeightHost } from "eigenlora";
-import { buildPack } from "eigenlora/build";
+import type { CpuView, Pack, WeightHost } from "eigenlora";
 import { openOnnxHost } from "eigenlora/onnx";
 import { InferenceSession, Tensor } from "onnxruntime-node";
 import t, { type Test } from "tap";
@@ -22,7 +21,7 @@ import {
   type WeightInput,
 } from "../support/internals/models.ts";
 import { viewValues } from "../support/internals/runtime.ts";
-import { concat, data, LOSSLESS } from "../support/packs.ts";
+import { data, LOSSLESS, packed } from "../support/packs.ts";
 import { difference, MODES, NODE, open, outputOf, refusal } from "../support/sessions.ts";
 
 const SIZE = 8;
@@ -45,8 +44,7 @@ function factors(seed: number): { rank: number; A: Float32Array; Bt: Float32Arra
 const adapter = (id: string, seed: number) => adapterOf(id, [linear("mid", SIZE, SIZE, factors(seed))]);
 
 async function packOn(base?: WeightHost): Promise<Pack> {
-  const options = base ? { ...LOSSLESS, base } : LOSSLESS;
-  return openPack(concat((await buildPack([adapter("a", 1), adapter("b", 2)], options)).chunks));
+  return packed([adapter("a", 1), adapter("b", 2)], base ? { ...LOSSLESS, base } : LOSSLESS);
 }
 
 /** ΔW of a task, [out, in]. */
