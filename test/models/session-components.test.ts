@@ -4,7 +4,7 @@
  */
 import { readFile } from "node:fs/promises";
 import { openPack, type Pack } from "eigenlora";
-import { type Adapter, buildPack } from "eigenlora/build";
+import type { Adapter } from "eigenlora/build";
 import { createSession } from "eigenlora/session";
 import t from "tap";
 import { adapterOf, linear } from "../support/adapters.ts";
@@ -20,7 +20,7 @@ import {
   readModel,
   toBinary,
 } from "../support/internals/models.ts";
-import { concat, LOSSLESS } from "../support/packs.ts";
+import { packed } from "../support/packs.ts";
 import { PlainEngine, PlainTensor } from "../support/plain-engine.ts";
 import { soak } from "../support/required.ts";
 import {
@@ -210,8 +210,7 @@ t.test("packed layers side by side, all of their parts adapted or some", async (
   const sets = [PARTS, PARTS.slice(0, 3), [PARTS[0], PARTS[2]], [PARTS[4], PARTS[1], PARTS[3]], [...PARTS].reverse()];
   for (const parts of sets) {
     const adapters = [adapter("a", 1, parts), adapter("b", 5, parts.slice(0, 2))];
-    const { chunks } = await buildPack(adapters, LOSSLESS);
-    const pack = await openPack(concat(chunks));
+    const pack = await packed(adapters);
     const x = { x: new NODE.Tensor("float32", wave(2 * 3 * WIDTH, 3), [2, 3, WIDTH]) };
     const what = parts.map(([name]) => name).join(" ");
     const answers = new Map<string, Float32Array[]>();
