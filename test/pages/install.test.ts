@@ -18,7 +18,7 @@ import { bundleWorker, metro, noProgram, outputOf, workerd } from "../support/en
 import { folderFor } from "../support/folder.ts";
 import { GLOBALS, MSGPACKR } from "../support/internals/cli.ts";
 import { data, LOSSLESS, packOf } from "../support/packs.ts";
-import { textOf } from "../support/page-llm.ts";
+import { generations, textOf } from "../support/pipelines.ts";
 import { MODULE } from "../support/readme.ts";
 import { packages, without } from "../support/required.ts";
 import { difference, golden, modelBytes, packBytes } from "../support/sessions.ts";
@@ -448,10 +448,11 @@ t.test("examples/llm, in the terminal and as a page", { skip: noTransformers || 
   const { bytes } = await packOf(["decoder/adapters/upper", "decoder/adapters/lower"], LOSSLESS);
   await writeFile(join(app, "public/tasks.eigen"), bytes);
   await writeFile(join(app, "public/prompts.json"), JSON.stringify({ upper: "{input}", lower: "{input}" }));
-  const goldens = JSON.parse(await readFile(data("decoder/goldens.json"), "utf8")) as Record<string, any>[];
+  const goldens = await generations("decoder/goldens.json");
   const prompt = "x = 3;";
   // The text goes on after the goldens' twelve tokens.
-  const begins = (skill: string): string => textOf(goldens.find((g) => g.task === skill && g.prompt === prompt)!.ids);
+  const begins = (skill: string): string =>
+    textOf(goldens.find((g) => g.task === skill && g.prompt === prompt)!.ids, 1);
   t.ok(run(app, process.execPath, "main.js", "lower", ...prompt.split(" ")).startsWith(begins("lower")));
   t.match(run(app, process.execPath, "main.js", "middle", "word"), /^The skills are lower, upper\.|upper, lower\./);
 

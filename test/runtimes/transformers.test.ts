@@ -7,61 +7,30 @@ import { mkdir, readdir, readFile, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 import { openPack } from "eigenlora";
-import { buildPack } from "eigenlora/build";
-import { readAdapters } from "eigenlora/node";
 import { type AttachedPack, type AttachOptions, attachPack } from "eigenlora/transformers";
 import t, { type Test } from "tap";
 import { answerOf, bundle, noChromium, openPage } from "../support/browser.ts";
 import { folderFor } from "../support/folder.ts";
 import { fromBinary, ModelProtoSchema, toBinary } from "../support/internals/models.ts";
-import { concat, data, LOSSLESS, packOf } from "../support/packs.ts";
-import { packages, without } from "../support/required.ts";
+import { data, LOSSLESS, packOf } from "../support/packs.ts";
+import {
+  type Answer,
+  PACKAGE as folder,
+  generate,
+  generations,
+  type Pipe,
+  skip,
+  type Tensor,
+  transformers,
+} from "../support/pipelines.ts";
+import { packages } from "../support/required.ts";
 import { difference, GOLDENS, golden, goldenRow, model, modelBytes, packBytes, refusal } from "../support/sessions.ts";
-
-const folder = packages("@huggingface/transformers");
-const skip = without("transformers", folder);
-
-/** The parts of transformers.js' tokens that are used here. */
-interface Tokens {
-  dims: number[];
-  data: ArrayLike<number>;
-  ort_tensor: object;
-  tolist(): (number | bigint)[][];
-  normalize(power: number, dimension: number): Tokens;
-}
-interface Answer {
-  label: string;
-  score: number;
-}
-interface Pipe {
-  (input: string | string[], options?: object): Promise<never>;
-  model: {
-    (inputs: object): Promise<Record<string, Tokens>>;
-    generate(options: object): Promise<Tokens>;
-    sessions: Record<string, object>;
-    config: { id2label?: Record<number, string>; label2id?: Record<string, number>; num_labels?: number };
-  };
-  tokenizer(texts: string | string[], options?: object): Record<string, Tokens>;
-  dispose(): Promise<void>;
-}
-interface Transformers {
-  env: { localModelPath: string; allowRemoteModels: boolean; logLevel: number };
-  pipeline(task: string, model: string, options?: object): Promise<Pipe>;
-  Tensor: new (type: string, data: unknown, dims: number[]) => Tokens;
-  mean_pooling(states: Tokens, mask: Tokens): Tokens;
-}
-interface Generation {
-  task: string;
-  prompt: string;
-  ids: number[];
-  logits: number[];
-}
 
 const [ROLE, GAME] = ["debtags-role", "debtags-game"] as const;
 const json = async (path: string): Promise<unknown> => JSON.parse(await readFile(data(path), "utf8"));
-const GENERATIONS = (await json("decoder/goldens.json")) as Generation[];
+const GENERATIONS = await generations("decoder/goldens.json");
 const PROMPTS = [...new Set(GENERATIONS.map(({ prompt }) => prompt))];
-const ANSWERS = (await json("seq2seq/generations.json")) as Generation[];
+const ANSWERS = await generations("seq2seq/generations.json");
 const QUESTIONS = [...new Set(ANSWERS.map(({ prompt }) => prompt))];
 const REFERENCE = (
   (await json("reference/predictions.json")) as Record<string, Record<string, { predictions: number[] }>>
@@ -143,30 +112,15 @@ async function makeModels(): Promise<void> {
   await write("external/onnx/model.onnx", toBinary(ModelProtoSchema, proto));
   await write("external/onnx/model.onnx_data", await readFile(data("sessions/external.onnx.data")));
   await write("decoder.eigen", (await packOf(["decoder/adapters/upper", "decoder/adapters/lower"], LOSSLESS)).bytes);
-  await write(
-    "minilm.eigen",
-    (
-      await packOf(
-        [ROLE, GAME].map((task) => `adapters/own-seed/${task}`),
-        LOSSLESS,
-      )
-    ).bytes,
-  );
+  const topics = [ROLE, GAME].map((task) => `adapters/own-seed/${task}`);
+  await write("minilm.eigen", (await packOf(topics, LOSSLESS)).bytes);
   await write("tiny.eigen", await packBytes(["adapters"], "base"));
   await symlink(data("seq2seq"), join(models, "seq2seq"));
-  const skills = await readAdapters([data("seq2seq/adapters")]);
   const base = data("seq2seq/base.safetensors");
-  await write("seq2seq.eigen", concat((await buildPack(skills, { ...LOSSLESS, base })).chunks));
-  for (const skill of skills) await skill.close();
+  await write("seq2seq.eigen", (await packOf(["seq2seq/adapters"], { ...LOSSLESS, base })).bytes);
 }
 
-let loaded: Transformers | undefined;
-async function load(): Promise<Transformers> {
-  if (loaded) return loaded;
-  const transformers = (await import(pathToFileURL(join(folder, "dist/transformers.node.mjs")).href)) as Transformers;
-  Object.assign(transformers.env, { localModelPath: models, allowRemoteModels: false });
-  return (loaded = transformers);
-}
+const load = () => transformers(models);
 
 const pack = async (name: string) => openPack(await readFile(join(models, `${name}.eigen`)));
 async function attach(
@@ -331,12 +285,12 @@ t.test("feature-extraction", { skip }, async (t) => {
     t.ok(difference(hidden!.data, golden("encoder", task)) < 1e-5, `${task}: all rows`);
     // Row 1 of the goldens is two words between their marks, padded to 7 tokens of 32 features.
     const row = goldenRow("encoder", task, 1).slice(0, 4 * 32);
-    const found = (await pipe("w1 w58")) as Tokens;
+    const found = (await pipe("w1 w58")) as Tensor;
     t.same(found.dims, [1, 4, 32]);
     t.ok(difference(found.data, row) < 1e-5, `${task}: by its tokenizer`);
     const mean = Array.from({ length: 32 }, (_, n) => (row[n]! + row[32 + n]! + row[64 + n]! + row[96 + n]!) / 4);
     const length = Math.hypot(...mean);
-    const pooled = (await pipe("w1 w58", { pooling: "mean", normalize: true })) as Tokens;
+    const pooled = (await pipe("w1 w58", { pooling: "mean", normalize: true })) as Tensor;
     t.ok(
       difference(
         pooled.data,
@@ -355,7 +309,7 @@ t.test("feature-extraction", { skip }, async (t) => {
   const found = pooled.normalize(2, -1).tolist() as number[][];
   for (const [i, task] of rows.entries()) {
     await tasks.switchTask(task);
-    const alone = (await pipe(texts[i]!, { pooling: "mean", normalize: true })) as Tokens;
+    const alone = (await pipe(texts[i]!, { pooling: "mean", normalize: true })) as Tensor;
     t.ok(difference(found[i]!, alone.data) < 1e-5, `row ${i}: ${task}`);
   }
   t.equal(pipe.model.config.id2label, undefined, "an ignored head brings no names");
@@ -366,16 +320,13 @@ t.test("the model handed over, and what becomes of the pipeline's own session", 
   const { pipeline } = await load();
   const answers = async (pipe: Pipe, tasks: AttachedPack): Promise<void> => {
     await tasks.switchTask("upper");
-    const tokens = pipe.tokenizer(PROMPTS[1]!);
-    const ids = (await pipe.model.generate({ ...tokens, max_new_tokens: 12, do_sample: false }))
-      .tolist()[0]!
-      .map(Number);
-    t.same(ids.slice(6), GENERATIONS.find((g) => g.task === "upper" && g.prompt === PROMPTS[1])!.ids);
+    const ids = await generate(pipe, PROMPTS[1]!);
+    t.same(ids.slice(5), GENERATIONS.find((g) => g.task === "upper" && g.prompt === PROMPTS[1])!.ids);
   };
   const path = join(models, "decoder/onnx/model.onnx");
   for (const given of [path, pathToFileURL(path).href, await readFile(path), new Blob([await readFile(path)])]) {
     const pipe = await pipeline("text-generation", "decoder", { dtype: "fp32" });
-    const own = pipe.model.sessions["model"] as { release(): Promise<void> };
+    const own = pipe.model.sessions["model"]!;
     const tasks = await attachPack(pipe, await pack("decoder"), { model: given });
     await answers(pipe, tasks);
     t.match(await refusal(() => own.release()), { message: /disposed/ }, "released");
