@@ -29,7 +29,7 @@ for (const backend of ["js", "wasm", "webgpu"]) {
   });
 }
 
-/** Sizes of session-memory-child.js. */
+/** Sizes of a session in memory-child.js. */
 const [SIZE, LAYERS] = [1024, 13];
 
 /** y = x · W₀ · W₁ · … */
@@ -60,7 +60,6 @@ const ALLOWANCE = 3e6;
 
 for (const mode of ["core", "factors", "folded"]) {
   t.test(`${mode}: a session keeps what memory() says, and not the model's file`, async (t) => {
-    const child = fileURLToPath(new URL("../support/session-memory-child.js", import.meta.url));
     const args = ["--expose-gc", child, mode, model];
     const { stdout, stderr } = spawnSync(process.execPath, args, { encoding: "utf8" });
     if (stdout === "") throw new Error(stderr);
