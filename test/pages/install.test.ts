@@ -146,13 +146,20 @@ t.test(
     const local = (code: string): string =>
       code.replace(/"eigenlora(\/onnxruntime)?"/g, '"./eigenlora.js"').replace('"onnxruntime-web/wasm"', '"./ort.js"');
     await writeFile(join(site, "example.js"), local(MODULE));
-    await writeFile(join(site, "smoke.js"), local(await readFile(join(root, "test/support/smoke.js"), "utf8")));
     await writeFile(
       join(site, "page.js"),
-      `import { main } from "./example.js";
-import { smoke } from "./smoke.js";
+      `import { createRuntime, openPack } from "./eigenlora.js";
+import { main } from "./example.js";
+async function switching() {
+  const pack = await openPack("small.eigen");
+  const weight = ({ out, in: inputs }) => ({ dtype: "f32", shape: [out, inputs], data: new Float32Array(out * inputs).fill(0.5) });
+  const base = new Map(pack.modules.map((module) => [module.name + ".weight", weight(module)]));
+  const runtime = await createRuntime(pack, { base });
+  for (const task of [...pack.tasks.keys(), null]) await runtime.switchTask(task);
+  return { backend: runtime.backend, identical: [...base.values()].every(({ data }) => data.every((value) => value === 0.5)) };
+}
 const told = (error) => error.message;
-globalThis.answer = Promise.all([smoke("small.eigen", { backend: "auto" }), main("model.onnx").catch(told)]);`,
+globalThis.answer = Promise.all([switching(), main("model.onnx").catch(told)]);`,
     );
     await writeFile(join(site, "model.onnx"), modelBytes("torchscript"));
     await writeFile(join(site, "tasks.eigen"), await packBytes(["adapters"], "base"));
