@@ -15,7 +15,7 @@ import { decode } from "../../examples/page/llm/decode.js";
 import { type Answered, serveFolder } from "../../examples/page/serve.js";
 import { launch, noChromium as skip } from "../support/browser.ts";
 import { folderFor } from "../support/folder.ts";
-import { complaintsOfAxe } from "../support/page-axe.ts";
+import { axeFindsNothing } from "../support/page-axe.ts";
 import { ask, PROMPTS, pick, settled, tinyMaterial, visit } from "../support/page-llm.ts";
 import { generations, textOf } from "../support/pipelines.ts";
 import { NODE, open } from "../support/sessions.ts";
@@ -118,16 +118,7 @@ t.test("skills answer as PEFT does, token by token, alone and all at once", { sk
   });
 
   t.test("axe finds nothing, and nothing is wider than the screen", async (t) => {
-    for (const [width, height] of [
-      [1280, 900],
-      [390, 844],
-    ] as const) {
-      await page.setViewportSize({ width, height });
-      for (const colorScheme of ["light", "dark"] as const) {
-        await page.emulateMedia({ colorScheme, reducedMotion: "reduce" });
-        t.same(await complaintsOfAxe(page), [], `${colorScheme}, ${width} px`);
-      }
-    }
+    await axeFindsNothing(t, page);
     await page.setViewportSize({ width: 320, height: 640 });
     t.equal(await page.evaluate(() => document.documentElement.scrollWidth), 320);
   });
