@@ -19,6 +19,7 @@ import {
   generate,
   generations,
   type Pipe,
+  sameAnswers,
   skip,
   type Tensor,
   transformers,
@@ -142,6 +143,7 @@ const rows = (task: typeof ROLE | typeof GAME, count: number): string[] =>
   SUITES.get(task)!
     .test.slice(0, count)
     .map(([text]) => text);
+const labelsOf = (answers: readonly Answer[]): string[] => answers.map(({ label }) => label);
 const expected = (task: typeof ROLE | typeof GAME, count: number): string[] =>
   REFERENCE[task]!.predictions.slice(0, count).map((label) => SUITES.get(task)!.labels[label]!);
 
@@ -164,17 +166,11 @@ t.test("text-classification answers as PEFT does, with each task's labels", { sk
     t.equal(pipe.model.config.label2id![labels[1]!], 1);
     const texts = rows(task, 20);
     const found = (await pipe(texts)) as Answer[];
-    t.same(
-      found.map(({ label }) => label),
-      expected(task, 20),
-    );
+    t.same(labelsOf(found), expected(task, 20));
     const all = (await pipe(texts, { top_k: null })) as Answer[][];
-    t.same(
-      all.map(([first]) => first!.label),
-      expected(task, 20),
-    );
+    t.same(labelsOf(all.map(([first]) => first!)), expected(task, 20));
     for (const answers of all) {
-      t.same(answers.map(({ label }) => label).sort(), [...labels].sort(), "every label once");
+      t.same(labelsOf(answers).sort(), [...labels].sort(), "every label once");
       t.ok(Math.abs(answers.reduce((sum, { score }) => sum + score, 0) - 1) < 1e-5);
     }
   }
@@ -188,25 +184,12 @@ t.test("text-classification answers as PEFT does, with each task's labels", { sk
   t.equal(pipe.model.sessions["model"]!.constructor.name, "InferenceSession");
   t.notOk(Object.hasOwn(pipe, "_call") || Object.hasOwn(pipe.model, "_call") || Object.hasOwn(pipe.model, "generate"));
   const after = (await pipe(rows(ROLE, 3), { top_k: null })) as Answer[][];
-  t.same(
-    after.map((a) => a.map(({ label }) => label)),
-    before.map((b) => b.map(({ label }) => label)),
-  );
-  t.ok(
-    difference(
-      after.flat().map(({ score }) => score),
-      before.flat().map(({ score }) => score),
-    ) < 1e-6,
-  );
+  sameAnswers(t, after, before, "the base's answers");
   t.match(await refusal(() => tasks.switchTask(ROLE)), { tag: "backend", message: /closed/ });
   await tasks.close();
   const again = await attachPack(pipe, await pack("minilm"), { model: "minilm" });
   await again.switchTask(ROLE);
-  t.same(
-    ((await pipe(rows(ROLE, 5))) as Answer[]).map(({ label }) => label),
-    expected(ROLE, 5),
-    "attached again",
-  );
+  t.same(labelsOf(await pipe(rows(ROLE, 5))), expected(ROLE, 5), "attached again");
   await pipe.dispose();
   t.match(await refusal(() => again.switchTask(ROLE)), { tag: "backend", message: /closed/ });
 });
@@ -291,13 +274,8 @@ t.test("feature-extraction", { skip }, async (t) => {
     const mean = Array.from({ length: 32 }, (_, n) => (row[n]! + row[32 + n]! + row[64 + n]! + row[96 + n]!) / 4);
     const length = Math.hypot(...mean);
     const pooled = (await pipe("w1 w58", { pooling: "mean", normalize: true })) as Tensor;
-    t.ok(
-      difference(
-        pooled.data,
-        mean.map((v) => v / length),
-      ) < 1e-5,
-      `${task}: pooled`,
-    );
+    const unit = mean.map((v) => v / length);
+    t.ok(difference(pooled.data, unit) < 1e-5, `${task}: pooled`);
   }
   // Sentence embeddings of one batch, each row on a task of its own, pooled as the pipeline does it.
   const texts = ["w1 w58", "w17 w5 w40 w9", "w1 w58", "w17 w5 w40 w9"];
@@ -366,11 +344,8 @@ t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, 
     file: "decodr",
     message: /does not find the model again.*Pass \{ model \}/s,
   });
-  t.match(
-    await refused({ model: "minilm", pretrained: { dtype: "fp16" } }),
-    { tag: "base" },
-    "a model that the adapters do not fit",
-  );
+  const unfit = await refused({ model: "minilm", pretrained: { dtype: "fp16" } });
+  t.match(unfit, { tag: "base" }, "a model that the adapters do not fit");
   t.match(await refused({ model: join(models, "nothing.onnx") }), { tag: "source" });
   t.match(await refused({ model: "decoder", session: { executionProviders: ["nonsense"] } }), {
     tag: "backend",
@@ -407,10 +382,8 @@ t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, 
   }
   await wordless.dispose();
   t.equal(pipe.model.sessions["model"], own);
-  t.equal(
-    ((await pipe(PROMPTS[1]!, { max_new_tokens: 3, do_sample: false })) as { generated_text: string }[]).length,
-    1,
-  );
+  const answered: unknown[] = await pipe(PROMPTS[1]!, { max_new_tokens: 3, do_sample: false });
+  t.equal(answered.length, 1);
   const [, second] = await Promise.all([
     attachPack(pipe, some, { model: "decoder" }),
     refused({ model: "decoder" }),
