@@ -27,9 +27,7 @@ const read = (path) => readFileSync(join(root, path), "utf8");
 const hashOf = (...texts) => createHash("sha256").update(JSON.stringify(texts)).digest("hex");
 
 /** What every result follows from beside its source: options, and the compilers, whose versions the lock file has. */
-const tools = hashOf(
-  ...["build.mjs", "assembly/compile.mjs", "assembly/kernels.mjs", "tsconfig.json", "package-lock.json"].map(read),
-);
+const tools = hashOf(...["build.mjs", "assembly/kernels.mjs", "tsconfig.json", "package-lock.json"].map(read));
 
 /** Results of the last build by hash. @type {Record<string, any>} */
 let kept = {};

@@ -9,69 +9,44 @@
  */
 import { decodeIntegers, f16ToF32, rowBytes, scaleBytes } from "./convert";
 
-/** First tables of `src/format/coded-tables.ts`, nine i32 each. */
-// @ts-ignore: decorator
+/** First tables of `src/format/coded.ts`, nine i32 each. */
 @inline const FIRST: usize = 0;
-/** `LEVEL_OF` and `GIVEN_LEVEL_OF` of `src/format/coded-tables.ts`, bytes. */
-// @ts-ignore: decorator
+/** `LEVEL_OF` and `GIVEN_LEVEL_OF` of `src/format/coded.ts`, bytes. */
 @inline const LEVELS: usize = 5632;
-// @ts-ignore: decorator
 @inline const GIVEN_LEVEL_OF: usize = 5904;
 /**
  * Tables of 32 bytes each: how often it was used (u8), from byte 14 on the nine sums (u16). The last, 2^15, is negative as an i16 and
  * never moves.
  */
-// @ts-ignore: decorator
 @inline const TABLES: usize = 6432;
 /** Means of what was seen at each place of a tensor (i16); −1 where there is none yet. */
-// @ts-ignore: decorator
 @inline const PLACES: usize = 12288;
-// @ts-ignore: decorator
 @inline const MOST_PLACES: u64 = 4096;
 /**
  * Given frequencies, [levels, 2^11] words: in the highest five bits the symbol, in the lowest twelve its frequency, between them the
  * distance to the first number that stands for it.
  */
-// @ts-ignore: decorator
 @inline const GIVEN: usize = 20480;
-// @ts-ignore: decorator
 @inline const GIVEN_LEVELS: usize = 15;
-// @ts-ignore: decorator
 @inline const MOST_GIVEN: u32 = 15;
-// @ts-ignore: decorator
 @inline const MOST_GIVEN_MEAN: i32 = 512;
 /** States of the second to fourth lane while they are not in registers, and symbols of four lanes. */
-// @ts-ignore: decorator
 @inline const LANES: usize = 143360;
-// @ts-ignore: decorator
 @inline const SYMBOLS: usize = 143376;
-// @ts-ignore: decorator
 @inline const STORED: usize = 143392;
 
-/** Indices of the tables, in the order of `src/format/coded-tables.ts`. */
-// @ts-ignore: decorator
+/** Indices of the tables, in the order of `src/format/coded.ts`. */
 @inline const MORE: usize = 66;
-// @ts-ignore: decorator
 @inline const SCALE: usize = 67;
-// @ts-ignore: decorator
 @inline const FINE: usize = 68;
-// @ts-ignore: decorator
 @inline const SHAPE: usize = 69;
-// @ts-ignore: decorator
 @inline const FREQUENCY: usize = 70;
-// @ts-ignore: decorator
 @inline const LITERALS: usize = 71;
-// @ts-ignore: decorator
 @inline const LENGTH: usize = 72;
-// @ts-ignore: decorator
 @inline const DISTANCE: usize = 73;
-// @ts-ignore: decorator
 @inline const HIGH: usize = 74;
-// @ts-ignore: decorator
 @inline const MIDDLE: usize = 82;
-// @ts-ignore: decorator
 @inline const LOW: usize = 90;
-// @ts-ignore: decorator
 @inline const COUNT: usize = 154;
 
 /** Reason why a section is wrong, a `FAULT` of `coded.ts`; 0 while it is valid. */
@@ -93,21 +68,13 @@ let at: usize = 0;
 
 /** The next step. */
 let phase: u32 = 0;
-// @ts-ignore: decorator
 @inline const BYTES: u32 = 0;
-// @ts-ignore: decorator
 @inline const LITERAL_HEAD: u32 = 1;
-// @ts-ignore: decorator
 @inline const LITERAL: u32 = 2;
-// @ts-ignore: decorator
 @inline const COPY: u32 = 3;
-// @ts-ignore: decorator
 @inline const ROW: u32 = 4;
-// @ts-ignore: decorator
 @inline const INTEGER: u32 = 5;
-// @ts-ignore: decorator
 @inline const RUN: u32 = 6;
-// @ts-ignore: decorator
 @inline const END: u32 = 7;
 
 /** State of bytes: their end, how many more are literal or copied, and the distance of the last copy. */
@@ -140,7 +107,6 @@ function refuse(why: u32, byte: usize): void {
   unreachable();
 }
 
-// @ts-ignore: decorator
 @inline
 function sound(condition: bool, why: u32, byte: usize): void {
   if (!condition) refuse(why, byte);
@@ -153,7 +119,6 @@ function word(): u32 {
   return found;
 }
 
-// @ts-ignore: decorator
 @inline
 function take(next: u32): void {
   state = next < 0x10000 ? (next << 16) | word() : next;
@@ -169,7 +134,6 @@ function bits(count: u32): u32 {
  * The symbol that a state decodes by a table, above the state behind it, which may be below 2^16. Moves the table. Lanes are the sums S₁ to
  * S₈; those above the slot are those that a used table moves upwards. `quick`: 2 for tables that move faster.
  */
-// @ts-ignore: decorator
 @inline
 function pick(x: u32, address: usize, quick: i32): u64 {
   const sums = v128.load(address, 16);
@@ -349,7 +313,6 @@ function magnitude(expected: u32, most: u32, byte: usize): u32 {
   return found;
 }
 
-// @ts-ignore: decorator
 @inline
 function slowness(i: u32, slow: i32): i32 {
   return i < 7 ? 3 : i < 15 ? 4 : slow;
@@ -394,20 +357,17 @@ function endRow(): void {
 }
 
 /** The word of a state's number in a table of given frequencies. */
-// @ts-ignore: decorator
 @inline
 function entry(table: usize, x: u32): u32 {
   return load<u32>(table + ((x & 2047) << 2));
 }
 
 /** The state behind an entry, which may be below 2^16. */
-// @ts-ignore: decorator
 @inline
 function behind(entry: u32, x: u32): u32 {
   return (entry & 0xfff) * (x >>> 11) + ((entry >>> 12) & 2047);
 }
 
-// @ts-ignore: decorator
 @inline
 function absolute(symbol: i32): i32 {
   return (symbol ^ (symbol >> 31)) - (symbol >> 31);

@@ -34,7 +34,6 @@ function f32ToBf16(value: f32): u32 {
 }
 
 /** Four halves in the low 16 bits of each lane to four f32. */
-// @ts-ignore: decorator
 @inline
 function f16x4ToF32(half: v128): v128 {
   const magnitude = v128.and(half, i32x4.splat(0x7fff));
@@ -47,7 +46,6 @@ function f16x4ToF32(half: v128): v128 {
  * Four f32 to four halves in the low 16 bits of each lane. Selections are the costly part, so overflow and infinity are
  * one minimum (2¹⁶ rounds to infinity by itself) and NaN is a bit set on top.
  */
-// @ts-ignore: decorator
 @inline
 function f32x4ToF16(value: v128): v128 {
   const absolute = v128.and(value, i32x4.splat(0x7fffffff));
@@ -61,7 +59,6 @@ function f32x4ToF16(value: v128): v128 {
 }
 
 /** Four f32 to four bfloat16 in the low 16 bits of each lane. */
-// @ts-ignore: decorator
 @inline
 function f32x4ToBf16(value: v128): v128 {
   const high = i32x4.shr_u(value, 16);
@@ -83,7 +80,6 @@ function copyF32(from: usize, to: usize, count: i32): void {
  * Adds four halves, in the high bits of each lane, to `sums` if they are finite: a shift brings exponent and mantissa to their places and
  * leaves the sign in its own, and scaling is as in `f16ToF32`. It is exact, so nothing depends on whether the machine rounds after it.
  */
-// @ts-ignore: decorator
 @inline
 export function finiteF16x4Plus(half: v128, sums: v128): v128 {
   const bits = v128.and(i32x4.shr_s(half, 3), i32x4.splat(0x8fffffff));
@@ -91,7 +87,6 @@ export function finiteF16x4Plus(half: v128, sums: v128): v128 {
 }
 
 /** Takes exponents and signs of eight f32: the high 16 bits of each lane. */
-// @ts-ignore: decorator
 @inline
 export function highHalves(low: v128, high: v128): v128 {
   return v128.shuffle<i16>(low, high, 1, 3, 5, 7, 9, 11, 13, 15);
@@ -102,7 +97,6 @@ export function highHalves(low: v128, high: v128): v128 {
  * each, so that the addition rounds and the sum's mantissa ends in the half's. The power's own low bits, 0x3c00, make up for what its
  * exponent adds.
  */
-// @ts-ignore: decorator
 @inline
 export function f32x8BelowToF16(low: v128, high: v128, tops: v128): v128 {
   const exponents = i16x8.max_s(v128.and(tops, i16x8.splat(0x7f80)), i16x8.splat(0x3880));
@@ -166,14 +160,12 @@ export function decodeIntegers(type: i32, from: usize, scale: f32, to: usize, co
 }
 
 /** Bits of an integer. */
-// @ts-ignore: decorator
 @inline
 function bitsOf(type: i32): usize {
   return type == INT8 ? 8 : type == INT4 ? 4 : 3;
 }
 
 /** Bytes of `count` values of `type`, for counts whose bits fill whole bytes. */
-// @ts-ignore: decorator
 @inline
 export function packedBytes(type: i32, count: usize): usize {
   if (type == F32) return count << 2;

@@ -2,14 +2,53 @@
  * The WebAssembly binaries of dist/wasm: a file of each for tools that want a file or a precompiled module, and beside it a module
  * with the same bytes as base64, which every bundler takes without being told about assets.
  */
+import { fileURLToPath } from "node:url";
 import { setFlagsFromString } from "node:v8";
 import { gzipSync } from "node:zlib";
-import { compile } from "./compile.mjs";
 
 /** Budget of the four run-time binaries together, gzipped: three of the kernels, and the decoder of coded sections (3.1 kB, since it decodes two rows at a time, works in pieces, says what is wrong, and makes floats of integers). Those of extraction are never in a run-time bundle. */
 const MAX_BYTES = 12_300;
 
 const TYPE = "declare const bytes: Uint8Array<ArrayBuffer>;\nexport default bytes;\n";
+
+/** Compiler switches of each build. */
+const FEATURES = {
+  scalar: [],
+  simd: ["--enable", "simd"],
+  "relaxed-simd": ["--enable", "simd", "--enable", "relaxed-simd"],
+};
+
+/**
+ * Compiles one entry of this folder. Memory is imported, so that the caller decides when it grows; there is no garbage collector and no
+ * static data.
+ * @param {string} entry name of the file without ".ts"
+ * @param {keyof typeof FEATURES} variant
+ * @param {boolean} small fewer bytes before a few per cent of speed
+ * @returns {Promise<Uint8Array<ArrayBuffer>>} the module's bytes
+ * @throws {Error} with the compiler's own output
+ */
+async function compile(entry, variant, small) {
+  // Loaded here, since most builds compile no kernel.
+  const { default: asc } = await import("assemblyscript/asc");
+  /** @type {Uint8Array | undefined} */
+  let wasm;
+  const { error, stderr } = await asc.main(
+    [
+      `${entry}.ts`,
+      ...["--baseDir", fileURLToPath(new URL(".", import.meta.url)), "--outFile", "out.wasm"],
+      ...["-O3", "--shrinkLevel", small ? "1" : "0", "--converge", "--noAssert"],
+      ...["--runtime", "stub", "--importMemory", "--noExportMemory"],
+      ...FEATURES[variant],
+    ],
+    {
+      writeFile(name, contents) {
+        if (name === "out.wasm" && typeof contents !== "string") wasm = contents;
+      },
+    },
+  );
+  if (error || !wasm) throw new Error(`assembly/${entry}.ts does not compile:\n${stderr.toString()}`, { cause: error });
+  return Uint8Array.from(wasm);
+}
 
 /**
  * Compiles all of them.

@@ -8,27 +8,17 @@ import { F16, F32, PANEL, PANEL_VALUES, SUMS } from "./layout";
 import { multiplyAdd, multiplyAddHalves } from "./multiply";
 
 /** Columns of the basis that are decoded at a time at least: whole bytes in every type, whole tiles in every build. */
-// @ts-ignore: decorator
-@inline
-const BASIS_COLUMNS: i32 = 32;
+@inline const BASIS_COLUMNS: i32 = 32;
 
 /** Rows of the basis that are decoded at a time. */
-// @ts-ignore: decorator
-@inline
-const BASIS_ROWS: i32 = PANEL_VALUES / BASIS_COLUMNS;
+@inline const BASIS_ROWS: i32 = PANEL_VALUES / BASIS_COLUMNS;
 
 /** Rows and columns of a weight that are decoded at a time where it is not updated in place. */
-// @ts-ignore: decorator
-@inline
-const ROWS: i32 = 16;
-// @ts-ignore: decorator
-@inline
-const COLUMNS: i32 = 256;
+@inline const ROWS: i32 = 16;
+@inline const COLUMNS: i32 = 256;
 
 /** Bytes from row to row of a panel of weights: no power of two, since a cache holds few lines that are so far apart. */
-// @ts-ignore: decorator
-@inline
-const PANEL_STRIDE: usize = 4 * COLUMNS + 64;
+@inline const PANEL_STRIDE: usize = 4 * COLUMNS + 64;
 
 /** Decodes basis[k.., j..] into the panel: [part, columns] f32, `step` apart. */
 function decodePanel(
@@ -71,7 +61,6 @@ export function expand(
 }
 
 /** Σ of `count` products of f32, as far as they fill whole V from `from` on. */
-// @ts-ignore: decorator
 @inline
 function dot<V>(x: usize, y: usize, from: i32, count: i32): f32 {
   const step = <i32>(bytes<V>() / 4);

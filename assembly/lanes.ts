@@ -8,35 +8,30 @@
 export const variant: i32 = ASC_FEATURE_RELAXED_SIMD ? 2 : ASC_FEATURE_SIMD ? 1 : 0;
 
 /** Bytes of V. */
-// @ts-ignore: decorator
 @inline
 export function bytes<V>(): usize {
   return isVector<V>() ? 16 : sizeof<V>();
 }
 
 /** Loads the f32 at `at` into every lane. */
-// @ts-ignore: decorator
 @inline
 export function spread<V>(at: usize): V {
   if (isVector<V>()) return v128.load_splat<f32>(at);
   return <V>load<f32>(at);
 }
 
-// @ts-ignore: decorator
 @inline
 export function zero<V>(): V {
   if (isVector<V>()) return f32x4.splat(0);
   return <V>0;
 }
 
-// @ts-ignore: decorator
 @inline
 export function add<V>(a: V, b: V): V {
   if (isVector<V>()) return v128.add<f32>(a, b);
   return a + b;
 }
 
-// @ts-ignore: decorator
 @inline
 export function multiply<V>(a: V, b: V): V {
   if (isVector<V>()) return v128.mul<f32>(a, b);
@@ -44,7 +39,6 @@ export function multiply<V>(a: V, b: V): V {
 }
 
 /** The sum of the lanes. */
-// @ts-ignore: decorator
 @inline
 export function total<V>(a: V): f32 {
   if (isVector<V>()) {
@@ -55,7 +49,6 @@ export function total<V>(a: V): f32 {
 }
 
 /** sum + a·b, rounded after each step, or once where the relaxed build's machine fuses them. */
-// @ts-ignore: decorator
 @inline
 export function accumulate<V>(sum: V, a: V, b: V): V {
   if (isVector<V>()) {
@@ -63,4 +56,33 @@ export function accumulate<V>(sum: V, a: V, b: V): V {
     return v128.add<f32>(sum, v128.mul<f32>(a, b));
   }
   return sum + a * b;
+}
+
+/** The sum of both f64. */
+@inline
+export function totalOfPair(pair: v128): f64 {
+  return f64x2.extract_lane(pair, 0) + f64x2.extract_lane(pair, 1);
+}
+
+/** Σ x·y over `length` bytes of f64, in several sums, so that additions need not wait for one another. */
+export function dot(x: usize, y: usize, length: usize): f64 {
+  let sum: f64 = 0;
+  let at: usize = 0;
+  if (ASC_FEATURE_SIMD) {
+    let s0 = f64x2.splat(0), s1 = s0;
+    for (; at + 32 <= length; at += 32) {
+      s0 = f64x2.add(s0, f64x2.mul(v128.load(x + at), v128.load(y + at)));
+      s1 = f64x2.add(s1, f64x2.mul(v128.load(x + at, 16), v128.load(y + at, 16)));
+    }
+    sum = totalOfPair(f64x2.add(s0, s1));
+  } else {
+    let s0: f64 = 0, s1: f64 = 0;
+    for (; at + 16 <= length; at += 16) {
+      s0 += load<f64>(x + at) * load<f64>(y + at);
+      s1 += load<f64>(x + at, 8) * load<f64>(y + at, 8);
+    }
+    sum = s0 + s1;
+  }
+  for (; at < length; at += 8) sum += load<f64>(x + at) * load<f64>(y + at);
+  return sum;
 }

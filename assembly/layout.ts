@@ -4,31 +4,20 @@
  */
 
 /** Part of left of four rows, f32 [rank, 4]; and the most ranks that it has room for. */
-// @ts-ignore: decorator
 @inline export const LEFT: usize = 64;
-// @ts-ignore: decorator
 @inline export const MOST_RANK: i32 = 1020;
 
 /** Partial sums in f64: one per row or column of a panel. Address 0 stays free: it means "absent". */
-// @ts-ignore: decorator
 @inline export const SUMS: usize = 16384;
 
 /** f32 panel of decoded values, 32 KiB: small enough to stay in a first-level cache. */
-// @ts-ignore: decorator
 @inline export const PANEL: usize = 32768;
-// @ts-ignore: decorator
 @inline export const PANEL_VALUES: i32 = 8192;
 
 /** Tensor types: index in DTYPES of `src/tensor/dtypes.ts`. */
-// @ts-ignore: decorator
 @inline export const F32: i32 = 0;
-// @ts-ignore: decorator
 @inline export const F16: i32 = 1;
-// @ts-ignore: decorator
 @inline export const BF16: i32 = 2;
-// @ts-ignore: decorator
 @inline export const INT8: i32 = 3;
-// @ts-ignore: decorator
 @inline export const INT4: i32 = 4;
-// @ts-ignore: decorator
 @inline export const INT3: i32 = 5;

@@ -15,28 +15,24 @@ import { accumulate, add, bytes, zero } from "./lanes";
 import { F16, LEFT, MOST_RANK, PANEL } from "./layout";
 
 /** Takes the lower four of eight halves, each into the high bits of a lane. */
-// @ts-ignore: decorator
 @inline
 function low(halves: v128): v128 {
   return v128.shuffle<i16>(i16x8.splat(0), halves, 0, 8, 1, 9, 2, 10, 3, 11);
 }
 
 /** Takes the higher four. */
-// @ts-ignore: decorator
 @inline
 function high(halves: v128): v128 {
   return v128.shuffle<i16>(i16x8.splat(0), halves, 4, 12, 5, 13, 6, 14, 7, 15);
 }
 
 /** Takes the larger magnitude of halves without signs, or of the high bits of f32. */
-// @ts-ignore: decorator
 @inline
 function larger(a: v128, b: v128): v128 {
   return i16x8.max_u(i16x8.shl(a, 1), i16x8.shl(b, 1));
 }
 
 /** Adds sums to eight halves each of four rows. Returns false and stores nothing where one is not finite or reaches 2¹⁶. */
-// @ts-ignore: decorator
 @inline
 function putHalves(
   out: usize, base: usize, row1: usize, row2: usize, row3: usize,
@@ -68,7 +64,6 @@ function putHalves(
  * Computes a tile of f32 or, with T = u16, of halves; `LEFT` has its part of left. Returns false if `putHalves` does. All rows are read
  * before one is written, since two of them may be the same.
  */
-// @ts-ignore: decorator
 @inline
 function tile<V, T>(
   out: usize, base: usize, row1: usize, row2: usize, row3: usize, right: usize, rightStep: usize, rank: i32,
@@ -120,7 +115,6 @@ function tile<V, T>(
 }
 
 /** Copies four rows of left to `LEFT`. Where they are, their values lie so far apart that they would share few sets of a cache. */
-// @ts-ignore: decorator
 @inline
 function gather(left: usize, left1: usize, left2: usize, left3: usize, leftStep: usize, rank: i32): void {
   for (let to = LEFT, end = LEFT + (<usize>rank << 4); to != end; to += 16, left += leftStep) {
@@ -148,7 +142,6 @@ function throughFloats(
 }
 
 /** Computes whole tiles, of f32 or, with T = u16, of halves. Returns the first column that is left. */
-// @ts-ignore: decorator
 @inline
 function tiles<V, T>(
   out: usize, base: usize, stride: usize, left: usize, leftRow: usize, leftStep: usize, right: usize, rightStep: usize,

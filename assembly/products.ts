@@ -4,24 +4,16 @@
  * Rows of Y are copied to a panel that stays in a first-level cache, four rows interleaved. Read in place, they would come from memory
  * again for every two rows of X, and at widths near a power of two they would evict each other from the cache.
  */
+import { dot, totalOfPair } from "./lanes";
 import { PANEL } from "./layout";
 
 /** Rows and columns of a panel, 16 KiB. */
-// @ts-ignore: decorator
 @inline const ROWS: i32 = 16;
-// @ts-ignore: decorator
 @inline const COLUMNS: usize = 128;
 
-// @ts-ignore: decorator
 @inline
 function addTo(at: usize, value: f64): void {
   store<f64>(at, load<f64>(at) + value);
-}
-
-// @ts-ignore: decorator
-@inline
-function total(pair: v128): f64 {
-  return f64x2.extract_lane(pair, 0) + f64x2.extract_lane(pair, 1);
 }
 
 /** Sums 2 rows from `x` times 4 rows of the panel at `y`, two columns at a time; `length` bytes of each row, a multiple of 16. */
@@ -39,15 +31,15 @@ function tilePairs(x: usize, stride: usize, y: usize, length: usize, out: usize,
     b2 = f64x2.add(b2, f64x2.mul(b, c2));
     b3 = f64x2.add(b3, f64x2.mul(b, c3));
   }
-  addTo(out, total(a0));
-  addTo(out + 8, total(a1));
-  addTo(out + 16, total(a2));
-  addTo(out + 24, total(a3));
+  addTo(out, totalOfPair(a0));
+  addTo(out + 8, totalOfPair(a1));
+  addTo(out + 16, totalOfPair(a2));
+  addTo(out + 24, totalOfPair(a3));
   out += outStride;
-  addTo(out, total(b0));
-  addTo(out + 8, total(b1));
-  addTo(out + 16, total(b2));
-  addTo(out + 24, total(b3));
+  addTo(out, totalOfPair(b0));
+  addTo(out + 8, totalOfPair(b1));
+  addTo(out + 16, totalOfPair(b2));
+  addTo(out + 24, totalOfPair(b3));
 }
 
 /** Copies `length` bytes each of `rows` rows to the panel, in fours. */
@@ -78,27 +70,10 @@ function fillAcross(y: usize, step: usize, length: usize, rows: i32): void {
 }
 
 /** Adds one dot product: entries outside the tiles, and all entries in the scalar build. `step` bytes from value to value of y. */
-function dot(x: usize, y: usize, step: usize, length: usize, out: usize): void {
+function addDot(x: usize, y: usize, step: usize, length: usize, out: usize): void {
   let sum: f64 = 0;
-  let at: usize = 0;
-  if (step !== 8) {
-    for (; at < length; at += 8, y += step) sum += load<f64>(x + at) * load<f64>(y);
-  } else if (ASC_FEATURE_SIMD) {
-    let s0 = f64x2.splat(0), s1 = s0;
-    for (; at + 32 <= length; at += 32) {
-      s0 = f64x2.add(s0, f64x2.mul(v128.load(x + at), v128.load(y + at)));
-      s1 = f64x2.add(s1, f64x2.mul(v128.load(x + at, 16), v128.load(y + at, 16)));
-    }
-    sum = total(f64x2.add(s0, s1));
-  } else {
-    let s0: f64 = 0, s1: f64 = 0;
-    for (; at + 16 <= length; at += 16) {
-      s0 += load<f64>(x + at) * load<f64>(y + at);
-      s1 += load<f64>(x + at, 8) * load<f64>(y + at, 8);
-    }
-    sum = s0 + s1;
-  }
-  for (; at < length; at += 8) sum += load<f64>(x + at) * load<f64>(y + at);
+  if (step === 8) sum = dot(x, y, length);
+  else for (let at: usize = 0; at < length; at += 8, y += step) sum += load<f64>(x + at) * load<f64>(y);
   addTo(out, sum);
 }
 
@@ -131,7 +106,7 @@ export function products(x: usize, y: usize, m: i32, n: i32, width: i32, lower: 
   for (let i = 0; i < m; i++) {
     for (let j = i < rows && pairs === stride ? columns : 0, end = lower ? i + 1 : n; j < end; j++) {
       const done = i < rows && j < columns ? pairs : 0;
-      dot(x + <usize>i * stride + done, y + <usize>j * yRow + (done >> 3) * yStep, yStep, stride - done, out + <usize>i * outStride + (<usize>j << 3));
+      addDot(x + <usize>i * stride + done, y + <usize>j * yRow + (done >> 3) * yStep, yStep, stride - done, out + <usize>i * outStride + (<usize>j << 3));
     }
   }
 }

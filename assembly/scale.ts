@@ -4,11 +4,9 @@
  */
 
 /** Values between checks whether a scale is already worse than the best. */
-// @ts-ignore: decorator
 @inline const STRETCH: usize = 64 << 3;
 
 /** Σ (x − scale·integer)² from `x` to `end` for two scales, added to `sums`. */
-// @ts-ignore: decorator
 @inline
 function lostPairs(x: usize, end: usize, scales: v128, largest: v128, sums: v128): v128 {
   const half = f64x2.splat(0.5), one = f64x2.splat(1);
@@ -25,7 +23,6 @@ function lostPairs(x: usize, end: usize, scales: v128, largest: v128, sums: v128
   return sums;
 }
 
-// @ts-ignore: decorator
 @inline
 function lostOf(x: usize, end: usize, scale: f64, largest: f64, sum: f64): f64 {
   for (; x < end; x += 8) {

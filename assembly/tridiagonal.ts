@@ -5,38 +5,16 @@
  * by loads and stores. So both are done in one pass, two rows at a time, on the upper triangle only.
  */
 
-// @ts-ignore: decorator
+import { dot, totalOfPair } from "./lanes";
+
 @inline
 function pair(at: usize): v128 {
   return v128.load(at);
 }
 
-// @ts-ignore: decorator
 @inline
 function twice(a: v128, b: v128, c: v128, d: v128): v128 {
   return f64x2.add(f64x2.mul(a, b), f64x2.mul(c, d));
-}
-
-// @ts-ignore: decorator
-@inline
-function total(pair: v128): f64 {
-  return f64x2.extract_lane(pair, 0) + f64x2.extract_lane(pair, 1);
-}
-
-/** Σ x·y over `length` bytes. */
-function dot(x: usize, y: usize, length: usize): f64 {
-  let sum: f64 = 0;
-  let at: usize = 0;
-  if (ASC_FEATURE_SIMD) {
-    let s0 = f64x2.splat(0), s1 = s0;
-    for (; at + 32 <= length; at += 32) {
-      s0 = f64x2.add(s0, f64x2.mul(pair(x + at), pair(y + at)));
-      s1 = f64x2.add(s1, f64x2.mul(pair(x + at + 16), pair(y + at + 16)));
-    }
-    sum = total(f64x2.add(s0, s1));
-  }
-  for (; at < length; at += 8) sum += load<f64>(x + at) * load<f64>(y + at);
-  return sum;
 }
 
 /** y = factor·x + other·y over `length` bytes. */
@@ -78,8 +56,8 @@ function step(row0: usize, stride: usize, length: usize, v: usize, w: usize, u: 
       ss1 = f64x2.add(ss1, f64x2.mul(a1, uj));
       v128.store(p + at, f64x2.add(pair(p + at), twice(a0, uu0, a1, uu1)));
     }
-    s0 += total(ss0);
-    s1 += total(ss1);
+    s0 += totalOfPair(ss0);
+    s1 += totalOfPair(ss1);
   }
   for (; at < length; at += 8) {
     const vj = load<f64>(v + at), wj = load<f64>(w + at), uj = load<f64>(u + at);

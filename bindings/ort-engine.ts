@@ -9,7 +9,7 @@ import { BackendError } from "../src/errors.ts";
 import type { Feed } from "../src/onnx/feeds.ts";
 import { FLOAT } from "../src/onnx/linear.ts";
 import { makeNode, makeValue } from "../src/onnx/nodes.ts";
-import { create, GraphProtoSchema, ModelProtoSchema, toBinary } from "../src/onnx/protobuf.ts";
+import { create, toBinary } from "../src/onnx/protobuf.ts";
 import { Queue } from "../src/pace.ts";
 import type { Engine, EngineGpu, EngineTensor, LoadOptions, Tensors } from "../src/session/engine.ts";
 
@@ -74,10 +74,7 @@ export function createEngine<O extends Ort>(ort: O, session?: SessionOptions<O>)
   if (typeof ort?.InferenceSession?.create !== "function" || typeof ort.Tensor !== "function") {
     throw new TypeError(`expected the module onnxruntime-web or onnxruntime-node, got ${described(ort)}`);
   }
-  return engineOf(ort, session as KnownOptions | undefined);
-}
-
-function engineOf(ort: Ort, options: KnownOptions = {}): Engine<OrtSession> {
+  const options: KnownOptions = session ?? {};
   const { InferenceSession, env } = ort;
   const Tensor = ort.Tensor as unknown as new (...of: unknown[]) => EngineTensor;
   const name = "onnxruntime";
@@ -224,7 +221,7 @@ async function findDevice(
 /** True if what onnxruntime computes with this provider lies on the device: asked of a session on a model of one addition. */
 async function computesOn(ort: Ort, device: GPUDevice, provider: string | { readonly name: string }): Promise<boolean> {
   const options = { executionProviders: [provider], preferredOutputLocation: "gpu-buffer" };
-  const engine = engineOf(ort, options);
+  const engine = createEngine(ort, options as never);
   const session = await engine.load({ bytes: oneAddition(), files: [] });
   try {
     const { y } = await engine.run(session, { x: engine.tensor(new Float32Array(4), [4]) }, ["y"]);
@@ -241,12 +238,12 @@ async function computesOn(ort: Ort, device: GPUDevice, provider: string | { read
 function oneAddition(): Uint8Array {
   const x = makeValue("x", FLOAT, [4]);
   const y = makeValue("y", FLOAT, [4]);
-  const graph = create(GraphProtoSchema, {
+  const graph = create("GraphProto", {
     ...{ name: "device", input: [x], output: [y] },
     node: [makeNode("Add", "", ["x", "x"], "y")],
   });
   const model = { irVersion: 8n, graph, opsetImport: [{ domain: "", version: 13n }] };
-  return toBinary(ModelProtoSchema, create(ModelProtoSchema, model));
+  return toBinary("ModelProto", create("ModelProto", model));
 }
 
 /**

@@ -103,12 +103,8 @@ export const FETCH_OPTIONS = ["fetch", "headers", "timeout", "minRate", "retries
 /** @throws SourceError when a range is not inside the file */
 export function checkRange(name: string, offset: number, length: number, size: number): void {
   if (!(offset >= 0 && length >= 0 && offset + length <= size)) {
-    throw new SourceError(
-      `ends at byte ${size}, but bytes ${offset} to ${offset + length} are needed: it is truncated`,
-      {
-        file: name,
-      },
-    );
+    const message = `ends at byte ${size}, but bytes ${offset} to ${offset + length} are needed: it is truncated`;
+    throw new SourceError(message, { file: name });
   }
 }
 

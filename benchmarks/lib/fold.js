@@ -1,4 +1,4 @@
-/** Fold on a CPU backend, and the peak speed of the machine. */
+/** Fold on a CPU backend, and a copy of the same bytes. */
 import { setFlagsFromString } from "node:v8";
 import { median, min, sum } from "simple-statistics";
 import { encodeTensor } from "../../dist/src/tensor/encode.js";
@@ -10,15 +10,12 @@ if (process.versions.node.startsWith("20.")) setFlagsFromString("--experimental-
 /**
  * @typedef {import("../../dist/src/backends/backend.js").Backend} Backend
  * @typedef {{ min: number, median: number }} Seconds the least is what the machine can do, the median what it did
- * @typedef {{ copy: Seconds, peak: number }} Machine multiply-adds per second
  * @typedef {{ warmUp: number, runs: number }} Often
  */
 
 export const MATRICES = 24;
 export const SIZE = 768;
 export const RANKS = [8, 16];
-/** Rounds of the peak loop: some milliseconds. */
-const ROUNDS = 1_000_000;
 
 /**
  * Seconds of all parts together, each timed by itself: other programs rarely leave a machine alone for a whole run.
@@ -40,31 +37,16 @@ function time(run, { warmUp, runs }, parts = 1) {
 }
 
 /**
- * Seconds to copy the matrices, and multiply-adds per second of a loop on registers.
- * @param {import("../../dist/src/backends/wasm.js").WasmVariant} variant
+ * Seconds to copy the matrices.
  * @param {number} runs
- * @returns {Promise<Machine>}
+ * @returns {Seconds}
  */
-export async function measureMachine(variant, runs) {
-  const bytes = MATRICES * SIZE * SIZE * 4;
-  const memory = new WebAssembly.Memory({ initial: 1 + Math.ceil((2 * bytes) / 65536) });
-  // The compiler is large: `--help` does without it.
-  const { compile } = await import("../../assembly/compile.mjs");
-  const module = await WebAssembly.compile(await compile("peak", variant));
-  const { exports } = await WebAssembly.instantiate(module, { env: { memory } });
-  const { copy, perRound, multiplyAdds } = /** @type {Record<string, (...args: number[]) => number>} */ (
-    /** @type {unknown} */ (exports)
-  );
-  if (!copy || !perRound || !multiplyAdds) throw new Error("assembly/peak.ts lacks an export");
-  // Factors just below 1, so that sums neither overflow nor become subnormal, which would cost time of its own.
-  new Float32Array(memory.buffer, 0, 6).fill(0.999);
-  new Uint8Array(memory.buffer, 65536).fill(1);
-  const length = bytes / MATRICES;
-  const often = { warmUp: 5, runs };
-  return {
-    copy: time((i) => copy(65536 + bytes + i * length, 65536 + i * length, length), often, MATRICES),
-    peak: (ROUNDS * perRound()) / time(() => multiplyAdds(0, ROUNDS), often).min,
-  };
+export function measureCopy(runs) {
+  const length = SIZE * SIZE * 4;
+  const bytes = new Uint8Array(2 * MATRICES * length).fill(1);
+  const copy = (/** @type {number} */ i) =>
+    void bytes.copyWithin((MATRICES + i) * length, i * length, (i + 1) * length);
+  return time(copy, { warmUp: 5, runs }, MATRICES);
 }
 
 /**

@@ -198,7 +198,6 @@ export function listed(names: readonly string[]): string {
   return names.slice(0, 5).join(", ") + (names.length > 5 ? `, and ${names.length - 5} more` : "");
 }
 
-/** An owner of modules, and its file. */
 interface Owner<M extends ModuleShape> {
   readonly file: string;
   readonly modules: ReadonlyMap<string, M>;

@@ -208,7 +208,6 @@ const DIFFUSERS_PICKLE = "pytorch_lora_weights.bin";
 /** Format of an adapter's files, which decides their reader. A pipeline has a PEFT folder for each of its models. */
 export type AdapterFormat = "peft" | "mlx" | "diffusers" | "kohya" | "gguf" | "onnx_adapter" | "pipeline";
 
-/** Formats of single-file adapters, by ending. */
 const ENDINGS: ReadonlyMap<string, AdapterFormat> = new Map([
   [".gguf", "gguf"],
   [".onnx_adapter", "onnx_adapter"],
@@ -260,7 +259,6 @@ export async function findAdapters(paths: readonly string[], options: HubOptions
   return [...found.values()].sort((a, b) => compare(a.id, b.id) || compare(a.tensors, b.tensors));
 }
 
-/** The files that adapters are read from. */
 async function filesOf(locations: Iterable<AdapterLocation>, tree: Tree): Promise<string[]> {
   const files: string[] = [];
   for (const { path, tensors, models } of locations) {
@@ -283,7 +281,6 @@ function onHub(location: AdapterLocation, { hub }: Tree): AdapterLocation {
 /** Folders below the given one that are searched. */
 const DEPTH = 2;
 
-/** Adapters at a path of a tree. */
 async function searchTree(tree: Tree, path: string): Promise<AdapterLocation[]> {
   if ((await tree.kind(path)) === "file") return [await adapterFile(path)];
   const adapters = await searchFolder(path, 0);

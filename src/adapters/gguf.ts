@@ -314,7 +314,6 @@ function weightOf(name: string, { modules }: GgufArchitecture): { weight: string
 
 // Writes the GGUF format, version 3. Readers do without it.
 
-/** A tensor of f32 to write. */
 interface GgufEntry {
   readonly name: string;
   /** Row-major, as everywhere here; GGUF lists dimensions the other way round. */

@@ -239,7 +239,6 @@ export function flatten(module: string): string | undefined {
   return prefix + module.slice(model.length + 1).replaceAll(".", "_");
 }
 
-/** Modules of a base by flattened name. */
 type FlatNames = ReadonlyMap<string, Iterable<string>>;
 
 /** @param names of modules or parameters */

@@ -46,7 +46,6 @@ export interface LoraParts {
   readonly prefix: string;
   readonly local: string;
   readonly keys: Map<KeyRole, string>;
-  /** Key of its alpha. */
   alpha?: string;
 }
 

@@ -132,7 +132,6 @@ export function readPeftConfig(config: unknown, file: string): PeftConfig {
 
 type Refuse = (field: string, message: string) => AdapterError;
 
-/** Readers of fields, which refuse unexpected values. */
 function fieldsOf(config: Record<string, unknown>, file: string) {
   const refuse: Refuse = (name, message) => new AdapterError(`${name} ${message}`, { file, field: name });
   const wrong = (name: string, expected: string, advice = "correct it in the file"): AdapterError =>

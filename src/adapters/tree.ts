@@ -24,13 +24,11 @@ type PathKind = "file" | "folder" | undefined;
 export interface Tree {
   /** Undefined where nothing is there, or nothing that may be seen. */
   kind(path: string): Promise<PathKind>;
-  /** Names in a folder. */
   names(folder: string): Promise<string[]>;
   /** Opens a file for reads of parts, which is all that is read of it. */
   open(path: string): Promise<ByteSource>;
   /** Sees to it that files lie on the disk under their paths. */
   get(paths: readonly string[]): Promise<void>;
-  /** Name in messages. */
   nameOf(path: string): string;
   /** Where the tree lies on the Hub. */
   readonly hub?: { readonly name: HubName; readonly root: string } | undefined;

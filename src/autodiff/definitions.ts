@@ -4,9 +4,9 @@
  */
 
 import { INT64 } from "../onnx/linear.ts";
-import { dimsOf, type Graph, indexGraph, intOf, type OnnxModel, Ranks } from "../onnx/model.ts";
+import { dimsOf, type Graph, indexGraph, intOf, type OnnxModel, type RankOf, ranksOf } from "../onnx/model.ts";
 import { PREFIX } from "../onnx/nodes.ts";
-import { create, GraphProtoSchema, ModelProtoSchema, type NodeProto } from "../onnx/protobuf.ts";
+import { create, type NodeProto } from "../onnx/protobuf.ts";
 import { Emitter, OperatorNode } from "./emit.ts";
 
 // Attention over all heads at once: onnxruntime's operators written as products, a mask and a softmax. Training has no past, so there are
@@ -290,12 +290,12 @@ export function shadowOf(model: OnnxModel): Shadow {
   const { graph } = model;
   const refused = new Map<NodeProto, string>();
   const ranks = new Map<string, number>();
-  const shadow = create(GraphProtoSchema, { name: graph.proto.name });
+  const shadow = create("GraphProto", { name: graph.proto.name });
   shadow.input = graph.proto.input;
   shadow.output = [...graph.proto.output];
   shadow.initializer = [...graph.proto.initializer];
   const emit = new Emitter(shadow, model.opset, `${PREFIX}/defined`);
-  const known = new Ranks(model);
+  const known = ranksOf(model);
   for (const node of graph.proto.node) {
     const written = emit.nodes.length;
     const define = DEFINITIONS.get(operatorOf(node));
@@ -309,7 +309,7 @@ export function shadowOf(model: OnnxModel): Shadow {
     else for (const [name, value] of fused.given) shadow.node.push(...emit.rename(value, name, fresh));
   }
   if (emit.nodes.length === 0) return { model, refused, ranks };
-  const proto = create(ModelProtoSchema, { ...model.proto, graph: shadow });
+  const proto = create("ModelProto", { ...model.proto, graph: shadow });
   return { model: { ...model, proto, graph: indexGraph(shadow, model.name) }, refused, ranks };
 }
 
@@ -328,12 +328,12 @@ class Fused extends OperatorNode {
   /** Ranks that were assumed, by value; a run checks them. */
   readonly assumed: Map<string, number>;
   readonly #graph: Graph;
-  readonly #ranks: Ranks;
+  readonly #rankOf: RankOf;
 
-  constructor(proto: NodeProto, emit: Emitter, graph: Graph, ranks: Ranks, assumed: Map<string, number>) {
+  constructor(proto: NodeProto, emit: Emitter, graph: Graph, rankOf: RankOf, assumed: Map<string, number>) {
     super(proto, emit);
     this.#graph = graph;
-    this.#ranks = ranks;
+    this.#rankOf = rankOf;
     this.assumed = assumed;
   }
 
@@ -373,7 +373,7 @@ class Fused extends OperatorNode {
 
   /** Rank of a value as far as the graph tells, else `otherwise`; a run checks the assumption. */
   rank(value: string, otherwise: number): number {
-    const rank = this.#ranks.of(value) ?? otherwise;
+    const rank = this.#rankOf(value) ?? otherwise;
     this.assumed.set(value, rank);
     return rank;
   }

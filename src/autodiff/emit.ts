@@ -10,7 +10,7 @@ import {
   type Operand,
   PREFIX,
 } from "../onnx/nodes.ts";
-import { create, type GraphProto, type NodeProto, TensorProtoSchema } from "../onnx/protobuf.ts";
+import { create, type GraphProto, type NodeProto } from "../onnx/protobuf.ts";
 
 /** A size, or a product of sizes that inputs have. */
 export type Dimension = number | readonly { readonly input: string; readonly axis: number }[];
@@ -200,7 +200,7 @@ export class Emitter extends NodeWriter {
 
   byte(value: number): string {
     return this.constants.add(`byte/${value}`, (name) =>
-      create(TensorProtoSchema, { name, dataType: UINT8, rawData: Uint8Array.of(value) }),
+      create("TensorProto", { name, dataType: UINT8, rawData: Uint8Array.of(value) }),
     );
   }
 }

@@ -10,14 +10,7 @@ import type { Injected, TaskInput } from "../onnx/inject.ts";
 import { BOOL, FLOAT, INT64 } from "../onnx/linear.ts";
 import { type Graph, indexGraph, inOrder, intOf, type OnnxModel } from "../onnx/model.ts";
 import { makeNode, makeValue, NodeEdits, PREFIX } from "../onnx/nodes.ts";
-import {
-  create,
-  type GraphProto,
-  GraphProtoSchema,
-  type NodeProto,
-  TensorProtoSchema,
-  type ValueInfoProto,
-} from "../onnx/protobuf.ts";
+import { create, type GraphProto, type NodeProto, type ValueInfoProto } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { elementsOf } from "../tensor/dtypes.ts";
 import { flattenScales, unpackProducts } from "./block-weights.ts";
@@ -105,7 +98,7 @@ const TRAINED: ReadonlySet<TaskInput["kind"]> = new Set(["A", "B", "headWeight",
  * const file = await readModel("model.onnx");
  * const injected = inject(file.model, { modules, biases: [], rows: [], vectors: [], heads });
  * const graph = await buildTrainingGraph(file, injected, { probe });
- * const { bytes, files } = await detachWeights(file, injected.initializers);
+ * const { bytes, files } = await detachWeights(file);
  *
  * @throws FormatError with every reason at once: operators that gradients do not pass (with the names of their nodes),
  *   trained layers that do not reach the loss, half-precision values, probe feeds that tell nothing, an old opset
@@ -134,7 +127,7 @@ export async function buildTrainingGraph(
   const indexed: ModelFile = { ...file, model: { ...model, graph: indexGraph(main, model.name) } };
   const feeds = probeFeeds(indexed.model, own, injected, picked !== undefined, problems);
   const sources = trained.map(({ name }) => name);
-  const path = await probePath(indexed, sources, logits, problems, options.probe, feeds, injected.initializers);
+  const path = await probePath(indexed, sources, logits, problems, options.probe, feeds);
   const emit = new Emitter(main, model.opset);
   emit.gathers = options.gathers ?? false;
   let loss = "";
@@ -297,12 +290,12 @@ function inner(graph: "then" | "else", output: string): string {
 function choice(learn: string, name: string, nodes: NodeProto[], outputs: readonly Output[]): NodeProto {
   const graph = (of: "then" | "else", node: NodeProto[], more: Partial<GraphProto> = {}): GraphProto => {
     const output = outputs.map((one) => makeValue(inner(of, one.name), one.type));
-    return create(GraphProtoSchema, { ...more, name: `${name}/${of}`, node, output });
+    return create("GraphProto", { ...more, name: `${name}/${of}`, node, output });
   };
   const none = ({ type, none }: Output): string => `${name}/none/${[type, ...none].join("/")}`;
   const constants = new Map(outputs.map((one) => [none(one), one]));
   const initializer = [...constants].map(([name, { type, none }]) =>
-    create(TensorProtoSchema, {
+    create("TensorProto", {
       ...{ name, dataType: type, dims: none.map(BigInt), rawData: new Uint8Array(none.length === 0 ? 4 : 0) },
     }),
   );
@@ -420,7 +413,7 @@ function pickPositions(graph: Graph, opset: number, logits: string): { readonly 
 
 function only(value: string, name: string): GraphProto {
   const output = `${PICKED}/${name}/rows`;
-  return create(GraphProtoSchema, {
+  return create("GraphProto", {
     name: `${PICKED}/${name}`,
     node: [makeNode("Identity", output, [value], output)],
     output: [makeValue(output, FLOAT)],

@@ -4,7 +4,7 @@
 
 import type { Feed } from "../onnx/feeds.ts";
 import { type Graph, indexGraph, intOf, intsOf, nestedGraphs, type OnnxModel, type Use } from "../onnx/model.ts";
-import { type Added, Constants, makeNode, PREFIX, readBy } from "../onnx/nodes.ts";
+import { Constants, makeNode, PREFIX, readBy } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { operatorOf, shadowOf } from "./definitions.ts";
@@ -95,14 +95,13 @@ export async function probePath(
   problems: Problems,
   probe: ShapeProbe,
   feeds: readonly ReadonlyMap<string, Feed>[] | undefined,
-  initializers: readonly Added[],
 ): Promise<ProbedPath> {
   const { model, refused, ranks } = shadowOf(file.model);
   const path = findPath(model.graph, sources, end, problems, refused);
   const values = path.nodes.flatMap(({ input, output }) => [...input, ...output]).filter((value) => value !== "");
   let shapes: Shapes | undefined;
   try {
-    shapes = feeds && (await probeShapes({ ...file, model }, initializers, values, feeds, probe, problems));
+    shapes = feeds && (await probeShapes({ ...file, model }, values, feeds, probe, problems));
   } catch (error) {
     // Known problems explain more than the error of a run.
     if (!problems.any) throw error;

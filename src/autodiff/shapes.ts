@@ -6,8 +6,8 @@
 import { FormatError } from "../errors.ts";
 import type { Feed } from "../onnx/feeds.ts";
 import { type Graph, inOrder, intOf, intsOf, nestedGraphs } from "../onnx/model.ts";
-import { type Added, makeNode, PREFIX } from "../onnx/nodes.ts";
-import { create, type NodeProto, ValueInfoProtoSchema } from "../onnx/protobuf.ts";
+import { makeNode, PREFIX } from "../onnx/nodes.ts";
+import { create, type NodeProto } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { type DetachedModel, detachWeights } from "../onnx/write.ts";
 import { elementsOf } from "../tensor/dtypes.ts";
@@ -44,7 +44,6 @@ const MOST_FREE = 64;
 /** Runs the model and records the values of its main graph. @param feeds two, with every input */
 export async function probeShapes(
   file: ModelFile,
-  added: readonly Added[],
   values: Iterable<string>,
   feeds: readonly ReadonlyMap<string, Feed>[],
   probe: ShapeProbe,
@@ -66,10 +65,10 @@ export async function probeShapes(
   const [outputs, nodes] = [proto.output, proto.node.length];
   // An Identity in between: runtimes reject inputs and initializers as outputs.
   for (const { value, as } of fetches) proto.node.push(makeNode("Identity", as, [value], as));
-  proto.output = fetches.map(({ as }) => create(ValueInfoProtoSchema, { name: as }));
+  proto.output = fetches.map(({ as }) => create("ValueInfoProto", { name: as }));
   let model: DetachedModel;
   try {
-    model = await detachWeights(file, added);
+    model = await detachWeights(file);
   } finally {
     proto.node.length = nodes;
     proto.output = outputs;

@@ -92,19 +92,9 @@ class WasmBackend extends CpuBackend<number> {
         if (i + j > 0) yield;
         const to = out + 4 * i * width;
         const from = coefficients + 4 * i * rows;
+        const count = Math.min(high, rank - i);
         const end = Math.min(j + wide, width);
-        this.#wasm.kernels.expand(
-          code(dtype),
-          to,
-          from,
-          basis,
-          Math.min(high, rank - i),
-          rows,
-          width,
-          add ? 1 : 0,
-          j,
-          end,
-        );
+        this.#wasm.kernels.expand(code(dtype), to, from, basis, count, rows, width, add ? 1 : 0, j, end);
       }
     }
   }

@@ -290,7 +290,7 @@ class WebgpuBackend implements Backend {
       const places = [...starts.map((byte) => byte / 4), packed, rowBytes(dtype, width)];
       return [workgroups, count, rows, width, ...places, add ? 1 : 0];
     });
-    this.#dispatch("components", first.entry, first.dtype, bound, words, workgroups);
+    this.#recorder.dispatch("components", first.entry, first.dtype, bound, words, workgroups);
   }
 
   fold(job: FoldJob): void {
@@ -325,7 +325,7 @@ class WebgpuBackend implements Backend {
     const scaleOfRow = rowScale ? input("rowScale", rowScale, rows) : left;
     const scaleOfColumn = columnScale ? input("columnScale", columnScale, columns) : left;
     const perWord = 4 / size;
-    this.#dispatch(
+    this.#recorder.dispatch(
       "fold",
       inPlace ? "fold_in_place" : "fold",
       dtype,
@@ -352,24 +352,11 @@ class WebgpuBackend implements Backend {
     const right = bind("right", rank * columns);
     const magnitude = bind("magnitude", length);
     const places = [out.at / 4, base.at / size, left.at / 4, right.at / 4, magnitude.at / 4];
-    this.#dispatch(
+    this.#recorder.dispatch(
       ...(["scale", `scale_${axis}`, dtype, [out, left, right, magnitude, base]] as const),
       [rows, columns, stride, rank, ...places],
       axis === "rows" ? rows : Math.ceil(columns / ACROSS),
     );
-  }
-
-  /** @param words the shader's `Job`, or several of them in a row */
-  #dispatch(
-    shader: keyof typeof shaders,
-    entry: string,
-    dtype: Dtype,
-    bound: readonly Bound[],
-    words: readonly number[],
-    workgroups: number,
-  ): void {
-    const bindings = bound.map(({ binding }) => binding);
-    this.#recorder.dispatch(shader, entry, DTYPES.indexOf(dtype), bindings, words, workgroups);
   }
 
   /**
@@ -574,27 +561,49 @@ class Recorder {
 
   /**
    * Records a kernel.
-   * @param format the shader's FORMAT
-   * @param bindings buffers by binding, from 1
-   * @param job 32-bit words
+   * @param dtype of the shader's FORMAT
+   * @param bound buffers by binding, from 1
+   * @param job 32-bit words: the shader's `Job`, or several of them in a row
    * @param count workgroups
    */
   dispatch(
-    shader: string,
+    shader: keyof typeof shaders,
     entry: string,
-    format: number,
-    bindings: readonly Binding[],
+    dtype: Dtype,
+    bound: readonly Bound[],
     job: readonly number[],
     count: number,
   ): void {
     if (count === 0) return;
-    const { pipeline, group } = this.#prepare(shader, entry, format, bindings, job);
+    const bindings = bound.map(({ binding }) => binding);
+    const ids = bindings.map(({ buffer }) => this.#idOf(buffer));
+    const places = bindings.map(({ offset, size }, i) => `${ids[i]}+${offset}:${size}`);
+    const key = `${shader} ${entry} ${dtype} ${places.join(" ")} ${job.join(" ")}`;
+    let prepared = this.#prepared.get(key);
+    if (!prepared) {
+      if (this.#prepared.size >= MAX_PREPARED) {
+        this.submit();
+        for (const [known, prepared] of this.#prepared) this.#forget(known, prepared);
+      }
+      const pipeline = this.#pipeline(shader, entry, DTYPES.indexOf(dtype));
+      const slot = this.#slot(4 * job.length);
+      this.#device.queue.writeBuffer(slot.buffer, slot.offset, Uint32Array.from(job));
+      const label = `eigenlora ${entry}`;
+      const entries = [{ buffer: slot.buffer, offset: slot.offset, size: 4 * job.length }, ...bindings].map(
+        ({ buffer, offset, size }, binding) => ({ binding, resource: { buffer, offset, size } }),
+      );
+      const group = this.faults.guard(label, () =>
+        this.#device.createBindGroup({ label, layout: pipeline.getBindGroupLayout(0), entries }),
+      );
+      prepared = { pipeline, group, slot, ids };
+      this.#prepared.set(key, prepared);
+    }
     this.#encoder ??= this.#device.createCommandEncoder({ label: "eigenlora" });
     this.#pass ??= this.#encoder.beginComputePass({ label: "eigenlora" });
     for (const { buffer } of bindings) this.#waiting.add(buffer);
     const y = Math.ceil(count / MAX_GROUPS);
-    this.#pass.setPipeline(pipeline);
-    this.#pass.setBindGroup(0, group);
+    this.#pass.setPipeline(prepared.pipeline);
+    this.#pass.setBindGroup(0, prepared.group);
     this.#pass.dispatchWorkgroups(Math.ceil(count / y), y);
   }
 
@@ -603,37 +612,6 @@ class Recorder {
     this.#pass = undefined;
     for (const buffer of buffers) this.#waiting.add(buffer);
     return (this.#encoder ??= this.#device.createCommandEncoder({ label: "eigenlora" }));
-  }
-
-  #prepare(
-    shader: string,
-    entry: string,
-    format: number,
-    bindings: readonly Binding[],
-    job: readonly number[],
-  ): BoundPipeline {
-    const ids = bindings.map(({ buffer }) => this.#idOf(buffer));
-    const places = bindings.map(({ offset, size }, i) => `${ids[i]}+${offset}:${size}`);
-    const key = `${shader} ${entry} ${format} ${places.join(" ")} ${job.join(" ")}`;
-    const known = this.#prepared.get(key);
-    if (known) return known;
-    if (this.#prepared.size >= MAX_PREPARED) {
-      this.submit();
-      for (const [known, prepared] of this.#prepared) this.#forget(known, prepared);
-    }
-    const pipeline = this.#pipeline(shader, entry, format);
-    const slot = this.#slot(4 * job.length);
-    this.#device.queue.writeBuffer(slot.buffer, slot.offset, Uint32Array.from(job));
-    const label = `eigenlora ${entry}`;
-    const entries = [{ buffer: slot.buffer, offset: slot.offset, size: 4 * job.length }, ...bindings].map(
-      ({ buffer, offset, size }, binding) => ({ binding, resource: { buffer, offset, size } }),
-    );
-    const group = this.faults.guard(label, () =>
-      this.#device.createBindGroup({ label, layout: pipeline.getBindGroupLayout(0), entries }),
-    );
-    const prepared = { pipeline, group, slot, ids };
-    this.#prepared.set(key, prepared);
-    return prepared;
   }
 
   #pipeline(shader: string, entryPoint: string, format: number): GPUComputePipeline {

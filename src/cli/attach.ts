@@ -7,16 +7,16 @@
 import { basename, dirname, join } from "node:path";
 import type { Pack } from "../core/pack.ts";
 import { BaseMismatchError, FormatError, SourceError } from "../errors.ts";
-import type { Injected, TaskInput } from "../onnx/inject.ts";
+import type { TaskInput } from "../onnx/inject.ts";
 import { PREFIX } from "../onnx/nodes.ts";
+import { toBinary } from "../onnx/protobuf.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import { externalFiles } from "../onnx/tensors.ts";
-import { embedWeights } from "../onnx/write.ts";
-import { type PreparedModel, prepareModel } from "../session/prepare.ts";
+import { prepareModel } from "../session/prepare.ts";
 import { stackValues, type TaskEvaluator, unfoldingEvaluator } from "../session/values.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors.ts";
 import { type Attach, command } from "./command.ts";
-import { checkTarget, realTarget, stat, writeTogether } from "./files.ts";
+import { checkTarget, makeFolder, realTarget, stat, writeTogether } from "./files.ts";
 import { byDefault, choice, force, list, match, output, refuseUnknown, revoked, UsageError } from "./options.ts";
 import { bytes, count } from "./output.ts";
 
@@ -60,7 +60,12 @@ export const attach: Attach = command({
     checkTarget(baseFile(target), { force, inputs, output: target });
     const bases = (await pack.bases()).bytes;
     const prepared = await prepareModel(file, pack, bases, { ...options, mode, probeOutputs: false });
-    refuseFolded(prepared, pack);
+    if (prepared.mode === "folded")
+      throw new BaseMismatchError(
+        `the tasks of ${pack.name} cannot come as inputs: ${prepared.reason}. Merge one into the checkpoint with eigenlora fold, ` +
+          'or use createEigenSession, whose mode "folded" changes weights',
+        { module: prepared.reason },
+      );
     const ids = task.length > 0 ? [...new Set(task)] : [...pack.tasks.keys()];
     // An unknown or damaged task is found before anything is written.
     await pack.prefetch(ids);
@@ -71,14 +76,14 @@ export const attach: Attach = command({
       [`${PREFIX}.basis`, pack.basisId],
       [`${PREFIX}.mode`, chosen],
     ]);
-    const model = serialise(file, prepared, marks, target);
+    const model = serialise(file, marks, target);
     const evaluator = run.closing(await unfoldingEvaluator(prepared, bases));
     const values = (id: string | null) => valuesOf(pack, prepared.inputs, evaluator, marks, id);
     async function* reported(id: string, done: number) {
       yield* values(id);
       out.progress({ stage: "writing", done, total: ids.length, unit: "tasks" });
     }
-    run.folder(tasksFolder(target));
+    makeFolder(tasksFolder(target));
     const [baseSize, ...sizes] = await writeTogether(
       [
         [baseFile(target), values(null)],
@@ -119,21 +124,11 @@ export const attach: Attach = command({
   },
 });
 
-/** @throws BaseMismatchError when the tasks need other weights */
-function refuseFolded({ mode, reason }: PreparedModel, { name }: Pack): void {
-  if (mode !== "folded") return;
-  throw new BaseMismatchError(
-    `the tasks of ${name} cannot come as inputs: ${reason}. Merge one into the checkpoint with eigenlora fold, ` +
-      'or use createEigenSession, whose mode "folded" changes weights',
-    { module: reason },
-  );
-}
-
 /** @throws FormatError when it becomes too large for a single file */
-function serialise(file: ModelFile, { initializers }: Injected, marks: Marks, target: string): Uint8Array {
+function serialise(file: ModelFile, marks: Marks, target: string): Uint8Array {
   const { metadataProps } = file.model.proto;
   for (const [key, value] of marks) metadataProps.push({ key, value });
-  const model = embedWeights(file, initializers);
+  const model = toBinary("ModelProto", file.model.proto);
   if (model.length <= MOST_MODEL_BYTES) return model;
   throw new FormatError(
     `needs ${model.length} bytes with the components inside, at most ${MOST_MODEL_BYTES} are allowed; ` +

@@ -12,15 +12,14 @@ import type { Built } from "../pack/build.ts";
 import type { BuildOptions } from "../pack/recipe.ts";
 import { type AnsweringTask, type ByAnswersReport, packByAnswers, tasksByAnswers } from "../train/pack-by-answers.ts";
 import type { Run } from "./command.ts";
+import { makeFolder } from "./files.ts";
 import { asksPrompts, contents, finishedIn, modelDigest, openModel, readQuestions, removeFinished } from "./model.ts";
 import type { judged, Values } from "./options.ts";
 import type { Output } from "./output.ts";
 
 type JudgedOptions = Values<typeof judged> & { readonly model: string };
 
-/** Options of a pack that is judged by answers. */
 interface PackOptions extends JudgedOptions {
-  /** The pack to write. */
   readonly output: string;
   readonly names: ReadonlyMap<string, string>;
   readonly bytes: number | undefined;
@@ -38,7 +37,7 @@ export async function packedByAnswers(
   const { ort, encode, asked } = await opened("pack", options, adapters);
   const inputs = { model: await modelDigest(model, tokenizer), adapters: await contents(adapters, out) };
   const folder = `${output}.partial`;
-  run.folder(folder);
+  makeFolder(folder);
   const signal = run.interrupts();
   signal.addEventListener("abort", () =>
     out.phase("stopping: what is finished is written, the rest as without a model; Ctrl-C again ends it at once"),

@@ -18,21 +18,7 @@ import { sum } from "../tensor/dtypes.ts";
 import { toBase64 } from "../text.ts";
 import { type Attach, command, OUT_OF_TIME, type Run } from "./command.ts";
 import { append, checkTarget, readText, realTarget, writeTogether, writeWhole } from "./files.ts";
-import {
-  anyBase,
-  as,
-  force,
-  group,
-  judged as judgedOptions,
-  key,
-  number,
-  output,
-  readFor,
-  required,
-  revoked,
-  text,
-  UsageError,
-} from "./options.ts";
+import * as option from "./options.ts";
 import { bytes, count, lossTable, type Output, percent, warnOf } from "./output.ts";
 
 export const add: Attach = command({
@@ -42,22 +28,22 @@ export const add: Attach = command({
     "Task files (.eigentask) are copied. Other tasks are not changed.",
   example: "add tasks.eigen new-adapter/",
   options: {
-    as,
-    anyBase,
+    as: option.as,
+    anyBase: option.anyBase,
     maxLoss: {
-      ...number(
+      ...option.number(
         "P",
         `Add nothing if a new task would lose more than this share of its ΔW; 1 allows any loss. Default: ${MAX_LOSS}.`,
         { expected: "a share from 0 to 1, such as 0.5 or 50%", holds: (n) => n >= 0 && n <= 1 },
       ),
       excludes: { model: "with a model, answers decide: take --agreement" },
     },
-    base: readFor,
-    key,
-    revoked,
-    ...group("Judged by answers", {
-      ...judgedOptions,
-      model: text(
+    base: option.readFor,
+    key: option.key,
+    revoked: option.revoked,
+    ...option.group("Judged by answers", {
+      ...option.judged,
+      model: option.text(
         "MODEL.onnx",
         "Distil adapters onto what the pack's tasks share, until they answer as the adapters do. Needs onnxruntime-node.",
         "model",
@@ -159,14 +145,14 @@ export const remove: Attach = command({
   usage: "remove <PACK> <TASK...>",
   details: "Other tasks are not changed.",
   example: "remove tasks.eigen reviews",
-  options: { key },
+  options: { key: option.key },
   reads: ["own", undefined],
   async run([file, ...named]: [string, ...string[]], { key }, run, out) {
     const ids = [...new Set(named)];
     const sizes = await rewrite(file, key, run, out, (pack) => {
       for (const id of ids) pack.removeTask(id);
       if (pack.tasks.size === 0)
-        throw new UsageError(`that would remove every task of ${file}; delete the file instead`);
+        throw new option.UsageError(`that would remove every task of ${file}; delete the file instead`);
     });
     return {
       json: { file, removed: ids, ...sizes },
@@ -179,7 +165,7 @@ export const compact: Attach = command({
   usage: "compact <PACK>",
   details: "Tasks and components are not changed. A pack from before version 1.0 gets its hashes.",
   example: "compact tasks.eigen",
-  options: { key, revoked },
+  options: { key: option.key, revoked: option.revoked },
   reads: ["own"],
   async run([file]: [string], { key }, run, out) {
     const sizes = await rewrite(file, key, run, out);
@@ -211,11 +197,11 @@ export const keygen: Attach = command({
   usage: "keygen",
   details: "Keep NAME.pem to yourself. Readers of your packs need NAME.pub.pem, or the line that is printed.",
   example: "keygen -o me",
-  options: { output: output("NAME", "Write NAME.pem and NAME.pub.pem."), force },
+  options: { output: option.output("NAME", "Write NAME.pem and NAME.pub.pem."), force: option.force },
   async run(_: [], { output: name, force }) {
     const secret = `${name}.pem`;
     const open = `${name}.pub.pem`;
-    if (/(^|[/\\])$/.test(name)) throw new UsageError(`--output ${name}: ends like a folder; name a file in it`);
+    if (/(^|[/\\])$/.test(name)) throw new option.UsageError(`--output ${name}: ends like a folder; name a file in it`);
     for (const path of [secret, open]) checkTarget(path, { force, output: name });
     const pair = (await crypto.subtle.generateKey("Ed25519", true, ["sign", "verify"])) as CryptoKeyPair;
     const raw = new Uint8Array(await crypto.subtle.exportKey("raw", pair.publicKey));
@@ -243,7 +229,7 @@ export const sign: Attach = command({
   usage: "sign <FILE...>",
   details: "Readers that are given the public key then accept nothing else. The root of a pack does not change.",
   example: "sign tasks.eigen --key me.pem",
-  options: { key: required(key) },
+  options: { key: option.required(option.key) },
   reads: ["own"],
   async run(files: string[], { key }, run) {
     const signer = (await signerOf(key))!;

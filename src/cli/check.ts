@@ -63,7 +63,7 @@ export const check: Attach = command({
       json: { ...about, pack: packPath, works, run: ran, next },
       text: [
         `${packPath}: ${count(pack.tasks.size, "task")}, ${count(pack.modules.length, "module")}, ${bytes(largest)} a task at most`,
-        ...files.flatMap(([name, found]) => fileText(shown.get(name)!, found, isAlone && ran === null)),
+        ...files.flatMap(([name, found]) => fileText(shown.get(name)!, found)),
         "",
         ...(isRun ? runText(ran) : []),
         works ? `It works${isAlone ? `, in mode "${only.mode}" (${only.reason})` : ""}.` : `It does not work: ${why}`,
@@ -76,7 +76,6 @@ export const check: Attach = command({
 
 type CheckOptions = Omit<SessionOptions, "probe">;
 
-/** A file's survey, or the reason why nothing of the pack lives in it. */
 type Surveyed = readonly [name: string, survey: Survey | string];
 
 /**
@@ -114,7 +113,6 @@ async function survey(
   return { files, lost: inWords(why ?? undefined) };
 }
 
-/** The same with flags in place of the library's options, in all texts. */
 function inWords<T>(value: T): T {
   if (value === undefined) return value;
   // No command trains a part of a model.
@@ -123,13 +121,11 @@ function inWords<T>(value: T): T {
   return JSON.parse(JSON.stringify(value), (_, field) => (typeof field === "string" ? words(field) : field));
 }
 
-/** Outcome of a trial; null where it could not be made. */
 interface Tried {
   readonly works: boolean | null;
   readonly says: string;
 }
 
-/** Trials on onnxruntime-node. */
 interface Ran {
   readonly session: Tried;
   readonly learning: Tried;
@@ -180,7 +176,6 @@ interface SurveyedModule {
   readonly nodes: readonly string[];
   /** True if the pack's fingerprint is the weight's. Null: there is none, or it was not asked for. */
   readonly confirmed: boolean | null;
-  /** The fault, if there is one. */
   readonly why: string | null;
   readonly misfit: boolean;
   /** Names in the model that are like it. */
@@ -191,13 +186,6 @@ interface SurveyedModule {
 interface SurveyedParameter {
   readonly name: string;
   readonly role: string;
-  /** The reason why it is not found. */
-  readonly why: string | null;
-}
-
-/** True if a mode works; the obstacle if not. */
-interface SurveyedMode {
-  readonly works: boolean;
   readonly why: string | null;
 }
 
@@ -212,9 +200,8 @@ export interface Survey {
   readonly half: "encoder" | "decoder" | null;
   readonly modules: readonly SurveyedModule[];
   readonly parameters: readonly SurveyedParameter[];
-  readonly modes: Readonly<Record<Mode, SurveyedMode>>;
-  /** True if it can be made to learn, as far as can be told without a run. */
-  readonly learning: SurveyedMode;
+  /** The obstacle where a mode does not work. */
+  readonly modes: Readonly<Record<Mode, { readonly works: boolean; readonly why: string | null }>>;
 }
 
 /** Closes the file; a plan changes nothing of it. @throws SourceError, FormatError when the pack cannot be read */
@@ -228,19 +215,12 @@ export async function surveyModel(file: ModelFile, pack: Pack, options: SessionO
     const view = modules === undefined ? pack : partOf(pack, modules);
     const planned = await attempt(() => planSession(file, view, bases, options));
     const plan = planned.made;
-    const survey = async (mode: Mode): Promise<SurveyedMode> => {
+    const survey = async (mode: Mode) => {
       const { why } = await attempt(() => planSession(file, view, bases, { ...options, mode }));
       return { works: why === null, why };
     };
     const modes = { core: await survey("core"), factors: await survey("factors"), folded: await survey("folded") };
-    const both = [...(plan?.base.heads ?? [])].find(([, { adapted }]) => adapted)?.[0];
-    const { halfOf, refuseParts } = await import("../session/training.ts");
-    const parts = await attempt(async () => refuseParts(file, pack, modules));
-    const form = plan?.changes.modules.find(({ kind }) => kind !== "linear");
-    const why =
-      parts.why ??
-      (both === undefined ? modes.factors.why : `tasks bring "${both}" whole and others adapt it`) ??
-      (form ? `"${form.name}" is no linear layer (${form.kind})` : null);
+    const { halfOf } = await import("../session/training.ts");
     return {
       mode: plan?.mode ?? null,
       reason: plan?.reason ?? planned.why!,
@@ -250,7 +230,6 @@ export async function surveyModel(file: ModelFile, pack: Pack, options: SessionO
       modules: await surveyModules(file, view, bases, options),
       parameters: await surveyParameters(file, view, options),
       modes,
-      learning: { works: why === null, why },
     };
   } finally {
     section?.close();
@@ -258,7 +237,6 @@ export async function surveyModel(file: ModelFile, pack: Pack, options: SessionO
   }
 }
 
-/** Makes something, or gives the reason why it is refused. */
 async function attempt<T>(make: () => Promise<T>): Promise<{ made?: T; why: string | null; error?: EigenLoraError }> {
   try {
     return { made: await make(), why: null };
@@ -322,8 +300,7 @@ async function surveyParameters(
 /** Modules and parameters that text lists; `--json` has all. */
 const LISTED = 12;
 
-/** @param unrun whether a run will not tell about learning */
-function fileText(model: string, survey: Survey | string, unrun: boolean): string[] {
+function fileText(model: string, survey: Survey | string): string[] {
   if (typeof survey === "string") return ["", model, `  ${survey}`];
   return [
     "",
@@ -331,7 +308,7 @@ function fileText(model: string, survey: Survey | string, unrun: boolean): strin
     ...modulesText(survey),
     ...parametersText(survey),
     "",
-    ...modesText(survey, unrun),
+    ...modesText(survey),
   ];
 }
 
@@ -371,14 +348,11 @@ function parametersText({ parameters }: Survey): string[] {
   ];
 }
 
-function modesText({ modes, learning }: Survey, unrun: boolean): string[] {
+function modesText({ modes }: Survey): string[] {
   const all = Object.entries(modes);
   // The obstacle to all modes is reported at the end.
   const some = all.some(([, { works }]) => works);
-  return [
-    ...all.map(([name, { works, why }]) => `mode ${name}: ${works ? "yes" : some ? `no, ${why}` : "no"}`),
-    ...(learning.why === null || !unrun || !some ? [] : [`learning: no, ${learning.why}`]),
-  ];
+  return all.map(([name, { works, why }]) => `mode ${name}: ${works ? "yes" : some ? `no, ${why}` : "no"}`);
 }
 
 function runText(ran: Ran | null): string[] {
@@ -433,7 +407,6 @@ async function foreignOf(pack: Pack, { modules }: Survey): Promise<string[]> {
 /** onnxruntime's message for a model with some parts in f16 and others in f32. */
 const MIXED = /bound to different types \(tensor\(float(16)?\) and tensor\(float(16)?\)/;
 
-/** Advice about a pack that does not work. */
 async function adviceOf(
   files: readonly Surveyed[],
   lostPart: string | undefined,

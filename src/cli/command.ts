@@ -18,21 +18,10 @@ import type { BuildOptions } from "../pack/recipe.ts";
 import type { OnProgress } from "../progress.ts";
 import { sum } from "../tensor/dtypes.ts";
 import { type Command, Option } from "./commander.ts";
-import {
-  type Chunks,
-  checkTarget,
-  makeFolder,
-  onInterrupt,
-  stat,
-  type TargetOptions,
-  takeLock,
-  undoOnExit,
-  writeWhole,
-} from "./files.ts";
+import { type Chunks, checkTarget, onInterrupt, stat, type TargetOptions, takeLock, writeWhole } from "./files.ts";
 import { flagOf, inFlags, type OptionSpec, type Options, type ReadAs, UsageError, type Values } from "./options.ts";
 import type { Output } from "./output.ts";
 
-/** Outcome of a command. */
 export interface Result {
   /** Printed by `--json`; the keys are a contract. */
   readonly json: Readonly<Record<string, unknown>>;
@@ -96,7 +85,6 @@ export function command<A extends readonly string[], O extends Options>(declared
           return;
         }
       } catch (error) {
-        run.fail();
         if (run.interrupted) done(INTERRUPTED);
         if (error instanceof Error) error.message = inFlags(error.message, options) + hintOf(error, run);
         throw error;
@@ -155,12 +143,10 @@ async function valuesOf<O extends Options>(
   return Object.fromEntries(values) as Values<O>;
 }
 
-/** A name as the command reads it. */
 async function taken<T>(value: T, reads: ReadAs | undefined, run: Run): Promise<T> {
   return typeof value === "string" && reads ? ((await run.take(value, reads)) as T) : value;
 }
 
-/** Adds to an error that a mistyped path was taken for a repository. */
 function hintOf(error: Error, { guessed }: Run): string {
   const name = guessed.find((name) => error instanceof SourceError && error.message.includes(name.replace(/@.*/, "")));
   return name === undefined
@@ -183,19 +169,17 @@ export interface Target {
 export class Run {
   /** Hashes of tasks that no pack may give. */
   readonly revoked: readonly string[];
-  readonly #maxExpansion: number | undefined;
   /** Names that were taken for those of repositories on the Hub, since nothing on the disk has them. */
   readonly guessed: string[] = [];
   readonly #opened: Closable[] = [];
   /** Names as they are shown, by the paths that they became. */
   readonly #shown = new Map<string, string>();
-  #failed = false;
-  #interrupted = false;
+  /** True after a Ctrl-C. */
+  interrupted = false;
   readonly #out: Output;
 
-  constructor(out: Output, { revoked = [], maxExpansion }: Pick<OpenOptions, "revoked" | "maxExpansion"> = {}) {
+  constructor(out: Output, { revoked = [] }: Pick<OpenOptions, "revoked"> = {}) {
     this.revoked = revoked;
-    this.#maxExpansion = maxExpansion;
     this.#out = out;
   }
 
@@ -248,21 +232,6 @@ export class Run {
   }
 
   /**
-   * Makes a folder, and those that it lies in. New ones go again when the command fails, unless something is in them by then.
-   * @throws SourceError when there cannot be one
-   */
-  folder(path: string): void {
-    const step = makeFolder(path);
-    const forget = undoOnExit(step);
-    this.closing({
-      close: () => {
-        if (this.#failed) step();
-        forget();
-      },
-    });
-  }
-
-  /**
    * Keeps other writers from a file until the command ends. Read it after that, if it is to be changed.
    * @throws SourceError naming the process that holds it for too long
    */
@@ -287,16 +256,11 @@ export class Run {
   interrupts(): AbortSignal {
     const controller = new AbortController();
     const first = (): void => {
-      this.#interrupted = true;
+      this.interrupted = true;
       controller.abort();
     };
     this.closing({ close: onInterrupt(first) });
     return controller.signal;
-  }
-
-  /** True after a Ctrl-C. */
-  get interrupted(): boolean {
-    return this.#interrupted;
   }
 
   /** @throws FormatError for a file of another kind than `expected`: swapped arguments, found before the work */
@@ -323,8 +287,7 @@ export class Run {
 
   async pack(path: string, options: OpenOptions = {}): Promise<Pack> {
     const { revoked } = this;
-    const given = { ...options, maxExpansion: this.#maxExpansion };
-    return this.closing(await openPack(path, revoked.length > 0 ? { ...given, revoked } : given));
+    return this.closing(await openPack(path, revoked.length > 0 ? { ...options, revoked } : options));
   }
 
   /**
@@ -342,10 +305,7 @@ export class Run {
     return adapters.map((adapter) => this.closing(adapter));
   }
 
-  /**
-   * The base model's weights, where a file of them was named.
-   * @param names its names of weights, by module name
-   */
+  /** The base model's weights, where a file of them was named. @param names its names of weights, by module name */
   async base(path: string | undefined, names: ReadonlyMap<string, string>): Promise<Pick<BuildOptions, "base">> {
     if (path === undefined) return {};
     const how: HubOptions = { onProgress: downloading(this.#out) };
@@ -364,17 +324,11 @@ export class Run {
     return { base: names.size > 0 ? renamedHost(host, names) : host };
   }
 
-  /** Marks the command as failed, before `close`. */
-  fail(): void {
-    this.#failed = true;
-  }
-
   async close(): Promise<void> {
     for (const thing of this.#opened) await thing.close?.();
   }
 }
 
-/** Files that a folder may stand for. */
 const ENDINGS: Partial<Record<ReadAs, string>> = { model: ".onnx", weights: ".safetensors" };
 /** Endings that files have, and repositories seldom. */
 const FILE = /\.(onnx|onnx_adapter|safetensors|gguf|json|eigen|eigentask|bin)$/;
@@ -397,7 +351,6 @@ async function fileIn(folder: string, ending: string): Promise<string> {
   return onlyOne([], ending, folder);
 }
 
-/** Files that a message lists. */
 const LISTED = 8;
 
 /** @throws SourceError unless there is one file */

@@ -7,19 +7,26 @@ import type { EigenSession } from "../../bindings/onnxruntime.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
-import { FormatError, TaskError } from "../errors.ts";
+import { TaskError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import { sha256 } from "../format/fields.ts";
 import { projectAdapters, storedDtypes } from "../pack/add.ts";
 import { completeDtypes } from "../pack/recipe.ts";
-import { byId, writeTasks } from "../pack/shard/basis.ts";
+import { writeTasks } from "../pack/shard/basis.ts";
+import { byId } from "../pack/shard/statistics.ts";
 import { freshPack, tasksOf } from "../pack/write.ts";
 import type { Tokenizer } from "../session/tokens.ts";
 import { toHex } from "../text.ts";
-import { type Distilled, type DistillOptions, distill as distilTask } from "../train/distill.ts";
+import {
+  type Distilled,
+  type DistillOptions,
+  distill as distilTask,
+  finishedText,
+  readFinished,
+} from "../train/distill.ts";
 import { refuseOtherBase, signerOf, warnUnsigned } from "./change.ts";
 import { type Attach, command, type Result } from "./command.ts";
-import { checkTarget, filesOf } from "./files.ts";
+import { checkTarget, filesOf, makeFolder } from "./files.ts";
 import { tasksPart } from "./hub.ts";
 import {
   asksPrompts,
@@ -106,7 +113,7 @@ export const distill: Attach = command({
       for (const { entry, blob } of projected) await pack.addTask(entry.id, encodeTaskFile(entry, pack.basisId, blob));
       out.phase("loading the model");
       const opened = await openTrainable("distill", model, pack, options, run, asksPrompts(questions, adapters));
-      run.folder(`${file}.partial`);
+      makeFolder(`${file}.partial`);
       const done = await distilEach(pack, adapters, { ...opened, questions, settings }, options, out);
       return { done, losses: projected.map(({ residual }) => residual) };
     };
@@ -143,7 +150,6 @@ export const distill: Attach = command({
 
 type Questions = Pick<DistillOptions, "texts" | "examples">;
 
-/** All that an outcome depends on except the task. */
 async function settingsOf(options: DistillCommand, questions: Questions): Promise<object> {
   const { model, tokenizer, tokens = 128, steps, batch, names, ignore } = options;
   return { model: await modelDigest(model, tokenizer), steps, batch, tokens, ...questions, names: [...names], ignore };
@@ -173,8 +179,7 @@ async function distilEach(
     const { id, metadata } = adapter;
     const blob = toHex(await sha256((await pack.load(id)).bytes));
     const key = JSON.stringify({ id, file: resolve(adapter.file), content: digests.get(id), metadata, blob });
-    const json = await finished.read(key);
-    tasks.push({ adapter, key, earlier: json === undefined ? undefined : parseFinished(json, finished.nameOf(key)) });
+    tasks.push({ adapter, key, earlier: await readFinished<Distilled>(finished, key) });
   }
   // The unit is a task where nothing is trained.
   const each = Math.max(steps, 1);
@@ -193,7 +198,7 @@ async function distilEach(
     report(0);
     const onStep = ({ step }: { step: number }): void => report(step);
     const outcome = await distilTask(session, { adapter, ...questions, encode, steps, batch, onStep });
-    await finished.write(key, JSON.stringify({ ...outcome, file: Buffer.from(outcome.file).toString("base64") }));
+    await finished.write(key, finishedText(outcome));
     done.push({ ...outcome, resumed: false });
     report(each);
     before += each;
@@ -201,23 +206,6 @@ async function distilEach(
   if (done.every(({ kept }) => kept === "projected"))
     out.warn(`no task got better than it was, so all stay as projected: try more than --steps ${steps}, or more text`);
   return done;
-}
-
-/** @param path for messages @throws FormatError when it is damaged */
-function parseFinished(json: string, path: string): Distilled {
-  try {
-    const { file, ...figures } = JSON.parse(json) as Omit<Distilled, "file"> & { file: string };
-    const { id, divergenceBefore, divergenceAfter, kept } = figures;
-    const areNumbers = Number.isFinite(divergenceBefore) && Number.isFinite(divergenceAfter);
-    if (typeof id !== "string" || !areNumbers || (kept !== "projected" && kept !== "distilled"))
-      throw new TypeError("it is not what distill writes");
-    const bytes = new Uint8Array(Buffer.from(file, "base64"));
-    parseTaskFile(bytes, path);
-    return { ...figures, file: bytes };
-  } catch (cause) {
-    const message = `is damaged: delete it, and the task is distilled again (${(cause as Error).message})`;
-    throw new FormatError(message, { file: path, part: "finished task", cause });
-  }
 }
 
 /** Figures of each task, for `--json`. @param before ids of the tasks that there were */

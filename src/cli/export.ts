@@ -19,28 +19,13 @@ import { openSource } from "../open-source.ts";
 import { componentsFile, taskAdapter } from "../pack/expand.ts";
 import { openSafetensors, type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors.ts";
 import { type Attach, command } from "./command.ts";
-import { type Chunks, checkTarget, jsonFile, stat, writeTogether } from "./files.ts";
-import {
-  byDefault,
-  choice,
-  force,
-  match,
-  maxExpansion,
-  output,
-  refuseUnknown,
-  required,
-  revoked,
-  task,
-  text,
-  toggle,
-  UsageError,
-} from "./options.ts";
+import { type Chunks, checkTarget, jsonFile, makeFolder, stat, writeTogether } from "./files.ts";
+import * as option from "./options.ts";
 import { bytes, count } from "./output.ts";
 
 /** transformers refuses a file without it. */
 const METADATA: ReadonlyMap<string, string> = new Map([["format", "pt"]]);
 
-/** Bytes of formats that are one file. */
 const FILES = {
   diffusers: async (adapter: Exportable) => writeSafetensors(await diffusersFile(adapter), METADATA),
   kohya: async (adapter: Exportable) => writeSafetensors(await kohyaFile(adapter), METADATA),
@@ -57,37 +42,38 @@ const exportTask: Attach = command({
   details: "What is there already is never replaced.",
   example: "export tasks.eigen --task reviews -o adapters/reviews",
   options: {
-    output: output(
+    output: option.output(
       "PATH",
       "The folder to write for PEFT, a new or an empty one; the file for other formats. Folders on the way are made.",
     ),
-    task,
+    task: option.task,
     components: {
-      ...toggle("Write the components of all tasks instead, to train a new one in PyTorch: one safetensors file."),
+      ...option.toggle(
+        "Write the components of all tasks instead, to train a new one in PyTorch: one safetensors file.",
+      ),
       excludes: { task: OF_ALL, format: OF_ALL, base: OF_ALL },
     },
-    format: byDefault("peft", {
-      ...choice(FORMATS, `Layout of the files: ${FORMATS.join(", ")}.`),
+    format: option.byDefault("peft", {
+      ...option.choice(FORMATS, `Layout of the files: ${FORMATS.join(", ")}.`),
       value: "FORMAT",
     }),
-    base: text(
+    base: option.text(
       "MODEL",
       "For gguf: the base model's folder, config.json or GGUF file, for its architecture and heads.",
       "repository",
     ),
-    revoked,
-    maxExpansion,
+    revoked: option.revoked,
   },
   reads: ["file"],
   async run([path]: [string], { output: to, components, task, format, base }, run) {
-    if (!components && task === undefined) throw new UsageError("missing --task; or --components");
+    if (!components && task === undefined) throw new option.UsageError("missing --task; or --components");
     const isFolder = !components && format === "peft";
     const check = async (): Promise<void> =>
       isFolder ? checkFolder(to) : checkTarget(to, { inputs: [path, base], makesFolders: true });
     await check();
     const pack = await run.pack(path);
     const write = async (...files: (readonly [path: string, chunks: Chunks])[]): Promise<number> => {
-      run.folder(isFolder ? to : dirname(to));
+      makeFolder(isFolder ? to : dirname(to));
       await run.lock(files[0]![0]);
       // Another command may have written there while the adapter was made.
       await check();
@@ -97,7 +83,7 @@ const exportTask: Attach = command({
     if (task === undefined) {
       const { tensors, metadata, modules, sides } = run.closing(await componentsFile(pack));
       if (sides === 0)
-        throw new UsageError(
+        throw new option.UsageError(
           `--components: the tasks of ${path} share none. Pack their adapters again with --k 32, or train a plain LoRA, which add takes as it is`,
         );
       const size = await write([to, writeSafetensors(tensors, metadata)]);
@@ -132,7 +118,7 @@ async function peftFolder(adapter: Exportable, folder: string): Promise<[path: s
 /** @throws UsageError unless a folder is new or empty: an adapter in it would be replaced, or hide what is below */
 async function checkFolder(folder: string): Promise<void> {
   const refuse = (problem: string): never => {
-    throw new UsageError(`--output ${folder}: ${problem}`);
+    throw new option.UsageError(`--output ${folder}: ${problem}`);
   };
   if (folder === "-") refuse("an adapter is a folder of files; name one");
   const there = stat(folder);
@@ -150,17 +136,17 @@ export const fold: Attach = command({
   usage: "fold <PACK>",
   example: "fold tasks.eigen --task qa --base base.safetensors -o qa.safetensors",
   options: {
-    output: output("OUT.safetensors", "The file to write."),
-    force,
-    task: required(task),
-    base: required(text("MODEL.safetensors", "The base model.", "weights")),
-    ...match,
+    output: option.output("OUT.safetensors", "The file to write."),
+    force: option.force,
+    task: option.required(option.task),
+    base: option.required(option.text("MODEL.safetensors", "The base model.", "weights")),
+    ...option.match,
   },
   reads: ["file"],
   async run([path]: [string], { output: file, force, task, base: basePath, ...options }, run) {
     const target = await run.target(file, { force, inputs: [path, basePath] });
     const pack = await run.pack(path);
-    refuseUnknown(options.names, pack.modules, path);
+    option.refuseUnknown(options.names, pack.modules, path);
     const source = run.closing(await openSource(basePath));
     const base = await openSafetensors(source).catch(async (error: unknown) => {
       throw await wrongKind(error, source, "a safetensors file");

@@ -5,26 +5,7 @@
  */
 import { isUtf8 } from "node:buffer";
 import { createHash, randomBytes, randomUUID } from "node:crypto";
-import {
-  closeSync,
-  fchmodSync,
-  fsyncSync,
-  ftruncateSync,
-  lstatSync,
-  mkdirSync,
-  openSync,
-  readdirSync,
-  readFileSync,
-  readlinkSync,
-  readSync,
-  realpathSync,
-  renameSync,
-  rmdirSync,
-  rmSync,
-  type Stats,
-  statSync,
-  writeSync,
-} from "node:fs";
+import * as fs from "node:fs";
 import { readFile } from "node:fs/promises";
 import { hostname } from "node:os";
 import { basename, dirname, join, resolve } from "node:path";
@@ -38,22 +19,21 @@ import { kindOf } from "../format/kind.ts";
 import type { Scratch } from "../pack/write.ts";
 import { UsageError } from "./options.ts";
 
-/** Content of a file to write. */
 export type Chunks = Iterable<Uint8Array> | AsyncIterable<Uint8Array>;
 
 /** The file that a path stands for, through links: locked and replaced in its place. */
 export function realTarget(path: string): string {
   try {
-    return realpathSync(path);
+    return fs.realpathSync(path);
   } catch {
     return resolve(path);
   }
 }
 
 /** Entry at a path, through links; undefined when there is none. */
-export function stat(path: string): Stats | undefined {
+export function stat(path: string): fs.Stats | undefined {
   try {
-    return statSync(path, { throwIfNoEntry: false });
+    return fs.statSync(path, { throwIfNoEntry: false });
   } catch {
     // Part of the path is a file, or may not be read: the system reports it when something is written there.
     return undefined;
@@ -142,13 +122,12 @@ export function checkTarget(
 
 function isLink(path: string): boolean {
   try {
-    return lstatSync(path).isSymbolicLink();
+    return fs.lstatSync(path).isSymbolicLink();
   } catch {
     return false;
   }
 }
 
-/** Files that an adapter may consist of. */
 const ADAPTER_FILES = [
   "adapter_config.json",
   "adapter_model.safetensors",
@@ -162,19 +141,9 @@ export function filesOf({ file }: Pick<Adapter, "file">): string[] {
   return [file, ...["", ...MODELS].flatMap((model) => ADAPTER_FILES.map((name) => join(file, model, name)))];
 }
 
-/**
- * Makes a folder, and those that it lies in, as far as they are missing.
- * @returns removes those that it made, unless something is in them by then
- * @throws SourceError when there cannot be one
- */
-export function makeFolder(path: string): () => void {
-  const first = attempt(path, "made a folder", () => mkdirSync(path, { recursive: true }));
-  return () =>
-    quietly(() => {
-      if (first === undefined) return;
-      const least = resolve(first).length;
-      for (let at = resolve(path); at.length >= least; at = dirname(at)) rmdirSync(at);
-    });
+/** Makes a folder, and those that it lies in, as far as they are missing. @throws SourceError when there cannot be one */
+export function makeFolder(path: string): void {
+  attempt(path, "made a folder", () => fs.mkdirSync(path, { recursive: true }));
 }
 
 // Writing.
@@ -211,7 +180,7 @@ export async function writeTogether(
   const written: Written[] = [];
   const placed: string[] = [];
   const undo = (): void => {
-    for (const path of [...written.map(({ temporary }) => temporary), ...placed]) rmSync(path, { force: true });
+    for (const path of [...written.map(({ temporary }) => temporary), ...placed]) fs.rmSync(path, { force: true });
   };
   const forget = undoOnExit(undo);
   const sizes: number[] = [];
@@ -229,7 +198,7 @@ export async function writeTogether(
     for (const { path, target, temporary } of written) {
       at = path;
       const isNew = stat(target) === undefined;
-      renameSync(temporary, target);
+      fs.renameSync(temporary, target);
       if (isNew) placed.push(target);
     }
     for (const folder of new Set(written.map(({ target }) => dirname(target)))) syncFolder(folder);
@@ -257,7 +226,7 @@ function refuseTaken(written: readonly Written[], replace: boolean): void {
   if (!taken) return;
   const names = written.map(({ temporary }) => {
     const name = temporary.replace(/\.tmp$/, "");
-    renameSync(temporary, name);
+    fs.renameSync(temporary, name);
     return name;
   });
   const message = `was made by somebody else in the meantime and stays; what was to be written is in ${names.join(", ")}`;
@@ -265,31 +234,31 @@ function refuseTaken(written: readonly Written[], replace: boolean): void {
 }
 
 async function writeNew(path: string, chunks: Chunks, mode: number | undefined): Promise<number> {
-  const file = openSync(path, "wx", mode);
+  const file = fs.openSync(path, "wx", mode);
   try {
-    if (mode !== undefined) fchmodSync(file, mode);
+    if (mode !== undefined) fs.fchmodSync(file, mode);
     let bytes = 0;
     for await (const chunk of chunks) bytes += writeAt(file, chunk, bytes);
-    fsyncSync(file);
+    fs.fsyncSync(file);
     return bytes;
   } finally {
-    closeSync(file);
+    fs.closeSync(file);
   }
 }
 
 /** All of a chunk: one call of the system may take less. @returns its length */
 function writeAt(file: number, chunk: Uint8Array, at: number): number {
   for (let done = 0; done < chunk.length; )
-    done += writeSync(file, chunk, done, Math.min(chunk.length - done, 2 ** 30), at + done);
+    done += fs.writeSync(file, chunk, done, Math.min(chunk.length - done, 2 ** 30), at + done);
   return chunk.length;
 }
 
 /** A rename is durable once its folder is; some file systems cannot sync a folder. */
 function syncFolder(path: string): void {
   quietly(() => {
-    const folder = openSync(path, "r");
-    quietly(() => fsyncSync(folder));
-    closeSync(folder);
+    const folder = fs.openSync(path, "r");
+    quietly(() => fs.fsyncSync(folder));
+    fs.closeSync(folder);
   });
 }
 
@@ -299,24 +268,24 @@ function syncFolder(path: string): void {
  * @throws SourceError when it cannot be written, as when the disk is full; the pack is then as it was
  */
 export function append(path: string, { offset, body, superblock, superblockOffset }: Append): void {
-  const file = attempt(path, "appended to", () => openSync(path, "r+"));
+  const file = attempt(path, "appended to", () => fs.openSync(path, "r+"));
   try {
     let at = offset;
     try {
       for (const chunk of body) at += writeAt(file, chunk, at);
-      fsyncSync(file);
+      fs.fsyncSync(file);
     } catch (cause) {
-      quietly(() => ftruncateSync(file, offset));
+      quietly(() => fs.ftruncateSync(file, offset));
       failed(path, "appended to", cause, "; it is as it was before");
     }
     attempt(path, "appended to", () => {
       // An append that never finished left bytes behind the new end.
-      ftruncateSync(file, at);
+      fs.ftruncateSync(file, at);
       writeAt(file, superblock, superblockOffset);
-      fsyncSync(file);
+      fs.fsyncSync(file);
     });
   } finally {
-    closeSync(file);
+    fs.closeSync(file);
   }
 }
 
@@ -325,13 +294,13 @@ export function openScratch(path: string): Scratch & { close(): void } {
   const temporary = temporaryOf(realTarget(path));
   let file: number | undefined;
   let end = 0;
-  const undo = (): void => rmSync(temporary, { force: true });
+  const undo = (): void => fs.rmSync(temporary, { force: true });
   let forget = (): void => {};
   return {
     async put(bytes) {
       if (file === undefined) {
         forget = undoOnExit(undo);
-        file = attempt(path, "written", () => openSync(temporary, "wx+", 0o600));
+        file = attempt(path, "written", () => fs.openSync(temporary, "wx+", 0o600));
       }
       const handle = file;
       const at = end;
@@ -339,7 +308,7 @@ export function openScratch(path: string): Scratch & { close(): void } {
       return reading(path, handle, at, bytes.length);
     },
     close() {
-      if (file !== undefined) closeSync(file);
+      if (file !== undefined) fs.closeSync(file);
       file = undefined;
       undo();
       forget();
@@ -352,7 +321,7 @@ const reading = (path: string, file: number, at: number, size: number) => async 
   attempt(path, "read", () => {
     const bytes = new Uint8Array(size);
     for (let done = 0; done < size; ) {
-      const count = readSync(file, bytes, done, size - done, at + done);
+      const count = fs.readSync(file, bytes, done, size - done, at + done);
       if (count === 0) throw new Error("it has become shorter");
       done += count;
     }
@@ -362,15 +331,12 @@ const reading = (path: string, file: number, at: number, size: number) => async 
 // One writer at a time: a command holds FILE.lock from its beginning until the new content is there. The lock names the process that holds it.
 // That of a process that has ended is taken over, any other is waited for.
 
-/** The process that holds a lock. */
 interface Owner {
   readonly pid: number;
   /** Name of the machine, for people. */
   readonly host: string;
   /** Digest that tells machines, and containers with process ids of their own, from each other. */
   readonly machine: string;
-  /** Start of the process as the system reports it, since process ids are used again. Empty where it does not. */
-  readonly began: string;
   /** Start of the lock, for people. */
   readonly since: string;
   /** Unique, so that no lock is taken for another. */
@@ -402,7 +368,7 @@ export async function takeLock(
   const token = randomBytes(8).toString("hex");
   // If the file was deleted by hand, another process may have made its own by now.
   const release = (): void => {
-    if (isOf(lock, token)) rmSync(lock, { force: true });
+    if (isOf(lock, token)) fs.rmSync(lock, { force: true });
   };
   // Before there is a lock: otherwise a signal would end the process between its making and the next line.
   const forget = undoOnExit(release);
@@ -441,9 +407,8 @@ function describe({ pid, host, since }: Owner): string {
 
 function refusal(holder: Owner | typeof NAMELESS, lock: string, waited: number): string {
   if (holder === NAMELESS) return `has a lock that names no process; if nothing is writing it, delete ${lock}`;
-  const busy = `is being written by ${describe(holder)}, waited ${Math.round(waited / 1000)} s for it: try again later`;
-  if (holder.machine === MACHINE) return busy;
-  return `${busy}. Whether it still runs cannot be told from here; if it does not, delete ${lock}`;
+  const seconds = Math.round(waited / 1000);
+  return `is being written by ${describe(holder)}, waited ${seconds} s for it: try again later, or if it no longer runs, delete ${lock}`;
 }
 
 /** Makes the lock, in place of one whose owner is gone. @returns the owner that holds it instead */
@@ -459,9 +424,9 @@ function take(lock: string, token: string): Owner | typeof NAMELESS | undefined 
     const other = take(turn, token);
     if (other !== undefined) return other;
     try {
-      if (isOf(lock, holder.token)) rmSync(lock, { force: true });
+      if (isOf(lock, holder.token)) fs.rmSync(lock, { force: true });
     } finally {
-      rmSync(turn, { force: true });
+      fs.rmSync(turn, { force: true });
     }
   }
 }
@@ -470,28 +435,28 @@ function take(lock: string, token: string): Owner | typeof NAMELESS | undefined 
 function make(lock: string, token: string): boolean {
   let file: number;
   try {
-    file = openSync(lock, "wx");
+    file = fs.openSync(lock, "wx");
   } catch (error) {
     if (isCode(error, "EEXIST")) return false;
     throw error;
   }
   try {
     const owner: Owner = { ...SELF, since: new Date().toISOString(), token };
-    writeSync(file, JSON.stringify(owner));
+    fs.writeSync(file, JSON.stringify(owner));
     return true;
   } catch (error) {
-    rmSync(lock, { force: true });
+    fs.rmSync(lock, { force: true });
     throw error;
   } finally {
-    closeSync(file);
+    fs.closeSync(file);
   }
 }
 
 /** Removes what killed writers left of a file whose lock is held. */
 function sweep(target: string): void {
-  for (const name of readdirSync(dirname(target))) {
+  for (const name of fs.readdirSync(dirname(target))) {
     const rest = name.startsWith(basename(target)) ? name.slice(basename(target).length) : "";
-    if (/^\.(lock\.[0-9a-f.]+|[0-9a-f]{8}\.tmp)$/.test(rest)) rmSync(join(dirname(target), name), { force: true });
+    if (/^\.(lock\.[0-9a-f.]+|[0-9a-f]{8}\.tmp)$/.test(rest)) fs.rmSync(join(dirname(target), name), { force: true });
   }
 }
 
@@ -499,10 +464,10 @@ function sweep(target: string): void {
 function holderOf(lock: string): Owner | typeof NAMELESS | undefined {
   try {
     // A pipe would be waited for.
-    if (!lstatSync(lock).isFile()) return NAMELESS;
-    const owner = JSON.parse(readFileSync(lock, "utf8")) as Record<keyof Owner, unknown>;
-    const { pid, host, machine, began, since, token } = owner;
-    const texts = [host, machine, began, since, token].every((value) => typeof value === "string");
+    if (!fs.lstatSync(lock).isFile()) return NAMELESS;
+    const owner = JSON.parse(fs.readFileSync(lock, "utf8")) as Record<keyof Owner, unknown>;
+    const { pid, host, machine, since, token } = owner;
+    const texts = [host, machine, since, token].every((value) => typeof value === "string");
     const known = texts && /^[0-9a-f]{16}$/.test(String(token)) && Number.isSafeInteger(pid) && (pid as number) > 0;
     return known ? (owner as unknown as Owner) : NAMELESS;
   } catch (error) {
@@ -516,42 +481,32 @@ function isOf(lock: string, token: string): boolean {
 }
 
 /** True when the process that made a lock has certainly ended, which nobody knows of a process of another machine. */
-function isGone({ pid, machine, began }: Owner): boolean {
+function isGone({ pid, machine }: Owner): boolean {
   if (machine !== MACHINE) return false;
   try {
     process.kill(pid, 0);
+    return false;
   } catch (error) {
-    if (isCode(error, "ESRCH")) return true;
+    return isCode(error, "ESRCH");
   }
-  const found = processOf(pid);
-  return found !== undefined && (found.ended || (began !== "" && began !== found.began));
 }
 
-/** State of a process on Linux; undefined elsewhere. */
-function processOf(pid: number): { began: string; ended: boolean } | undefined {
-  const stat = textOf(`/proc/${pid}/stat`);
-  // The name of the command, in brackets, may hold anything: state and start are counted from behind it.
-  const fields = stat.slice(stat.lastIndexOf(")") + 2).split(" ");
-  const start = fields[19];
-  if (start === undefined) return undefined;
-  // A process that its parent has not asked after stays under its id.
-  return { began: `${textOf("/proc/sys/kernel/random/boot_id")} ${start}`, ended: /[ZX]/.test(fields[0]!) };
-}
-
-/** Text of a small file of the system; empty when it is not there. */
-function textOf(path: string, read: (path: string) => string = (path) => readFileSync(path, "utf8").trim()): string {
+/** Reads a small file of the system; empty when it is not there. */
+function textOf(path: string, read: (path: string, encoding: "utf8") => string): string {
   try {
-    return read(path);
+    return read(path, "utf8").trim();
   } catch {
     return "";
   }
 }
 
+// After a restart of the machine other processes have the same ids.
+const FACTS = ["/etc/machine-id", "/proc/sys/kernel/random/boot_id"].map((path) => textOf(path, fs.readFileSync));
 const MACHINE = createHash("sha256")
-  .update(JSON.stringify([hostname(), textOf("/etc/machine-id"), textOf("/proc/self/ns/pid", readlinkSync)]))
+  .update(JSON.stringify([hostname(), ...FACTS, textOf("/proc/self/ns/pid", fs.readlinkSync)]))
   .digest("hex")
   .slice(0, 16);
-const SELF = { pid: process.pid, host: hostname(), machine: MACHINE, began: processOf(process.pid)?.began ?? "" };
+const SELF = { pid: process.pid, host: hostname(), machine: MACHINE };
 
 function isCode(error: unknown, code: string): boolean {
   return (error as NodeJS.ErrnoException).code === code;

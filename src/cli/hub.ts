@@ -30,7 +30,6 @@ import { contents } from "./model.ts";
 import * as option from "./options.ts";
 import { bytes, count, lossTable, type Output, percent, range, resources, sharing, smaller, warnOf } from "./output.ts";
 
-/** Destination of a part. */
 const part = option.output("PART", "The part to write; kept as it is if it exists, whole and made of the same input.");
 
 const shard: Attach = command({
@@ -174,10 +173,8 @@ export const hub: Attach = (program, does, out, done) => {
 
 // Parts: written once, and described. One that is there already, whole and made of the same, is left alone.
 
-/** Destination of a part. */
 interface PartTarget {
   readonly file: string;
-  /** Replace anything else that is there. */
   readonly force: boolean;
 }
 

@@ -63,7 +63,6 @@ export const inspect: Attach = command({
   },
 });
 
-/** Sections in the order of the file. */
 function sectionsOf({ directory, window }: Pack): { name: string; offset: number; bytes: number }[] {
   const { directoryOffset, directoryLength, basesOffset, basesLength } = window.superblock;
   const free = directory.sections.filter(({ kind }) => kind === SECTION_FREE);

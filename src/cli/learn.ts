@@ -148,7 +148,6 @@ function refuseInterrupted({ aborted }: AbortSignal, id: string): void {
 }
 
 interface Epoch {
-  /** Mean of its steps. */
   readonly loss: number;
   readonly holdout: TrainingStep["holdout"] | null;
 }

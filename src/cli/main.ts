@@ -1,7 +1,5 @@
 #!/usr/bin/env node
-/**
- * The command line: `eigenlora COMMAND …`. Exits 0, 1 (failed), 2 (usage), 3 (out of time) or 130 (interrupted).
- */
+/** The command line: `eigenlora COMMAND …`. Exits 0, 1 (failed), 2 (usage), 3 (out of time) or 130 (interrupted). */
 import { runProgram } from "./program.ts";
 
 // Since 1.29 native builds of onnxruntime keep a device id and events in the user's cache folder and upload them (onnxruntime's pull

@@ -14,7 +14,7 @@ import type { Pack } from "../core/pack.ts";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
 import { type Encode, encoderOf, type PlainTokenizer } from "../session/tokens.ts";
 import { toUtf8 } from "../text.ts";
-import type { FinishedOutcomes } from "../train/pack-by-answers.ts";
+import type { FinishedOutcomes } from "../train/distill.ts";
 import { templateOf } from "../train/questions.ts";
 import { followsFromTokens, type Message } from "../train/supervision.ts";
 import { type Run, weightFiles } from "./command.ts";
@@ -24,7 +24,6 @@ import type { Output } from "./output.ts";
 
 type ModelOptions = Values<typeof runsOn>;
 
-/** A runtime, and the encoder of texts for a model. */
 interface OpenedModel {
   readonly ort: Ort;
   /** @throws BaseMismatchError for an input of the model that a tokenizer does not give */
@@ -224,7 +223,6 @@ interface LabelledText {
   readonly label: string;
 }
 
-/** An example for a language model. */
 type Completion = { readonly prompt: string; readonly completion: string } | { readonly messages: Message[] };
 
 /** Questions for a model: texts, or examples with completions, whose tokens are asked for. */
@@ -278,7 +276,6 @@ export async function readExamples(
   throw new SourceError(message, { file: path });
 }
 
-/** A line that is not empty. */
 interface Line {
   readonly text: string;
   /** The JSON object that it holds, if any. */
@@ -314,7 +311,6 @@ async function linesOf(path: string): Promise<Line[]> {
   });
 }
 
-/** Lines of examples for a language model. */
 const COMPLETION = '{"prompt": "…", "completion": "…"} or {"messages": […]}';
 
 /** Recognises JSON lines by the first one, which may be cut off. */

@@ -25,7 +25,6 @@ export interface OptionSpec<T> {
   readonly value?: string;
   /** Its short form in front, as "-o, ". */
   readonly short?: string;
-  /** Heading in help. */
   readonly group?: string;
   /** Listed by `--help --all` only. */
   readonly rare?: boolean;
@@ -141,10 +140,7 @@ export function choice<const T extends string>(choices: readonly T[], help: stri
   return { value: choices.join("|"), help, parse };
 }
 
-/**
- * `LEFT=RIGHT`, any number of times.
- * @param cut which of several "=" separates the two
- */
+/** `LEFT=RIGHT`, any number of times. @param cut which of several "=" separates the two */
 function assignments(value: string, help: string, cut: "first" | "last"): OptionSpec<ReadonlyMap<string, string>> {
   return {
     value,
@@ -170,13 +166,11 @@ export const task: Maybe<string> = text("ID", "The task.");
 export const key: Maybe<string> = text("KEY.pem", "Sign what is written with this Ed25519 key.");
 const READ_FOR =
   "Adapters of kohya and llama.cpp may need it: its folder, config.json, a list of names, a safetensors or GGUF file. PiSSA and OLoRA need weights.";
-/** Names the base whose fingerprints a command stores. */
 export const base: Maybe<string> = text(
   "MODEL",
   `The base model. A safetensors file has its names and shapes checked, and its fingerprints stored. ${READ_FOR}`,
   "repository",
 );
-/** Names the base that adapters are read with. */
 export const readFor: Maybe<string> = text("MODEL", `The base model. ${READ_FOR}`, "repository");
 export const anyBase: OptionSpec<boolean> = toggle("Accept adapters that name different base models.");
 
@@ -191,14 +185,6 @@ export const revoked: OptionSpec<readonly string[]> = {
     }
     return [...before, given];
   },
-};
-/** Limit of expansion without a base; `Run` enforces it. */
-export const maxExpansion: Maybe<number> = {
-  ...number("N", "How many times the bytes stored for it a task may become. Default: 1024.", {
-    expected: "a number above 0",
-    holds: (n) => n > 0,
-  }),
-  rare: true,
 };
 
 export const gauge: Maybe<Gauge> = choice(
@@ -245,7 +231,6 @@ export const names: OptionSpec<ReadonlyMap<string, string>> = assignments(
   "The model's name for a module that is not found.",
   "first",
 );
-/** Options of commands that put a pack on a model. */
 export const match: {
   names: OptionSpec<ReadonlyMap<string, string>>;
   ignore: OptionSpec<readonly string[]>;
@@ -256,7 +241,6 @@ export const match: {
   anyBase: toggle("Accept a model whose weights do not match the pack's fingerprints."),
 };
 
-/** Options of commands that run a model. */
 export const runsOn: {
   tokens: Maybe<number>;
   tokenizer: Maybe<string>;
@@ -272,7 +256,6 @@ export const runsOn: {
   ),
 };
 
-/** Options of commands that judge tasks by answers. */
 export const judged: {
   minutes: Maybe<number>;
   text: Maybe<string>;

@@ -5,7 +5,6 @@
 import type { Adapter } from "../adapters/adapter.ts";
 import type { WorkProgress } from "../work.ts";
 
-/** Where a command's output goes. */
 export interface Output {
   /** Shows how far a long piece of work is, and how long it will still take. */
   progress(at: WorkProgress): void;
@@ -16,7 +15,6 @@ export interface Output {
   clear(): void;
 }
 
-/** Where text goes. */
 export interface Stream {
   /** True for a terminal. */
   readonly isTTY?: boolean;
@@ -122,7 +120,6 @@ export function leftOf({ done, total }: Pick<WorkProgress, "done" | "total">, be
   return [timeLeft((gone / 1000 / (done - before)) * (total - done))];
 }
 
-/** Seconds as people read them. */
 export function timeLeft(seconds: number): string {
   return `${seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.ceil(seconds / 60)} min`} left`;
 }
@@ -156,7 +153,6 @@ export function table(rows: readonly (readonly (string | number)[])[]): string[]
   );
 }
 
-/** ΔW errors of tasks. */
 export function lossTable(rows: readonly { id: string; total: number; max: number }[]): string[] {
   return table([
     ["task", "ΔW error", "largest module"],

@@ -20,7 +20,6 @@ import { bytes, count, type Output, percent, range, resources, sharing, smaller,
 /** Units of a size, without their "B". */
 const UNITS: Readonly<Record<string, number>> = { "": 1, k: 1e3, m: 1e6, g: 1e9 };
 
-/** A size in bytes, or the adapters' divided by a number. */
 type Size = number | { readonly ratio: number };
 
 const size: option.Maybe<Size> = {
@@ -169,7 +168,6 @@ export const pack: Attach = command({
   },
 });
 
-/** A pack to be written. */
 type Packed = (Streamed<BuildReport | SearchReport> | Built<ByAnswersReport>) & {
   /** Removes what was kept to go on from; `left` says that tasks are left. */
   readonly finish?: (left: boolean) => Promise<void>;

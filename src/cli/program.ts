@@ -67,7 +67,6 @@ function createProgram(print: (text: string) => void): Command {
   return program;
 }
 
-/** The command of these words, such as hub shard; undefined where there is none. */
 function named(program: Command, words: readonly string[]): Command | undefined {
   return words.reduce<Command | undefined>(
     (command, word) => command?.commands.find((below) => below.name() === word),
@@ -75,7 +74,6 @@ function named(program: Command, words: readonly string[]): Command | undefined 
   );
 }
 
-/** Lists rarely needed options too. */
 function listAll(command: Command): void {
   for (const option of command.options) option.hidden = false;
   for (const below of command.commands) listAll(below);
@@ -140,7 +138,6 @@ function wordsOf({ code, message }: CommanderError, command: Command | undefined
     .replace(/\n\(Did you mean (.*)\?\)/, "; did you mean $1?");
 }
 
-/** An error as `--json` and as people see it. */
 function failure(error: unknown, command: Command | undefined): { object: object; text: string; exitCode: number } {
   const usage = error instanceof UsageError || error instanceof CommanderError;
   const ours = error instanceof EigenLoraError;

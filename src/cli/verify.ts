@@ -5,7 +5,7 @@ import { readBlob, readTaskFile } from "../core/task-file.ts";
 import { checkExpansion } from "../core/terms.ts";
 import { isSigned, keyName, publicKeyBytes, Trust, type TrustOptions } from "../core/trust.ts";
 import { AdapterError, FormatError, TaskError, TrustError } from "../errors.ts";
-import { deltaError, relative } from "../extract/factors.ts";
+import { deltaError, pairOf, relative } from "../extract/factors.ts";
 import { Fields, integrityOf, sha256, toIntegrity } from "../format/fields.ts";
 import {
   SECTION_BASES,
@@ -24,7 +24,7 @@ import type { ByteSource } from "../source.ts";
 import { toHex } from "../text.ts";
 import { type Attach, command, type Result, type Run } from "./command.ts";
 import { readText } from "./files.ts";
-import { as, list, maxExpansion, readFor, revoked, text, UsageError } from "./options.ts";
+import { as, list, readFor, revoked, text, UsageError } from "./options.ts";
 import { lossTable, type Output, percent, table } from "./output.ts";
 
 interface Check {
@@ -34,7 +34,6 @@ interface Check {
   readonly detail: string;
 }
 
-/** Checks as they are made. */
 class Checks {
   readonly all: Check[] = [];
 
@@ -96,7 +95,6 @@ export const verify: Attach = command({
     ),
     integrity: text("sha256-…", "Fail unless this is the root of the pack, or the hash of the task file."),
     revoked,
-    maxExpansion,
   },
   reads: ["file"],
   async run([path]: [string], { against, as, base, pack: home, key, integrity }, run, out) {
@@ -246,7 +244,6 @@ async function unpadded(source: ByteSource, { window, directory }: Pack): Promis
   return undefined;
 }
 
-/** ΔW errors of a task against the adapter it was made of. */
 async function errorsOf(
   pack: Pack,
   bases: Uint8Array,
@@ -260,17 +257,13 @@ async function errorsOf(
     throw new AdapterError(`it does not adapt "${foreign}", the task of the pack does`, { file, field: foreign });
   const errors: ModuleError[] = [];
   for (const [name, source] of modules) {
-    const factors = exact(await source.read());
+    const factors = pairOf(await source.read());
     const term = terms.get(name);
     // Too small a part of the task is worth no byte.
     const isStored = term && term.rank + term.privateRank > 0;
-    const stored = isStored ? exact(expandTerm(blob, term, pack.modules[term.module]!, bases)) : factors;
+    const stored = isStored ? pairOf(expandTerm(blob, term, pack.modules[term.module]!, bases)) : factors;
     const { difference, norm } = deltaError(factors, stored);
     errors.push({ task: id, module: name, error: isStored ? relative(difference, norm) : norm > 0 ? 1 : 0, norm });
   }
   return errors;
-}
-
-function exact({ rank, A, Bt }: { rank: number; A: ArrayLike<number>; Bt: ArrayLike<number> }) {
-  return { rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) };
 }

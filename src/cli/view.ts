@@ -96,7 +96,6 @@ async function namesOf(
   return { folder: [adapter.id], names };
 }
 
-/** Commands that open an address in the default browser. */
 const OPENERS: Readonly<Record<string, readonly [string, ...string[]]>> = {
   darwin: ["open"],
   win32: ["rundll32", "url.dll,FileProtocolHandler"],
@@ -115,7 +114,6 @@ function openBrowser(url: string): void {
 /** The page may talk to this server, and to nobody else. */
 const POLICY = "connect-src 'self'; frame-ancestors 'none'; form-action 'none'; base-uri 'none'";
 
-/** Bytes that are read and sent at a time. */
 const PIECE = 2 ** 20;
 
 /**

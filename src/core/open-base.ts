@@ -209,24 +209,21 @@ function viewOf(tensor: Tensor | DeviceTensor): View {
   return { dtype, shape, data: new Uint8Array(buffer, byteOffset, byteLength), byteOffset: 0 };
 }
 
-const DTYPES = new Map<string, FloatDtype>([
-  ["F32", "f32"],
-  ["F16", "f16"],
-  ["BF16", "bf16"],
-]);
+/** The number format that safetensors call by this name; undefined for others. */
+const floatOf = (dtype = ""): FloatDtype | undefined => FLOATS.find((float) => float.toUpperCase() === dtype);
 
 /** The float tensors of a safetensors file. Read-only. */
 export function safetensorsHost(file: SafetensorsFile): WeightHost {
   return {
     *list() {
       for (const [name, { dtype, shape }] of file.tensors) {
-        const type = DTYPES.get(dtype);
+        const type = floatOf(dtype);
         if (type) yield { name, shape, dtype: type };
       }
     },
     async read(name, into, options) {
       const tensor = file.tensors.get(name);
-      const dtype = DTYPES.get(tensor?.dtype ?? "");
+      const dtype = floatOf(tensor?.dtype);
       if (!tensor || !dtype) throw new SourceError(`has no float tensor "${name}"`, { file: file.name });
       const data = await file.read(name, options);
       into?.set(data);

@@ -150,12 +150,8 @@ export async function readBlob(
   signal?: AbortSignal,
 ): Promise<TaskBlob> {
   if (basisId !== pack.basisId) {
-    throw new TaskError(
-      `${file} belongs to the basis ${basisId}, this pack has ${pack.basisId}; make it for this pack`,
-      {
-        task: id,
-      },
-    );
+    const message = `${file} belongs to the basis ${basisId}, this pack has ${pack.basisId}; make it for this pack`;
+    throw new TaskError(message, { task: id });
   }
   const part = `task "${id}"`;
   const plain = await plainTask(blob, { file, part, before: pack.directory.basisBytes, signal });

@@ -28,7 +28,7 @@ import { refuseMagnitudes } from "./merge.ts";
 import { scalesOf } from "./mismatch.ts";
 import type { PackView } from "./part.ts";
 import { loadParts } from "./selection.ts";
-import { type RuntimeContext, readWeight, type TaskChange, type TaskWriter } from "./weights.ts";
+import { type RuntimeContext, readWeight, type TaskChange } from "./weights.ts";
 
 /** Numbers that are copied at a time. */
 const PIECE = 2 ** 18;
@@ -70,8 +70,8 @@ export function checkExpansion(
   );
 }
 
-/** The terms of the active task. */
-export class ActiveTerms implements TaskWriter {
+/** The terms of the active task, written by the methods of `FoldedWeights`. */
+export class ActiveTerms {
   readonly #context: RuntimeContext;
   readonly #mode: "core" | "factors";
   #active: ReadonlyMap<number, Term> = new Map();
@@ -260,13 +260,13 @@ export async function unfold(
   kernels: KernelSession,
   mode: "core" | "factors",
   weightOf: (module: number) => PristineWeight,
-  { old, over, turned = false, signal }: UnfoldOptions = {},
+  options: UnfoldOptions = {},
 ): Promise<Map<number, Term>> {
-  const pause = pacer(signal);
+  const pause = pacer(options.signal);
   /** The factors of a plan that expand. */
   const expandedOf = (plan: ModulePlan): ("A" | "Bt")[] => {
     if (hasCore(plan, mode)) return [];
-    const wanted = over?.(plan.module);
+    const wanted = options.over?.(plan.module);
     return FACTORS.filter((key) => plan[key].expansions.length > 0 && !wanted?.has(SIDES[key]));
   };
   const jobs = plans.map((plan) => ({ plan, keys: expandedOf(plan) }));
@@ -281,10 +281,7 @@ export async function unfold(
       const width = key === "A" ? module.in : module.out;
       expanded[key] = floatsOf(await kernels.bytesAt(kernels.factors(plan)[key], 4 * plan.rank * width));
     }
-    const isCore = hasCore(plan, mode);
-    const wanted = isCore ? undefined : over?.(plan.module);
-    const arrays = { isCore, wanted, turned, expanded, old: old?.(plan.module) };
-    const term = paced(termOf(plan, module, kernels.buffer.values, arrays), pause);
+    const term = paced(termOf(plan, module, kernels.buffer.values, mode, expanded, options), pause);
     terms.set(plan.module, term instanceof Promise ? await term : term);
     const turn = pause();
     if (turn) await turn;
@@ -308,26 +305,22 @@ function floatsOf({ buffer, byteOffset, byteLength }: Uint8Array): Float32Array 
   return new Float32Array(buffer, byteOffset, byteLength / 4);
 }
 
-/** How the arrays of a term are made. */
-interface TermArrays {
-  /** True if the term is a core, with the residual pairs of all tasks. */
-  readonly isCore: boolean;
-  /** Factors that are wanted as coefficients over all components. */
-  readonly wanted: ReadonlySet<"A" | "B"> | undefined;
-  /** True if A is wanted as [in, rank]. */
-  readonly turned: boolean;
-  /** Rows of the factors that expand. */
-  readonly expanded: { readonly A?: Float32Array; readonly Bt?: Float32Array };
-  readonly old: OldArrays | undefined;
-}
-
-/** The term of a plan. Each factor is taken by itself: coefficients over all its components, residual rows, or expanded rows. */
+/**
+ * The term of a plan. Each factor is taken by itself: coefficients over all its components, residual rows, or expanded rows.
+ * @param mode "core" where the term is a core if it has one, with the residual pairs of all tasks
+ * @param expanded rows of the factors that expand
+ */
 function* termOf(
   plan: ModulePlan,
   module: PackModule,
   uploaded: Float32Array,
-  { isCore, wanted, turned, expanded, old }: TermArrays,
+  mode: "core" | "factors",
+  expanded: { readonly A?: Float32Array; readonly Bt?: Float32Array },
+  { old: oldOf, over, turned = false }: UnfoldOptions,
 ): Generator<void, Term> {
+  const isCore = hasCore(plan, mode);
+  const wanted = isCore ? undefined : over?.(plan.module);
+  const old = oldOf?.(plan.module);
   let core: Float32Array | undefined;
   let stored = plan.rank;
   if (isCore) {

@@ -204,10 +204,7 @@ export async function importKey(file: string, get: () => Promise<CryptoKey>): Pr
     if (name === "DataError") throw new TypeError(`${file}: this is not an Ed25519 key`, { cause });
     throw new TrustError(
       "signatures need Ed25519 in WebCrypto, which is missing here; check them elsewhere, or by `integrity`",
-      {
-        file,
-        cause,
-      },
+      { file, cause },
     );
   }
 }

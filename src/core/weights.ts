@@ -81,23 +81,6 @@ export interface TaskChange {
   readonly weights: ReadonlyMap<number, Uint8Array | undefined>;
 }
 
-/** Brings tasks to where a runtime has them: the weights, or terms. */
-export interface TaskWriter {
-  /** Reads the weights that a change needs, before anything is changed. */
-  read(
-    plans: readonly ModulePlan[],
-    resolved: Resolved,
-    signal: AbortSignal | undefined,
-  ): Promise<TaskChange["weights"]>;
-  /**
-   * Makes a change. Where it fails, or is aborted in a pause of long work, the task from before stays or is put back.
-   * @param former gives the change that made it
-   * @returns marks what was written as the new task's: call it together with what else the task changes
-   * @throws BackendError when the former task cannot be put back
-   */
-  write(change: TaskChange, former: () => Promise<TaskChange>, signal: AbortSignal | undefined): Promise<() => void>;
-}
-
 /** Modules, by index, and other parameters, by the base's names, that may differ from the base. */
 interface Changed {
   readonly modules: ReadonlySet<number>;
@@ -105,7 +88,7 @@ interface Changed {
 }
 
 /** The adapted weights: those of one task, or inconsistent while a change is made and after one that could not be undone. */
-export class FoldedWeights implements TaskWriter {
+export class FoldedWeights {
   readonly #context: RuntimeContext;
   readonly #pristine: (name: string) => CpuView | undefined;
   #changed: Changed = { modules: new Set(), names: new Set() };
@@ -129,6 +112,7 @@ export class FoldedWeights implements TaskWriter {
     return this.#changed.modules;
   }
 
+  /** Reads the weights that a change needs, before anything is changed. */
   async read(
     plans: readonly ModulePlan[],
     { weights: replaced }: Resolved,
@@ -144,6 +128,12 @@ export class FoldedWeights implements TaskWriter {
     return weights;
   }
 
+  /**
+   * Makes a change. Where it fails, or is aborted in a pause of long work, the task from before stays or is put back.
+   * @param former gives the change that made it
+   * @returns marks what was written as the new task's: call it together with what else the task changes
+   * @throws BackendError when the former task cannot be put back
+   */
   async write(
     change: TaskChange,
     former: () => Promise<TaskChange>,

@@ -24,25 +24,7 @@ import {
   relative,
   rowSteps,
 } from "./factors.ts";
-import {
-  addScaled,
-  backwardSolve,
-  centred,
-  cholesky,
-  dominant,
-  dot,
-  type Eigen,
-  forwardSolve,
-  lengthened,
-  norm,
-  PLAIN,
-  type Products,
-  ROUNDING,
-  rowSquares,
-  scale,
-  symmetricEigen,
-  transpose,
-} from "./linalg.ts";
+import * as linalg from "./linalg.ts";
 
 /** A value for each factor of a module: A, which reads the layer's input, and B, which writes its output. */
 export type BySide<T> = Readonly<Record<"A" | "B", T>>;
@@ -122,7 +104,7 @@ export interface ExtractOptions extends Omit<ProjectOptions, "step"> {
    */
   readonly steps?: readonly number[] | undefined;
   /** Products of large matrices: half the time of an extraction is spent there. Default: the plain loops. */
-  readonly products?: Products | undefined;
+  readonly products?: linalg.Products | undefined;
 }
 
 /** Number of components that a selection asks for, or a function of the singular values that returns it. */
@@ -189,7 +171,7 @@ const WEAK = 1e-3;
  */
 export function columnMeans(x: Float64Array, rows: number, width: number, weights?: readonly number[]): Float64Array {
   const mean = new Float64Array(width);
-  for (let i = 0; i < rows; i++) addScaled(weights?.[i] ?? 1, x, i * width, mean, 0, width);
+  for (let i = 0; i < rows; i++) linalg.addScaled(weights?.[i] ?? 1, x, i * width, mean, 0, width);
   const total = sum(weights ?? []) || rows;
   return mean.map((sum) => Math.fround(sum / total));
 }
@@ -210,7 +192,7 @@ export function principalComponents(
   width: number,
   floors: Float64Array,
   choose: number | ((singular: Float64Array, total: number) => number),
-  products: Products = PLAIN,
+  products: linalg.Products = linalg.PLAIN,
 ): Components {
   const limit = Math.min(rows, width);
   const singular = new Float64Array(limit);
@@ -220,7 +202,7 @@ export function principalComponents(
   let total = 0;
   let wanted = 0;
   for (let level = 0; ; level++) {
-    const squares = rowSquares(rest, rows, width);
+    const squares = linalg.rowSquares(rest, rows, width);
     if (level === 0) total = sum(squares);
     if (squares.every((square, i) => Math.sqrt(square) <= floors[i]!)) {
       if (level === 0) total = 0;
@@ -250,7 +232,7 @@ export function principalComponents(
     rest = rest.map((value, i) => value - explained[i]!);
     if (level === 0) count += take;
     else {
-      const kept = needed(rowSquares(rest, rows, width), along, take, floors);
+      const kept = needed(linalg.rowSquares(rest, rows, width), along, take, floors);
       count += kept;
       if (kept < take) break;
     }
@@ -266,21 +248,25 @@ interface Coordinates extends Pick<Components, "singular" | "total"> {
   readonly count: number;
   /** [rows, count]. */
   readonly along: Float64Array;
-  /** The strongest `count` components. */
   strongest(count: number): Components;
 }
 
-export function coordinates(x: Float64Array, rows: number, width: number, products: Products = PLAIN): Coordinates {
+export function coordinates(
+  x: Float64Array,
+  rows: number,
+  width: number,
+  products: linalg.Products = linalg.PLAIN,
+): Coordinates {
   const n = Math.min(rows, width);
-  const eigen = symmetricEigen(smallerGram(x, rows, width, products), n, products.tridiagonalize);
+  const eigen = linalg.symmetricEigen(smallerGram(x, rows, width, products), n, products.tridiagonalize);
   const singular = eigen.values.map((value) => Math.sqrt(Math.max(0, value)));
-  const total = sum(rowSquares(x, rows, width));
+  const total = sum(linalg.rowSquares(x, rows, width));
   const count = eigen.values.filter((value) => value > RESOLVED * eigen.values[0]!).length;
   const found = eigen.vectors(count);
   const across = rows <= width;
   // The smaller Gram matrix of X = U·S·Vᵀ has U or V.
   const along = across
-    ? transpose(
+    ? linalg.transpose(
         found.map((value, at) => value * singular[Math.floor(at / rows)]!),
         count,
         rows,
@@ -289,7 +275,7 @@ export function coordinates(x: Float64Array, rows: number, width: number, produc
   const strongest = (count: number): Components => {
     const own = found.slice(0, count * n);
     const vectors = across ? products.multiply(own, x, count, width, rows) : own;
-    for (let k = 0; across && k < count; k++) scale(1 / singular[k]!, vectors, k * width, width);
+    for (let k = 0; across && k < count; k++) linalg.scale(1 / singular[k]!, vectors, k * width, width);
     orthonormalize(vectors, 0, count, width, singular);
     fixSigns(vectors, count, width);
     return { count, vectors, singular, total };
@@ -298,21 +284,25 @@ export function coordinates(x: Float64Array, rows: number, width: number, produc
 }
 
 /** Eigenvalues of the smaller Gram matrix of X, with vectors in the row space. */
-function gramEigen(x: Float64Array, rows: number, width: number, products: Products): Eigen {
-  const eigen = symmetricEigen(smallerGram(x, rows, width, products), Math.min(rows, width), products.tridiagonalize);
+function gramEigen(x: Float64Array, rows: number, width: number, products: linalg.Products): linalg.Eigen {
+  const eigen = linalg.symmetricEigen(
+    smallerGram(x, rows, width, products),
+    Math.min(rows, width),
+    products.tridiagonalize,
+  );
   if (rows > width) return eigen;
   return {
     values: eigen.values,
     vectors(count) {
       const out = products.multiply(eigen.vectors(count), x, count, width, rows);
-      for (let k = 0; k < count; k++) scale(1 / Math.sqrt(eigen.values[k]!), out, k * width, width);
+      for (let k = 0; k < count; k++) linalg.scale(1 / Math.sqrt(eigen.values[k]!), out, k * width, width);
       return out;
     },
   };
 }
 
-function smallerGram(x: Float64Array, rows: number, width: number, products: Products): Float64Array {
-  return rows > width ? products.gram(transpose(x, rows, width), width, rows) : products.gram(x, rows, width);
+function smallerGram(x: Float64Array, rows: number, width: number, products: linalg.Products): Float64Array {
+  return rows > width ? products.gram(linalg.transpose(x, rows, width), width, rows) : products.gram(x, rows, width);
 }
 
 /** Makes vectors `from` to `from + count` unit vectors, the weak ones orthogonal to all before them (twice is enough). */
@@ -326,8 +316,9 @@ export function orthonormalize(
   for (let k = from; k < from + count; k++) {
     const isWeak = singular[k]! < WEAK * singular[0]!;
     for (let pass = 0; pass < (isWeak ? 2 : 0); pass++)
-      for (let j = 0; j < k; j++) addScaled(-dot(v, j * width, v, k * width, width), v, j * width, v, k * width, width);
-    scale(1 / norm(v, k * width, width), v, k * width, width);
+      for (let j = 0; j < k; j++)
+        linalg.addScaled(-linalg.dot(v, j * width, v, k * width, width), v, j * width, v, k * width, width);
+    linalg.scale(1 / linalg.norm(v, k * width, width), v, k * width, width);
   }
 }
 
@@ -345,7 +336,7 @@ function needed(rest: Float64Array, along: Float64Array, count: number, floors: 
 /** Makes the largest entry (the first of equals) of each vector positive, since signs of singular vectors are arbitrary. */
 export function fixSigns(vectors: Float64Array, count: number, width: number): void {
   for (let k = 0; k < count; k++) {
-    if (dominant(vectors, k * width, width) < 0) scale(-1, vectors, k * width, width);
+    if (linalg.dominant(vectors, k * width, width) < 0) linalg.scale(-1, vectors, k * width, width);
   }
 }
 
@@ -379,7 +370,7 @@ export function decompose(
 ): Side {
   const rows = stacked(factors);
   const count = rows.length / width;
-  const own = rowSquares(rows, count, width).map(Math.sqrt);
+  const own = linalg.rowSquares(rows, count, width).map(Math.sqrt);
   if (options.gauge === "balanced") {
     // Row i counts in ΔW by its square, s_i, and carries the rounding errors of all of ΔW, s_1, magnified by √s_i.
     let at = 0;
@@ -392,12 +383,12 @@ export function decompose(
   const shares = meanWeights(factors, width, options.normalize);
   const counted = shares && ofRows(shares, factors, width);
   const mean = options.centering === "keep" ? columnMeans(rows, count, width, counted) : undefined;
-  const x = centred(rows, count, width, mean);
+  const x = linalg.centred(rows, count, width, mean);
   // A row is as large as what is stored of it: coefficients for the centred row, the mean for the rest.
-  const left = rowSquares(x, count, width);
-  const floors = own.map((size, i) => ROUNDING * Math.max(size, Math.sqrt(left[i]!)));
+  const left = linalg.rowSquares(x, count, width);
+  const floors = own.map((size, i) => linalg.ROUNDING * Math.max(size, Math.sqrt(left[i]!)));
   weights?.forEach((weight, i) => {
-    scale(weight, x, i * width, width);
+    linalg.scale(weight, x, i * width, width);
     floors[i]! *= weight;
   });
   const components = principalComponents(x, count, width, floors, wanted(options.select!), options.products);
@@ -420,7 +411,7 @@ function meanWeights(
   let shortest = Infinity;
   let longest = 0;
   for (const factor of factors) {
-    const length = norm(factor) / Math.sqrt(factor.length / width);
+    const length = linalg.norm(factor) / Math.sqrt(factor.length / width);
     if (length === 0) continue;
     shortest = Math.min(shortest, length);
     longest = Math.max(longest, length);
@@ -430,14 +421,13 @@ function meanWeights(
   return factors.map((factor) => reciprocal(factor) ** 2);
 }
 
-/** Repeats the number of each factor for each of its rows. */
 function ofRows(numbers: readonly number[], factors: readonly Float64Array[], width: number): number[] {
   return factors.flatMap((factor, i) => Array<number>(factor.length / width).fill(numbers[i]!));
 }
 
 /** Reciprocal of a factor's length; 0 where the length is 0. */
 export function reciprocal(factor: Float64Array): number {
-  return 1 / (norm(factor) || Infinity);
+  return 1 / (linalg.norm(factor) || Infinity);
 }
 
 export function stacked(factors: readonly Float64Array[]): Float64Array {
@@ -459,7 +449,7 @@ export function encodeSide(
   side: Omit<Side, "rows">,
   most: number,
   stored: Dtype | Float64Array,
-  products?: Products,
+  products?: linalg.Products,
 ): SideBasis {
   const { width, mean } = side;
   const { vectors, singular, total } = side.components;
@@ -523,7 +513,7 @@ export interface Subspace {
   /** L, E·Eᵀ = L·Lᵀ (`cholesky` of linalg.ts: components that depend on earlier ones are left out). */
   factor: Float64Array;
   /** Products of the large matrices. */
-  products: Products;
+  products: linalg.Products;
 }
 
 /** Rows that are to be approximated on a subspace, x = rows − M. */
@@ -544,13 +534,13 @@ export interface Target {
 // products. The Cholesky factor L of the components' Gram matrix turns coefficients α into coordinates α·L on an orthonormal basis of the
 // same span, in which the length of a projection is a sum of squares.
 
-export function openSubspace(stored: Basis, products: Products = PLAIN): Subspace {
+export function openSubspace(stored: Basis, products: linalg.Products = linalg.PLAIN): Subspace {
   const { components, width } = stored;
   const rows = components + (stored.mean ? 1 : 0);
   const values = new Float64Array(decodeTensor(stored.dtype, stored.encoded, rows, width));
   const vectors = values.subarray(0, components * width);
   const mean = stored.mean ? values.subarray(components * width) : undefined;
-  const factor = cholesky(products.gram(vectors, components, width), components);
+  const factor = linalg.cholesky(products.gram(vectors, components, width), components);
   return { components, width, mean, vectors, factor, products };
 }
 
@@ -566,10 +556,10 @@ export function targetsOf(
 ): Target[] {
   const { components, width, mean } = space;
   const total = sum(ranks);
-  const x = centred(rows, total, width, mean);
+  const x = linalg.centred(rows, total, width, mean);
   const at = space.products.multiplyTransposed(x, space.vectors, total, components, width);
-  forwardSolve(space.factor, components, at, total);
-  const squares = rowSquares(x, total, width);
+  linalg.forwardSolve(space.factor, components, at, total);
+  const squares = linalg.rowSquares(x, total, width);
   let from = 0;
   return ranks.map((rank) => {
     const to = from + rank;
@@ -588,7 +578,7 @@ export function targetsOf(
 /** Least squares coefficients [kept, components] of a target on the components as stored, about the mean as stored. */
 export function solve({ components, factor }: Subspace, { at, kept }: Pick<Target, "at" | "kept">): Float64Array {
   const out = at.slice(0, kept * components);
-  backwardSolve(factor, components, components, out, kept);
+  linalg.backwardSolve(factor, components, components, out, kept);
   return out;
 }
 
@@ -596,11 +586,11 @@ export function solve({ components, factor }: Subspace, { at, kept }: Pick<Targe
 function largestSine(space: Subspace, rows: Float64Array, rank: number): number {
   const { components, width } = space;
   const [{ squares, at }] = targetsOf(space, rows, [rank]) as [Target];
-  const whole = rowSquares(rows, rank, width);
+  const whole = linalg.rowSquares(rows, rank, width);
   let largest = 0;
   for (let i = 0; i < rank; i++) {
-    if (squares[i]! <= ROUNDING ** 2 * whole[i]!) continue;
-    largest = Math.max(largest, 1 - dot(at, i * components, at, i * components, components) / squares[i]!);
+    if (squares[i]! <= linalg.ROUNDING ** 2 * whole[i]!) continue;
+    largest = Math.max(largest, 1 - linalg.dot(at, i * components, at, i * components, components) / squares[i]!);
   }
   return Math.sqrt(largest);
 }
@@ -630,10 +620,9 @@ export function rounded(
   return { encoded: encodeTensor(type, values, rows, width, steps, find, seen), values: seen };
 }
 
-/** Opened bases of a module, for `projectModule`. */
 type ModuleSpace = BySide<Subspace>;
 
-export function openModule({ A, B }: BySide<Basis>, products?: Products): ModuleSpace {
+export function openModule({ A, B }: BySide<Basis>, products?: linalg.Products): ModuleSpace {
   return { A: openSubspace(A, products), B: openSubspace(B, products) };
 }
 
@@ -700,7 +689,7 @@ export function gauged(trained: Pair, { A, B }: ModuleSpace, options: ProjectOpt
     Math.max(largestSine(A, pair.A, pair.rank), largestSine(B, pair.Bt, pair.rank));
   const before = distance(trained);
   // A task that was packed may lie nearly within as it was, too: about a short mean, or in all the width.
-  return before < WITHIN && distance(pair) > Math.max(before, 8 * ROUNDING) ? trained : pair;
+  return before < WITHIN && distance(pair) > Math.max(before, 8 * linalg.ROUNDING) ? trained : pair;
 }
 
 /** Components and coefficients of one module. */
@@ -709,10 +698,7 @@ export interface ModuleExtraction extends BySide<SideBasis> {
   readonly tasks: readonly TaskUpdate[];
 }
 
-/**
- * Extracts one module.
- * @throws UnstorableError for values that are not finite, or do not fit the stored types
- */
+/** Extracts one module. @throws UnstorableError for values that are not finite, or do not fit the stored types */
 export function extractModule(stack: ModuleStack, options: ExtractOptions): ModuleExtraction {
   const { basisDtype: type, coefficientDtype, products, rank } = options;
   const { pairs, kept } = gaugedPairs(stack, options);
@@ -726,7 +712,7 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
     if (!steps && mirrors(options)) mirror(side.rows, ranks, width, rank);
     const { count, vectors } = side.components;
     // Steps of rows that are not kept stay 0.
-    const own = steps && stacked(steps.map((task, i) => lengthened(task[key], ranks[i]!)));
+    const own = steps && stacked(steps.map((task, i) => linalg.lengthened(task[key], ranks[i]!)));
     const stored = own ? componentSteps(side, vectors, own, products) : type;
     const what = `basis ${which} of "${stack.name}"`;
     const owner = (): string => largestOf(stack, ranks, side);
@@ -782,15 +768,14 @@ function gaugedPairs(
 }
 
 function scalePair({ A, Bt }: Pair, factor: number): void {
-  for (const side of factor === 1 ? [] : [A, Bt]) scale(factor, side, 0, side.length);
+  for (const side of factor === 1 ? [] : [A, Bt]) linalg.scale(factor, side, 0, side.length);
 }
 
-/** Id of the member with the largest value in its rows. */
 function largestOf({ members }: ModuleStack, ranks: readonly number[], { rows, width }: Side): string {
   let at = 0;
   const peaks = ranks.map((rank) => {
     at += rank * width;
-    return Math.abs(dominant(rows, at - rank * width, rank * width));
+    return Math.abs(linalg.dominant(rows, at - rank * width, rank * width));
   });
   return members[peaks.indexOf(Math.max(...peaks))]!.id;
 }

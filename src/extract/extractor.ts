@@ -36,16 +36,13 @@ const JOBS = {
   /** Its components and coefficients. */
   extract: (stack: ModuleStack, options: Omit<ExtractOptions, "products">, products: Products): ModuleExtraction =>
     extractModule(stack, { ...options, products }),
-  /** Singular values of every member's ΔW. */
   spectra: ({ members, out, in: inputs }: ModuleStack, _: undefined, products: Products): number[][] =>
     members.map((member) => singularValues(pairOf(member), out, inputs, products)),
-  /** Runs `spansOf`. */
   spans: (
     stack: ModuleStack,
     { steps }: { readonly steps: readonly number[] },
     products: Products,
   ): ReturnType<typeof spansOf> => spansOf(stack, steps, products),
-  /** Costs of each member on bases of both sides. */
   sideCosts: (
     { members, ...shape }: ModuleStack,
     { bases, steps }: { readonly bases: BySide<readonly Basis[]>; readonly steps: readonly number[] },
@@ -57,7 +54,6 @@ const JOBS = {
       return { id, ...sideCosts(opened, whole, shape, steps[i]!) };
     });
   },
-  /** Each member on bases of both sides. */
   takeSides: (
     { members, ...shape }: ModuleStack,
     {
@@ -98,28 +94,17 @@ export interface Extractor {
   close(): Promise<void>;
 }
 
-/** A message to a thread. */
 interface Question {
   readonly kind: Kind;
   readonly subject: Subject;
   readonly options: unknown;
 }
 
-/** A thread's answer. Errors do not keep their class on the way. */
+/** A thread's answer. Errors do not keep their class on the way, but its name; `owner` is that of an UnstorableError. */
 export type Answer = { readonly result: unknown } | { readonly failed: Failure };
+type Failure = Pick<UnstorableError, "name" | "message" | "owner">;
 
-interface Failure {
-  readonly message: string;
-  /** Name of the class. */
-  readonly name: string;
-  /** Owner of the value, in an UnstorableError. */
-  readonly owner?: string | undefined;
-}
-
-/**
- * Close it when all is done.
- * @param threads from 2 on so many threads are started, where the platform has them
- */
+/** Close it when all is done. @param threads from 2 on so many threads are started, where the platform has them */
 export async function createExtractor(threads: number = 1): Promise<Extractor> {
   return threads > 1 && openThread ? inThreads(threads, openThread) : here(await fastProducts());
 }
@@ -185,21 +170,14 @@ export async function createAnswerer(): Promise<(question: unknown) => Promise<A
     try {
       return { result: await extractor.ask(kind, subject as never, options as never) };
     } catch (error) {
-      return { failed: failureOf(error) };
+      const { name, message, owner } = error as UnstorableError;
+      return { failed: { name: error instanceof UnstorableError ? "UnstorableError" : name, message, owner } };
     }
   };
 }
 
 function arraysOf(subject: Subject): readonly (Uint8Array | Float32Array)[] {
   return subject instanceof Uint8Array ? [subject] : subject.members.flatMap(({ A, Bt }) => [A, Bt]);
-}
-
-function failureOf(error: unknown): Failure {
-  if (!(error instanceof Error)) return { name: "Error", message: String(error) };
-  const { message, name } = error;
-  return error instanceof UnstorableError
-    ? { name: "UnstorableError", message, owner: error.owner }
-    : { name, message };
 }
 
 function errorOf({ name, message, owner }: Failure): Error {

@@ -6,26 +6,7 @@
 
 import { type Dtype, sum } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
-import {
-  addScaled,
-  backwardSolve,
-  centred,
-  cholesky,
-  dominant,
-  dot,
-  lengthened,
-  lq,
-  multiply,
-  norm,
-  PLAIN,
-  type Products,
-  ROUNDING,
-  rowSquares,
-  type SVD,
-  scale,
-  svd,
-  transpose,
-} from "./linalg.ts";
+import * as linalg from "./linalg.ts";
 
 /**
  * The factors of a term in f64, to compute with: rows are turned, mirrored and replaced here, which nothing that comes from a
@@ -57,20 +38,26 @@ const INDEPENDENT = 2 ** -16;
  * Factors X [rows, width], which stays as it is: by its Gram matrix, a fifth of the time of reflectors, where no row leans on others.
  * @param whole false: without `across`
  */
-function factored(x: Float64Array, rows: number, width: number, products: Products, whole: boolean = true): Factored {
+function factored(
+  x: Float64Array,
+  rows: number,
+  width: number,
+  products: linalg.Products,
+  whole: boolean = true,
+): Factored {
   if (rows > 0 && rows <= width) {
     const g = products.gram(x, rows, width);
-    const L = cholesky(g, rows);
+    const L = linalg.cholesky(g, rows);
     const across: Factored["across"] = (u, count) => {
       const own = u.slice(0, count * rows);
-      backwardSolve(L, rows, rows, own, count);
+      linalg.backwardSolve(L, rows, rows, own, count);
       return products.multiply(own, x, count, width, rows);
     };
     let isIndependent = true;
     for (let i = 0; i < rows * rows; i += rows + 1) if (!(L[i]! ** 2 > INDEPENDENT * g[i]!)) isIndependent = false;
     if (isIndependent) return { L, size: rows, across };
   }
-  const { L, Q, size } = lq(x.slice(), rows, width, whole);
+  const { L, Q, size } = linalg.lq(x.slice(), rows, width, whole);
   return { L, size, across: (u, count) => products.multiply(u, Q, count, width, size) };
 }
 
@@ -79,22 +66,27 @@ function factored(x: Float64Array, rows: number, width: number, products: Produc
  * of the largest are dropped: a rank trim that loses nothing. At least one is kept, so that a zero adapter is a pair
  * of rank 1 full of zeros. The largest entry of each row of A is positive; `alignSigns` may turn rows afterwards.
  */
-export function balance(pair: Pair, outputs: number, inputs: number, products: Products = PLAIN): Pair {
+export function balance(pair: Pair, outputs: number, inputs: number, products: linalg.Products = linalg.PLAIN): Pair {
   const a = factored(pair.A, pair.rank, inputs, products);
   const b = factored(pair.Bt, pair.rank, outputs, products);
   const { U, S, V, rank } = core(pair.rank, a, b);
   const A = a.across(V, rank);
   const Bt = b.across(U, rank);
   for (let i = 0; i < rank; i++) {
-    const factor = Math.sqrt(S[i]!) * (dominant(A, i * inputs, inputs) < 0 ? -1 : 1);
-    scale(factor, A, i * inputs, inputs);
-    scale(factor, Bt, i * outputs, outputs);
+    const factor = Math.sqrt(S[i]!) * (linalg.dominant(A, i * inputs, inputs) < 0 ? -1 : 1);
+    linalg.scale(factor, A, i * inputs, inputs);
+    linalg.scale(factor, Bt, i * outputs, outputs);
   }
   return { rank, A, Bt };
 }
 
 /** The singular values of ΔW that `balance` keeps, without the pair. */
-export function singularValues(pair: Pair, outputs: number, inputs: number, products: Products = PLAIN): number[] {
+export function singularValues(
+  pair: Pair,
+  outputs: number,
+  inputs: number,
+  products: linalg.Products = linalg.PLAIN,
+): number[] {
   const a = factored(pair.A, pair.rank, inputs, products, false);
   const b = factored(pair.Bt, pair.rank, outputs, products, false);
   const { S, rank } = core(pair.rank, a, b);
@@ -102,10 +94,14 @@ export function singularValues(pair: Pair, outputs: number, inputs: number, prod
 }
 
 /** ΔW = QBᵀ·(LBᵀ·LA)·QA: the SVD in brackets [n, m], which has the singular values of ΔW, and how many of them are kept. */
-function core(inner: number, { L: LA, size: m }: Factored, { L: LB, size: n }: Factored): SVD & { rank: number } {
-  const found = svd(multiply(transpose(LB, inner, n), LA, n, m, inner), n, m);
+function core(
+  inner: number,
+  { L: LA, size: m }: Factored,
+  { L: LB, size: n }: Factored,
+): linalg.SVD & { rank: number } {
+  const found = linalg.svd(linalg.multiply(linalg.transpose(LB, inner, n), LA, n, m, inner), n, m);
   let rank = 1;
-  while (rank < Math.min(n, m) && found.S[rank]! > ROUNDING * found.S[0]!) rank++;
+  while (rank < Math.min(n, m) && found.S[rank]! > linalg.ROUNDING * found.S[0]!) rank++;
   return { ...found, rank };
 }
 
@@ -132,8 +128,8 @@ export function alignSigns(pairs: readonly Pair[], outputs: number, inputs: numb
   for (let round = 0; round < 8; round++) {
     direction = combine(pairs, direction, (along) => along);
     const length = Math.sqrt(squareOf(direction)) || 1;
-    scale(1 / length, direction.A, 0, inputs);
-    scale(1 / length, direction.Bt, 0, outputs);
+    linalg.scale(1 / length, direction.A, 0, inputs);
+    linalg.scale(1 / length, direction.Bt, 0, outputs);
   }
   // The cap only guards against rounding errors taking turns; a handful of rounds is usual.
   for (let round = 0; round < 50; round++) {
@@ -155,8 +151,8 @@ export function alignTo(pair: Pair, mean: Direction): boolean {
     const row = rowOf(pair, i, mean);
     if (alongOf(row, mean) >= -1e-9 * length * Math.sqrt(squareOf(row))) continue;
     turned = true;
-    scale(-1, row.A, 0, row.A.length);
-    scale(-1, row.Bt, 0, row.Bt.length);
+    linalg.scale(-1, row.A, 0, row.A.length);
+    linalg.scale(-1, row.Bt, 0, row.Bt.length);
   }
   return turned;
 }
@@ -172,7 +168,7 @@ function rowOf(pair: Pair, i: number, like: Direction): Direction {
 }
 
 function alongOf(x: Direction, y: Direction): number {
-  return dot(x.A, 0, y.A, 0, x.A.length) + dot(x.Bt, 0, y.Bt, 0, x.Bt.length);
+  return linalg.dot(x.A, 0, y.A, 0, x.A.length) + linalg.dot(x.Bt, 0, y.Bt, 0, x.Bt.length);
 }
 
 function squareOf(x: Direction): number {
@@ -186,8 +182,8 @@ function combine(pairs: readonly Pair[], direction: Direction, weight: (along: n
     for (let i = 0; i < pair.rank; i++) {
       const row = rowOf(pair, i, direction);
       const factor = weight(alongOf(row, direction));
-      addScaled(factor, row.A, 0, sum.A, 0, sum.A.length);
-      addScaled(factor, row.Bt, 0, sum.Bt, 0, sum.Bt.length);
+      linalg.addScaled(factor, row.A, 0, sum.A, 0, sum.A.length);
+      linalg.addScaled(factor, row.Bt, 0, sum.Bt, 0, sum.Bt.length);
     }
   }
   return sum;
@@ -209,7 +205,12 @@ export function fewBits(type: Dtype): boolean {
 }
 
 /** Rows [rows, width] mixed evenly, each with each. Twice is as before. */
-export function mix(values: Float64Array, rows: number, width: number, products: Products = PLAIN): Float64Array {
+export function mix(
+  values: Float64Array,
+  rows: number,
+  width: number,
+  products: linalg.Products = linalg.PLAIN,
+): Float64Array {
   return products.multiply(hartley(rows), values, rows, width, rows);
 }
 
@@ -261,14 +262,14 @@ const CANCELLED = 1e-6;
 export function deltaError(
   exact: Pair,
   approximation: Pair,
-  { gram, multiplyTransposed }: Products = PLAIN,
+  { gram, multiplyTransposed }: linalg.Products = linalg.PLAIN,
 ): { difference: number; norm: number } {
   const rank = Math.max(exact.rank, approximation.rank);
   const side = (given: Float64Array, other: Float64Array) => {
     const width = given.length / exact.rank;
     if (other.length / approximation.rank !== width)
       throw new RangeError(`deltaError: factors of width ${width} and ${other.length / approximation.rank}`);
-    const rows = lengthened(given, rank * width);
+    const rows = linalg.lengthened(given, rank * width);
     // A loop, since packing spends much of its time here, and a callback for each number is slow.
     const lost = rows.slice();
     for (let i = 0; i < other.length; i++) lost[i]! -= other[i]!;
@@ -311,15 +312,14 @@ export function deltaError(
 
 /** ‖ΔW‖, without squares that could cancel. */
 export function pairNorm({ rank, A, Bt }: Pair): number {
-  const { L: a, size: m } = lq(A.slice(), rank, A.length / rank, false);
-  const { L: b, size: n } = lq(Bt.slice(), rank, Bt.length / rank, false);
-  return norm(multiply(transpose(b, rank, n), a, n, m, rank));
+  const { L: a, size: m } = linalg.lq(A.slice(), rank, A.length / rank, false);
+  const { L: b, size: n } = linalg.lq(Bt.slice(), rank, Bt.length / rank, false);
+  return linalg.norm(linalg.multiply(linalg.transpose(b, rank, n), a, n, m, rank));
 }
 
-/** The pair of the difference of two ΔW. */
 function subtracted(one: Pair, other: Pair): Pair {
   const join = (a: Float64Array, b: Float64Array, factor: number): Float64Array => {
-    const all = lengthened(a, a.length + b.length);
+    const all = linalg.lengthened(a, a.length + b.length);
     for (let i = 0; i < b.length; i++) all[a.length + i] = factor * b[i]!;
     return all;
   };
@@ -371,7 +371,7 @@ export interface RowSteps {
 /** @param step by how much ΔW is to change */
 export function rowSteps({ rank, A, Bt }: Pair, step: number): RowSteps {
   const stepsFrom = (rows: Float64Array): Float64Array =>
-    rowSquares(rows, rank, rows.length / rank).map((square) => (square > 0 ? step / Math.sqrt(square) : 0));
+    linalg.rowSquares(rows, rank, rows.length / rank).map((square) => (square > 0 ? step / Math.sqrt(square) : 0));
   return { A: stepsFrom(Bt), Bt: stepsFrom(A) };
 }
 
@@ -388,11 +388,11 @@ export function componentSteps(
   }: { readonly rows: Float64Array; readonly mean: Float64Array | undefined; readonly width: number },
   components: Float64Array,
   own: Float64Array,
-  products: Products = PLAIN,
+  products: linalg.Products = linalg.PLAIN,
 ): Float64Array {
   const total = rows.length / width;
   const count = components.length / width;
-  const x = centred(rows, total, width, mean);
+  const x = linalg.centred(rows, total, width, mean);
   const at = count > 0 ? products.multiplyTransposed(x, components, total, count, width) : new Float64Array(0);
   const weights = new Float64Array(count + 1);
   for (let i = 0; i < total; i++) {
@@ -456,7 +456,7 @@ function isWorth(singular: number, width: number, step: number): boolean {
 /** Number of rank-1 terms of a balanced pair that are worth their bits. @param width as of `isWorth` */
 export function worthRows({ rank, A }: Pair, step: number, width: number): number {
   // A row of A is √s long.
-  const singular = rowSquares(A, rank, A.length / rank);
+  const singular = linalg.rowSquares(A, rank, A.length / rank);
   let count = rank;
   while (count > 0 && !isWorth(singular[count - 1]!, width, step)) count--;
   return count;

@@ -72,7 +72,6 @@ export interface RowFormat {
   readonly dtype?: Dtype | undefined;
 }
 
-/** A choice, and what it costs. */
 export interface SideCost extends SideChoice {
   readonly bits: number;
   /** Squared loss of ΔW, in units of its step. */
@@ -89,7 +88,6 @@ export interface SideCosts extends BySide<readonly SideCost[]> {
 /** Bits that a loss of one step, squared, is worth: what rounding to steps pays where values are large, 12 / (2 ln 2). */
 const PRICE = 8.66;
 
-/** Bits and loss together. */
 export function costOf({ bits, lost }: Pick<SideCost, "bits" | "lost">): number {
   return bits + PRICE * lost;
 }
@@ -100,7 +98,6 @@ function usualCost(square: number): number {
   return Math.min(PRICE * square, roundedBits(size) + PRICE * roundedSquare(size));
 }
 
-/** Opens the bases of a module. */
 export function openSides({ A, B }: BySide<readonly Basis[]>, products: Products): BySide<readonly Subspace[]> {
   const open = (basis: Basis): Subspace => openSubspace(basis, products);
   return { A: A.map(open), B: B.map(open) };
@@ -212,7 +209,6 @@ function rowsWithin(basis: Subspace, rows: Float64Array, rank: number): Float64A
   return expand(basis, solve(basis, target!), rank);
 }
 
-/** Rows of one factor as stored. */
 interface StoredRows extends Pick<Factor, "coefficients" | "residual"> {
   /** Components of the basis; 0 without coefficients. */
   readonly K: number;
@@ -220,7 +216,6 @@ interface StoredRows extends Pick<Factor, "coefficients" | "residual"> {
   readonly values: Float64Array;
 }
 
-/** Number format of rows. */
 interface RowsFormat {
   readonly rank: number;
   readonly type: Dtype;
@@ -303,7 +298,6 @@ export interface Spans {
   readonly spans: BySide<readonly Span[]>;
   /** The same as stored with their steps, and what that takes. */
   readonly bases: BySide<readonly (SideBasis & { readonly bits: number })[]>;
-  /** Costs of each task on them. */
   readonly costs: SideCosts[];
 }
 
@@ -436,7 +430,6 @@ function overlapsOf(spaces: readonly Float64Array[], width: number, products: Pr
   return overlap;
 }
 
-/** Cost of rows with these squares in steps. */
 function costOfRows(squares: ArrayLike<number>, width: number): number {
   let cost = 0;
   for (let i = 0; i < squares.length; i++) cost += width * usualCost(squares[i]! / width);

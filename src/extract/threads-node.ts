@@ -1,6 +1,4 @@
-/**
- * Threads of Node, Deno and Bun: what `#threads` of package.json is where the condition `node` is set.
- */
+/** Threads of Node, Deno and Bun: what `#threads` of package.json is where the condition `node` is set. */
 import type { Thread } from "./threads-web.ts";
 
 /** Starts a thread for extraction. @throws Error when it cannot be started; from `ask` when it ends before it has answered */

@@ -1,6 +1,4 @@
-/**
- * The large loops of extraction in WebAssembly. Apart from the backend, since only packing needs them.
- */
+/** The large loops of extraction in WebAssembly. Apart from the backend, since only packing needs them. */
 
 import { type Binaries, type Instance, instantiate } from "../backends/wasm.ts";
 import { BackendError } from "../errors.ts";

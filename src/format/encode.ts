@@ -4,50 +4,20 @@
  */
 
 import { atOnce } from "../pace.ts";
-import { align4, BITS, bf16ToF32, DTYPES, type Dtype, f16ToF32, isQuantized, sum } from "../tensor/dtypes.ts";
+import { align4, BITS, bf16ToF32, DTYPES, type Dtype, f16ToF32, isQuantized } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import { fromHex } from "../text.ts";
 import { isCoded, MOST_CODED_DIRECTORY } from "./coded.ts";
 import { MOST, parseEntry } from "./directory.ts";
 import { encodeSection } from "./encode-coded.ts";
 import { align64, crc32c, decode, fromIntegrity, integrityOf, sha256, toIntegrity } from "./fields.ts";
-import {
-  type BasisDescription,
-  BLOCK_BYTES,
-  DIRECTORY_HEAD_BYTES,
-  type Directory,
-  HASH_BYTES,
-  HEAD_BYTES,
-  LAYOUTS,
-  MAGIC,
-  type PackModule,
-  ROLES,
-  SECTION_BASES,
-  SECTION_CODED,
-  SECTION_ENTRY_BYTES,
-  SECTION_FREE,
-  SECTION_TASK,
-  type Section,
-  SIGNATURE_BYTES,
-  SIGNATURE_OFFSET,
-  type Side,
-  type Signature,
-  type Superblock,
-  TASK_BLOB_MAGIC,
-  TASK_FILE_MAGIC,
-  type TaskEntry,
-  type TaskFile,
-  type TaskParameter,
-  type TaskTerm,
-  WINDOW_BYTES,
-  type Window,
-} from "./format.ts";
+import * as format from "./format.ts";
 import { pack } from "./msgpackr.ts";
 
 type Bytes = Uint8Array<ArrayBuffer>;
 
 /** One side of one module, ready to be written. */
-export interface SideInput extends Pick<Side, "kind" | "K" | "mean" | "explained"> {
+export interface SideInput extends Pick<format.Side, "kind" | "K" | "mean" | "explained"> {
   readonly rank?: number;
   readonly dtype: Dtype;
   /** Encoded tensor: K rows, then the mean when there is one. */
@@ -55,8 +25,8 @@ export interface SideInput extends Pick<Side, "kind" | "K" | "mean" | "explained
 }
 
 export interface ModuleInput
-  extends Pick<PackModule, "name" | "out" | "in" | "layout">,
-    Partial<Pick<PackModule, "kernel">> {
+  extends Pick<format.PackModule, "name" | "out" | "in" | "layout">,
+    Partial<Pick<format.PackModule, "kernel">> {
   /** The bases of each side; several where tasks fall into groups. Default: none. */
   readonly A?: readonly SideInput[] | undefined;
   readonly B?: readonly SideInput[] | undefined;
@@ -65,8 +35,8 @@ export interface ModuleInput
 }
 
 export interface BasisInput
-  extends Pick<BasisDescription, "producer" | "mode" | "gauge" | "centering">,
-    Partial<Pick<BasisDescription, "rank" | "step" | "error" | "baseModel">> {
+  extends Pick<format.BasisDescription, "producer" | "mode" | "gauge" | "centering">,
+    Partial<Pick<format.BasisDescription, "rank" | "step" | "error" | "baseModel">> {
   readonly modules: readonly ModuleInput[];
   /** MessagePack of a typical task blob: coded blobs copy from it. */
   readonly header?: unknown;
@@ -79,12 +49,12 @@ export interface TensorInput {
 }
 
 /** One side's coefficients. */
-interface CoefficientsInput extends TensorInput, Pick<Side, "kind" | "mean"> {
+interface CoefficientsInput extends TensorInput, Pick<format.Side, "kind" | "mean"> {
   /** Which of the side's bases they are over. Default: the first. */
   readonly basis?: number | undefined;
 }
 
-export interface TermInput extends Pick<TaskTerm, "module" | "rank"> {
+export interface TermInput extends Pick<format.TaskTerm, "module" | "rank"> {
   readonly A?: CoefficientsInput | undefined;
   readonly B?: CoefficientsInput | undefined;
   /** Rows of the task's own, [rank, in] and [rank, out]: added to what coefficients make, or in their place. */
@@ -97,8 +67,8 @@ export interface TermInput extends Pick<TaskTerm, "module" | "rank"> {
 
 export interface ParameterInput
   extends TensorInput,
-    Pick<TaskParameter, "name" | "role" | "shape">,
-    Partial<Pick<TaskParameter, "indices">> {}
+    Pick<format.TaskParameter, "name" | "role" | "shape">,
+    Partial<Pick<format.TaskParameter, "indices">> {}
 
 /**
  * A writer's half of the limit on values that are multiplied by others (SPEC.md, section 5).
@@ -123,7 +93,7 @@ export function refuseLarge(what: string, { dtype, encoded }: TensorInput, rows:
 }
 
 /** The bases section and the description that goes with it (SPEC.md, sections 4.2 and 4.4). */
-export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Bytes } {
+export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Bytes; both: Bytes } {
   const tensors: { at: number; bytes: Uint8Array }[] = [];
   let end = 0;
   const place = (bytes: Uint8Array): void => {
@@ -151,7 +121,7 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
       fingerprint.forEach((v, i) => view.setFloat32(4 * i, v, true));
       place(bytes);
     }
-    const shape = { name, out, in: inputs, layout: LAYOUTS.indexOf(layout), kernel: kernel && [...kernel] };
+    const shape = { name, out, in: inputs, layout: format.LAYOUTS.indexOf(layout), kernel: kernel && [...kernel] };
     return { ...shape, A, B, fingerprint: fingerprint && true };
   });
   const { producer, mode, gauge, centering, rank, step, error, baseModel = null, header } = basis;
@@ -161,7 +131,7 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
   both.set(said);
   const [description, bases] = [both.subarray(0, said.length), both.subarray(said.length)];
   for (const { at, bytes } of tensors) bases.set(bytes, at);
-  return { description, bases };
+  return { description, bases, both };
 }
 
 /**
@@ -179,36 +149,28 @@ export function encodeTask(
   const head = pack([
     terms.map((t) => {
       const name = `"${names[t.module] ?? t.module}"`;
-      for (const s of [t.A, t.B]) {
-        if (!s) continue;
-        refuseLarge(`coefficients of ${name}`, s, s.kind === "column" ? t.rank : 1);
-        tensors.push(s.encoded);
-      }
-      for (const own of [t.ownA, t.ownBt]) {
-        if (!own) continue;
-        refuseLarge(`a row of ${name}`, own, t.rank);
-        tensors.push(own.encoded);
-      }
+      const add = (what: string, tensor: TensorInput | undefined, rows: number): void => {
+        if (!tensor) return;
+        refuseLarge(`${what} of ${name}`, tensor, rows);
+        tensors.push(tensor.encoded);
+      };
+      for (const s of [t.A, t.B]) add("coefficients", s, s?.kind === "column" ? t.rank : 1);
+      for (const own of [t.ownA, t.ownBt]) add("a row", own, t.rank);
       const side = (s: TermInput["A"], own: TensorInput | undefined): number | null | (number | null)[] => {
         const over = s ? (s.kind === "column" ? 1 : 2) + (s.mean ? 4 : 0) + 8 * code(s.dtype) : null;
         return own || s?.basis ? [over, s?.basis ?? 0, own ? code(own.dtype) : null] : over;
       };
       const [A, B] = [side(t.A, t.ownA), side(t.B, t.ownBt)];
-      for (const encoded of t.privateTerms ? [t.privateTerms.A, t.privateTerms.Bt] : []) {
-        const { dtype, rank } = t.privateTerms!;
-        refuseLarge(`a private term of ${name}`, { dtype, encoded }, rank);
-        tensors.push(encoded);
-      }
-      if (t.magnitude) {
-        refuseLarge(`the magnitude of ${name}`, t.magnitude, 1);
-        tensors.push(t.magnitude.encoded);
-      }
-      const type = t.privateTerms ? code(t.privateTerms.dtype) : 0;
-      return [t.module, t.rank, A, B, t.privateTerms?.rank ?? 0, type, t.magnitude ? code(t.magnitude.dtype) : null];
+      const pair = t.privateTerms;
+      for (const encoded of pair ? [pair.A, pair.Bt] : [])
+        add("a private term", { dtype: pair!.dtype, encoded }, pair!.rank);
+      add("the magnitude", t.magnitude, 1);
+      const magnitude = t.magnitude ? code(t.magnitude.dtype) : null;
+      return [t.module, t.rank, A, B, pair?.rank ?? 0, pair ? code(pair.dtype) : 0, magnitude];
     }),
     parameters.map((p) => {
       tensors.push(p.encoded);
-      const fields = [p.name, ROLES.indexOf(p.role), code(p.dtype), [...p.shape]];
+      const fields = [p.name, format.ROLES.indexOf(p.role), code(p.dtype), [...p.shape]];
       return p.indices ? [...fields, [...p.indices]] : fields;
     }),
   ]);
@@ -220,7 +182,7 @@ export function encodeTask(
   });
   const blob = new Uint8Array(end);
   const view = new DataView(blob.buffer);
-  view.setUint32(0, TASK_BLOB_MAGIC, true);
+  view.setUint32(0, format.TASK_BLOB_MAGIC, true);
   view.setUint32(4, head.length, true);
   blob.set(head, 8);
   tensors.forEach((bytes, i) => blob.set(bytes, places[i]!));
@@ -231,24 +193,24 @@ export function encodeTask(
  * The directory (SPEC.md, section 4). Its hashes are there when all sections have theirs.
  * @param sections sorted by offset, tasks in the order of their sections
  */
-function encodeDirectory(sections: readonly Section[], description: Uint8Array, tasks: Uint8Array): Bytes {
+function encodeDirectory(sections: readonly format.Section[], description: Uint8Array, tasks: Uint8Array): Bytes {
   const hashed = sections.every(({ integrity }) => integrity !== undefined);
   const bytes = new Uint8Array(directoryBytes(sections.length, hashed, description, tasks));
   const view = new DataView(bytes.buffer);
-  const start = DIRECTORY_HEAD_BYTES + sections.length * SECTION_ENTRY_BYTES;
+  const start = format.DIRECTORY_HEAD_BYTES + sections.length * format.SECTION_ENTRY_BYTES;
   const hashes = start + description.length + tasks.length;
   view.setUint32(0, sections.length, true);
   view.setUint32(4, description.length, true);
   view.setUint32(8, tasks.length, true);
   view.setUint32(12, bytes.length - hashes, true);
   sections.forEach((s, i) => {
-    const at = DIRECTORY_HEAD_BYTES + i * SECTION_ENTRY_BYTES;
-    view.setUint32(at, s.kind + (s.coded ? SECTION_CODED : 0), true);
+    const at = format.DIRECTORY_HEAD_BYTES + i * format.SECTION_ENTRY_BYTES;
+    view.setUint32(at, s.kind + (s.coded ? format.SECTION_CODED : 0), true);
     view.setUint32(at + 4, s.required ? 1 : 0, true);
     setU64(view, at + 8, s.offset);
     setU64(view, at + 16, s.length);
     view.setUint32(at + 24, s.crc, true);
-    if (hashed) bytes.set(fromIntegrity(s.integrity!), hashes + i * HASH_BYTES);
+    if (hashed) bytes.set(fromIntegrity(s.integrity!), hashes + i * format.HASH_BYTES);
   });
   bytes.set(description, start);
   bytes.set(tasks, start + description.length);
@@ -257,12 +219,12 @@ function encodeDirectory(sections: readonly Section[], description: Uint8Array, 
 
 /** Size of a directory: known before the offsets in it are. */
 export function directoryBytes(sections: number, hashed: boolean, description: Uint8Array, tasks: Uint8Array): number {
-  const each = SECTION_ENTRY_BYTES + (hashed ? HASH_BYTES : 0);
-  return DIRECTORY_HEAD_BYTES + sections * each + description.length + tasks.length;
+  const each = format.SECTION_ENTRY_BYTES + (hashed ? format.HASH_BYTES : 0);
+  return format.DIRECTORY_HEAD_BYTES + sections * each + description.length + tasks.length;
 }
 
 /** The task list (SPEC.md, section 4.3). */
-function encodeTaskList(tasks: readonly TaskEntry[]): Bytes {
+function encodeTaskList(tasks: readonly format.TaskEntry[]): Bytes {
   const first = new Map<string, number>();
   return pack(
     tasks.map((task, i) => {
@@ -275,17 +237,17 @@ function encodeTaskList(tasks: readonly TaskEntry[]): Bytes {
   );
 }
 
-function entryMap({ id, adapterBytes, metadata, brings }: TaskEntry): object {
+function entryMap({ id, adapterBytes, metadata, brings }: format.TaskEntry): object {
   return { id, adapterBytes, metadata: Object.keys(metadata).length > 0 ? metadata : undefined, brings };
 }
 
 /** First bytes of the window (SPEC.md, section 2). */
 function encodeHead(basisId: string): Bytes {
-  const bytes = new Uint8Array(HEAD_BYTES);
+  const bytes = new Uint8Array(format.HEAD_BYTES);
   const view = new DataView(bytes.buffer);
-  bytes.set(MAGIC);
+  bytes.set(format.MAGIC);
   view.setUint16(8, 1, true);
-  view.setUint32(12, WINDOW_BYTES, true);
+  view.setUint32(12, format.WINDOW_BYTES, true);
   bytes.set(fromHex(basisId), 16);
   return bytes;
 }
@@ -295,29 +257,29 @@ function encodeHead(basisId: string): Bytes {
  * @param file for messages
  * @throws FormatError naming the field that the format does not hold
  */
-export function checkEntry(entry: TaskEntry, file: string): void {
+export function checkEntry(entry: format.TaskEntry, file: string): void {
   // The list around the entry is as deep as that of a pack.
   const [read] = atOnce(decode(pack([entryMap(entry)]), file, "task", "tasks")).array(1);
   atOnce(parseEntry(read!, []));
 }
 
 /** The window of a file with a single superblock. */
-function encodeWindow(head: Uint8Array, superblock: Superblock): Bytes {
-  const bytes = new Uint8Array(WINDOW_BYTES);
+function encodeWindow(head: Uint8Array, superblock: format.Superblock): Bytes {
+  const bytes = new Uint8Array(format.WINDOW_BYTES);
   bytes.set(head);
-  new DataView(bytes.buffer).setUint32(HEAD_BYTES, crc32c(head), true);
+  new DataView(bytes.buffer).setUint32(format.HEAD_BYTES, crc32c(head), true);
   bytes.set(encodeSuperblock(superblock), superblockOffset(superblock.generation));
   return bytes;
 }
 
 /** Where the superblock of a generation lies. */
 export function superblockOffset(generation: number): number {
-  return BLOCK_BYTES * (1 + (generation % 2));
+  return format.BLOCK_BYTES * (1 + (generation % 2));
 }
 
 /** A superblock, its signature, and zeros: 512 bytes. */
-function encodeSuperblock({ signature, ...s }: Superblock): Bytes {
-  const bytes = new Uint8Array(BLOCK_BYTES);
+function encodeSuperblock({ signature, ...s }: format.Superblock): Bytes {
+  const bytes = new Uint8Array(format.BLOCK_BYTES);
   const view = new DataView(bytes.buffer);
   [s.generation, s.committed, s.directoryOffset, s.directoryLength, s.basesOffset, s.basesLength].forEach((v, i) =>
     setU64(view, 8 * i, v),
@@ -326,22 +288,22 @@ function encodeSuperblock({ signature, ...s }: Superblock): Bytes {
   view.setUint32(52, signature ? 1 : 0, true);
   view.setUint32(60, crc32c(bytes.subarray(0, 60)), true);
   if (signature) {
-    const crcAt = SIGNATURE_OFFSET + SIGNATURE_BYTES - 4;
-    bytes.set(signature.key, SIGNATURE_OFFSET);
-    bytes.set(signature.bytes, SIGNATURE_OFFSET + signature.key.length);
+    const crcAt = format.SIGNATURE_OFFSET + format.SIGNATURE_BYTES - 4;
+    bytes.set(signature.key, format.SIGNATURE_OFFSET);
+    bytes.set(signature.bytes, format.SIGNATURE_OFFSET + signature.key.length);
     view.setUint32(crcAt, crc32c(bytes.subarray(0, crcAt)), true);
   }
   return bytes;
 }
 
 /** One task as a file of its own (SPEC.md, section 7). @throws FormatError for metadata that the format does not hold */
-export function encodeTaskFile(entry: TaskEntry, basisId: string, blob: Uint8Array): Uint8Array<ArrayBuffer> {
+export function encodeTaskFile(entry: format.TaskEntry, basisId: string, blob: Uint8Array): Uint8Array<ArrayBuffer> {
   checkEntry(entry, entry.id);
   const map = pack(entryMap(entry));
   const start = align64(64 + map.length);
   const bytes = new Uint8Array(start + blob.length);
   const view = new DataView(bytes.buffer);
-  bytes.set(TASK_FILE_MAGIC);
+  bytes.set(format.TASK_FILE_MAGIC);
   view.setUint16(8, 1, true);
   view.setUint32(12, map.length, true);
   bytes.set(fromHex(basisId), 16);
@@ -355,10 +317,10 @@ export function encodeTaskFile(entry: TaskEntry, basisId: string, blob: Uint8Arr
 }
 
 /** The same file with a signature in the place of the one it may have (SPEC.md, section 8). */
-export function encodeSignedTaskFile({ content, signature }: Pick<TaskFile, "content" | "signature">): Bytes {
+export function encodeSignedTaskFile({ content, signature }: Pick<format.TaskFile, "content" | "signature">): Bytes {
   if (!signature) return content.slice();
   const start = align64(content.length);
-  const bytes = new Uint8Array(start + SIGNATURE_BYTES);
+  const bytes = new Uint8Array(start + format.SIGNATURE_BYTES);
   bytes.set(content);
   bytes.set(signature.key, start);
   bytes.set(signature.bytes, start + signature.key.length);
@@ -373,7 +335,7 @@ function setU64(view: DataView, at: number, value: number): void {
 
 /** A task to be written. */
 export interface TaskToWrite {
-  readonly entry: TaskEntry;
+  readonly entry: format.TaskEntry;
   readonly blob: Uint8Array;
 }
 
@@ -389,35 +351,16 @@ interface FreshBasis {
 }
 
 /** Size and checksums of a section. */
-type Measured = Pick<Section, "length" | "crc" | "coded"> & { readonly integrity: string };
+type Measured = Pick<format.Section, "length" | "crc" | "coded"> & { readonly integrity: string };
 
 /** A task whose blob lies elsewhere until its turn comes. */
 export interface TaskPlace extends Measured {
-  readonly entry: TaskEntry;
+  readonly entry: format.TaskEntry;
   read(): Promise<Uint8Array>;
 }
 
 /** Vouches for a hash: the root of a pack, or that of a task file (SPEC.md, section 8). */
-export type Sign = (kind: "pack" | "task", hash: Uint8Array) => Promise<Signature>;
-
-/** Writes a fresh pack as consecutive chunks: window, directory, bases, blobs, one blob in memory at a time. `bytes` is the total size. */
-export async function streamFresh(
-  basis: FreshBasis,
-  tasks: readonly TaskPlace[],
-  sign?: Sign,
-): Promise<{ bytes: number; chunks: AsyncGenerator<Uint8Array, void> }> {
-  const { head, bytes } = await freshHead(basis, tasks, sign);
-  async function* chunks(): AsyncGenerator<Uint8Array, void> {
-    const first = padded(head, 0);
-    yield* first;
-    let end = sum(first, (chunk) => chunk.length);
-    for (const { read, length } of tasks) {
-      yield* padded([await read()], end);
-      end = align64(end) + length;
-    }
-  }
-  return { bytes, chunks: chunks() };
-}
+export type Sign = (kind: "pack" | "task", hash: Uint8Array) => Promise<format.Signature>;
 
 /** A task whose blob is in memory. */
 export async function placeOf({ entry, blob }: TaskToWrite): Promise<TaskPlace> {
@@ -428,43 +371,53 @@ async function measured(bytes: Uint8Array, coded: boolean): Promise<Measured> {
   return { length: bytes.length, crc: crc32c(bytes), integrity: await integrityOf(bytes), coded };
 }
 
-async function freshHead(
+/** Writes a fresh pack as consecutive chunks: window, directory, bases, blobs, one blob in memory at a time. `bytes` is the total size. */
+export async function streamFresh(
   { description, bases: plain, coded, basisId }: FreshBasis,
   tasks: readonly TaskPlace[],
-  sign: Sign | undefined,
-): Promise<{ head: Uint8Array[]; bytes: number }> {
+  sign?: Sign,
+): Promise<{ bytes: number; chunks: AsyncGenerator<Uint8Array, void> }> {
   const bases = coded ?? plain;
   const list = encodeTaskList(tasks.map((t) => t.entry));
   let end = 0;
-  const section = (kind: number, { length, crc, integrity, coded }: Measured): Section => {
+  const section = (kind: number, { length, crc, integrity, coded }: Measured): format.Section => {
     const offset = align64(end);
     end = offset + length;
     return { kind, coded, required: true, offset, length, crc, integrity };
   };
-  const first = section(SECTION_BASES, await measured(bases, coded !== undefined));
-  const behind = [first, ...tasks.map((task) => section(SECTION_TASK, task))];
+  const first = section(format.SECTION_BASES, await measured(bases, coded !== undefined));
+  const behind = [first, ...tasks.map((task) => section(format.SECTION_TASK, task))];
   const short = codedDirectory(behind, description, list);
   const directoryLength = short?.length ?? directoryBytes(behind.length, true, description, list);
-  const basesOffset = align64(WINDOW_BYTES + directoryLength);
+  const basesOffset = align64(format.WINDOW_BYTES + directoryLength);
   const sections = behind.map((section) => ({ ...section, offset: basesOffset + section.offset }));
   const directory = short ?? encodeDirectory(sections, description, list);
   const window = encodeHead(basisId);
-  const superblock: Superblock = {
+  const superblock: format.Superblock = {
     generation: 1,
     committed: basesOffset + end,
-    directoryOffset: WINDOW_BYTES,
+    directoryOffset: format.WINDOW_BYTES,
     directoryLength,
     basesOffset,
     basesLength: bases.length,
     directoryCrc: crc32c(directory),
     signature: await sign?.("pack", await sha256(window, directory)),
   };
-  return { head: [encodeWindow(window, superblock), directory, bases], bytes: basesOffset + end };
+  const head = padded([encodeWindow(window, superblock), directory, bases], 0);
+  async function* chunks(): AsyncGenerator<Uint8Array, void> {
+    yield* head;
+    let at = basesOffset + bases.length;
+    for (const { read, length } of tasks) {
+      yield* padded([await read()], at);
+      at = align64(at) + length;
+    }
+  }
+  return { bytes: basesOffset + end, chunks: chunks() };
 }
 
 /** The directory of a pack with coded sections, where it takes fewer bytes coded. It says no places: they follow from the lengths. */
 function codedDirectory(
-  sections: readonly Section[],
+  sections: readonly format.Section[],
   description: Uint8Array,
   tasks: Uint8Array,
 ): Uint8Array | undefined {
@@ -487,8 +440,8 @@ export interface Append {
 
 /** Facts about an open pack. */
 interface Current {
-  readonly window: Window;
-  readonly directory: Directory;
+  readonly window: format.Window;
+  readonly directory: format.Directory;
 }
 
 /** Plans an append. The ids of `tasks` must be new and unique. A pack that has no hashes stays without. */
@@ -498,32 +451,38 @@ export async function layoutAppend(
   sign?: Sign,
 ): Promise<Append> {
   const current = window.superblock;
-  const entries: TaskEntry[] = [...directory.tasks];
-  const added: Section[] = [];
+  const entries: format.TaskEntry[] = [...directory.tasks];
+  const added: format.Section[] = [];
   const hashed = directory.bases.integrity !== undefined;
   let end = current.committed;
   for (const { entry, blob } of tasks) {
     const { integrity, ...section } = await measured(blob, isCoded(blob));
     const offset = align64(end);
     entries.push(entry);
-    added.push({ kind: SECTION_TASK, required: true, offset, ...section, integrity: hashed ? integrity : undefined });
+    added.push({
+      kind: format.SECTION_TASK,
+      required: true,
+      offset,
+      ...section,
+      integrity: hashed ? integrity : undefined,
+    });
     end = offset + section.length;
   }
-  const superseded: Section = {
-    kind: SECTION_FREE,
+  const superseded: format.Section = {
+    kind: format.SECTION_FREE,
     coded: false,
     required: false,
     offset: current.directoryOffset,
     length: current.directoryLength,
     crc: 0,
-    integrity: hashed ? toIntegrity(new Uint8Array(HASH_BYTES)) : undefined,
+    integrity: hashed ? toIntegrity(new Uint8Array(format.HASH_BYTES)) : undefined,
   };
   const sections = [...directory.sections, superseded, ...added].sort(
     (a, b) => a.offset - b.offset || a.length - b.length,
   );
   const parts = [sections, directory.basisBytes, encodeTaskList(entries)] as const;
   const bytes = codedDirectory(...parts) ?? encodeDirectory(...parts);
-  const superblock: Superblock = {
+  const superblock: format.Superblock = {
     ...current,
     generation: current.generation + 1,
     committed: align64(end) + bytes.length,

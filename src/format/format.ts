@@ -261,19 +261,16 @@ export interface Brought {
   readonly name: string;
 }
 
+/** The parts of a blob, read or to be written, that say what it brings. */
+interface Bringing {
+  readonly terms: readonly (Pick<TaskTerm, "module"> & {
+    [Key in "magnitude" | "privateA" | "ownA" | "ownBt"]?: unknown;
+  })[];
+  readonly parameters: readonly Pick<TaskParameter, "role" | "name">[];
+}
+
 /** The same list, derived from the blob itself. */
-export function bringsOf(
-  {
-    terms,
-    parameters,
-  }: {
-    readonly terms: readonly (Pick<TaskTerm, "module"> & {
-      [Key in "magnitude" | "privateA" | "ownA" | "ownBt"]?: unknown;
-    })[];
-    readonly parameters: readonly Pick<TaskParameter, "role" | "name">[];
-  },
-  modules: readonly Pick<PackModule, "name">[],
-): string[] {
+export function bringsOf({ terms, parameters }: Bringing, modules: readonly Pick<PackModule, "name">[]): string[] {
   const brings = parameters.map(({ role, name }) => `${role} ${name}`);
   for (const [role, key] of [
     ["magnitude", "magnitude"],
@@ -328,13 +325,6 @@ export function readTensor(section: Uint8Array, ref: TensorRef, out?: Float32Arr
 
 // Class names held against the head that they are the classes of.
 
-/** A parameter that comes with a task, as far as it matters here. */
-interface HeadParameter {
-  readonly name: string;
-  readonly role: string;
-  readonly shape: readonly number[];
-}
-
 /** True if a parameter belongs to a classifier, by the names that transformers and PEFT have for it. */
 export function isHead(parameter: string): boolean {
   return /(^|\.)(classifier|score)\./.test(parameter);
@@ -346,7 +336,7 @@ export function isHead(parameter: string): boolean {
  */
 export function misfitLabels(
   labels: readonly string[] | undefined,
-  parameters: readonly HeadParameter[],
+  parameters: readonly Pick<TaskParameter, "name" | "role" | "shape">[],
 ): string | undefined {
   const layers = parameters.filter(({ name, role, shape }) => role === "saved" && isHead(name) && shape.length === 2);
   if (!labels || layers.length === 0 || layers.some(({ shape }) => shape[0] === labels.length)) return undefined;

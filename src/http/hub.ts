@@ -245,7 +245,7 @@ async function listingOf(hub: Hub): Promise<{ commit: string; tree: ListedFiles 
     throw new SourceError(message, { file: source.name });
   }
   try {
-    const { sha, siblings } = JSON.parse(fromUtf8(bytes)) as Listing;
+    const { sha, siblings }: Listing = JSON.parse(fromUtf8(bytes));
     if (typeof sha !== "string" || !COMMIT.test(sha)) throw new TypeError(`"sha" is ${sha}`);
     const tree = Object.fromEntries(
       siblings.map(({ rfilename, size, blobId, lfs }) => {
@@ -300,13 +300,8 @@ function refuse({ name, endpoint, headers: sent }: Hub, { status, headers }: Res
 
 /** Answer of the Hub about a repository, as far as it is used. */
 interface Listing {
-  readonly sha: string;
-  readonly siblings: readonly {
-    readonly rfilename: string;
-    readonly size: number;
-    readonly blobId: string;
-    readonly lfs?: { readonly sha256: string; readonly size: number } | null;
-  }[];
+  sha: string;
+  siblings: { rfilename: string; size: number; blobId: string; lfs?: { sha256: string; size: number } | null }[];
 }
 
 /** The headers that only the Hub may see, by names in lower case: those given, and HF_TOKEN or the token that `hf auth login` has kept. */
@@ -390,12 +385,7 @@ async function filesIn(folder: string): Promise<ReadonlyMap<string, HubFile>> {
 }
 
 /** Files by path, as huggingface_hub writes them into `trees/COMMIT.json`. */
-type ListedFiles = Readonly<
-  Record<
-    string,
-    { readonly size: number; readonly blob_id: string; readonly lfs_sha256?: string; readonly lfs_size?: number }
-  >
->;
+type ListedFiles = Record<string, { size: number; blob_id: string; lfs_sha256?: string; lfs_size?: number }>;
 
 /** @throws TypeError when a name or promise is none */
 function filesOf(tree: ListedFiles): ReadonlyMap<string, HubFile> {

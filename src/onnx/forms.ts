@@ -32,7 +32,7 @@ import {
 } from "./linear.ts";
 import { intOf, type OnnxModel, type Use } from "./model.ts";
 import type { OnnxParameter } from "./modules.ts";
-import { type Operand, type Place, PREFIX } from "./nodes.ts";
+import type { Operand, Place } from "./nodes.ts";
 import type { NodeProto } from "./protobuf.ts";
 
 /** @returns the kind of a layer that is not linear, and its applications; the reason where a use of the weight cannot be adapted */
@@ -159,8 +159,8 @@ function addConvolution(tools: Injector, module: AdaptedLayer): void {
       q: tools.dims(A, 2, 3),
     };
   const shared = core && {
-    EA: tools.tensor(`${PREFIX}/${name}/E_A`, FLOAT, [core.KA, ...kernel], () => core.A.floats()),
-    EB: tools.tensor(`${PREFIX}/${name}/E_B`, FLOAT, [out, core.KB], () => transpose(core.B.floats(), core.KB, out)),
+    EA: tools.tensor(`${name}/E_A`, FLOAT, [core.KA, ...kernel], () => core.A.floats()),
+    EB: tools.tensor(`${name}/E_B`, FLOAT, [out, core.KB], () => transpose(core.B.floats(), core.KB, out)),
     core: tools.reshape(turned(core.input), [0, 1, core.KB, core.KA]),
   };
   for (const { graph, node, x, type, bias, product } of module.sites) {
@@ -204,8 +204,8 @@ function addTable(tools: Injector, module: AdaptedLayer): void {
   const { name, in: rows, out, sites } = module;
   const { core, A, B, scale } = inputsOf(tools, module);
   const shared = core && {
-    EA: tools.tensor(`${PREFIX}/${name}/E_A`, FLOAT, [rows, core.KA], () => transpose(core.A.floats(), core.KA, rows)),
-    EB: tools.tensor(`${PREFIX}/${name}/E_B`, FLOAT, [core.KB, out], () => core.B.floats()),
+    EA: tools.tensor(`${name}/E_A`, FLOAT, [rows, core.KA], () => transpose(core.A.floats(), core.KA, rows)),
+    EB: tools.tensor(`${name}/E_B`, FLOAT, [core.KB, out], () => core.B.floats()),
   };
   for (const { graph, node, x: ids, type } of sites) {
     const place = tools.place(name, graph, node, type);
@@ -272,7 +272,7 @@ function scaleDifferently(
 
 /** The normalisation once more in f32, with ones for its weight and without what is added behind. */
 function normalised(tools: Injector, place: Place, op: NodeProto, input: number, size: number): string {
-  const ones = tools.tensor(`${PREFIX}/ones/${size}`, FLOAT, [size], () => new Float32Array(size).fill(1));
+  const ones = tools.tensor(`ones/${size}`, FLOAT, [size], () => new Float32Array(size).fill(1));
   const inputs = op.input.flatMap((value, i) => {
     if (i === input) return [ones];
     // The bias follows the weight; a Skip…'s third addend behind it is a part of the normalised sum.

@@ -31,15 +31,15 @@ import {
   type Site,
   UINT8,
 } from "./linear.ts";
-import { intOf, type OnnxModel, Ranks } from "./model.ts";
+import { intOf, type OnnxModel, type RankOf, ranksOf } from "./model.ts";
 import {
-  type Added,
   CONTRIBUTED,
   Constants,
   dropUnused,
   freeLast,
   importContributed,
   makeSplit,
+  makeTensor,
   makeValue,
   NodeEdits,
   NodeWriter,
@@ -94,7 +94,8 @@ export interface CoreBlock {
 
 export interface Injected {
   readonly inputs: readonly TaskInput[];
-  readonly initializers: readonly Added[];
+  /** Bytes of the components, which are initializers of the graph. */
+  readonly componentBytes: number;
   /** Outputs for a probe of the first adapted layer in the main graph. */
   readonly probe: ProbeOutputs | undefined;
 }
@@ -138,9 +139,9 @@ export class Injector extends NodeWriter {
   readonly model: OnnxModel;
   readonly main: GraphProto;
   inputs: TaskInput[] = [];
-  readonly added: Added[] = [];
+  #componentBytes = 0;
   readonly edits: NodeEdits = new NodeEdits();
-  readonly #ranks: Ranks;
+  readonly #rankOf: RankOf;
   readonly #integers: IntegerProducts;
   /** `accuracy_level` of products with components. */
   readonly #level: number;
@@ -158,7 +159,7 @@ export class Injector extends NodeWriter {
     super(new Constants(model.graph.proto, model.opset, PREFIX), `${PREFIX}/shared`);
     this.model = model;
     this.main = model.graph.proto;
-    this.#ranks = new Ranks(model);
+    this.#rankOf = ranksOf(model);
     this.#integers = integers;
     const levels = layers.flatMap(({ sites }) =>
       sites.map(({ node, product = node }) => intOf(product, "accuracy_level")),
@@ -169,10 +170,12 @@ export class Injector extends NodeWriter {
   }
 
   /** A tensor that is added to the model, once. */
-  tensor(name: string, type: number, dims: readonly number[], data: () => Added["data"]): string {
-    if (!this.made.has(name)) this.added.push({ name, type, dims, data: data() });
-    this.made.set(name, name);
-    return name;
+  tensor(key: string, type: number, dims: readonly number[], data: () => ArrayBufferView): string {
+    return this.constants.add(key, (name) => {
+      const tensor = makeTensor(name, type, dims, data());
+      this.#componentBytes += tensor.rawData.length;
+      return tensor;
+    });
   }
 
   input(
@@ -236,7 +239,7 @@ export class Injector extends NodeWriter {
 
   /** Rank of a value in the main graph; undefined elsewhere, and where it cannot be told. */
   rank(graph: GraphProto, value: string): number | undefined {
-    return graph === this.main ? this.#ranks.of(value) : undefined;
+    return graph === this.main ? this.#rankOf(value) : undefined;
   }
 
   /** Groups modules with components of one form by their common input: queries, keys and values; gate and up. Others stay alone. */
@@ -290,7 +293,7 @@ export class Injector extends NodeWriter {
     const [, KA] = core.dims as [string, number];
     const { rows, byTask } = this.#rowsInto(place, graph, x);
     const sides = joinedRows(members.map(({ components }) => components!.A));
-    const projected = this.#multiply(place, rows, sides, `${PREFIX}/${core.of}/E_A`, true);
+    const projected = this.#multiply(place, rows, sides, `${core.of}/E_A`, true);
     const mixed = place.matMul(byTask(projected, KA), core.name);
     const widths = core.cores!.map(({ KB }) => KB);
     const parts = widths.length === 1 ? [mixed] : place.split(mixed, -1, widths);
@@ -310,11 +313,11 @@ export class Injector extends NodeWriter {
     const { rank, rows, byTask } = this.#rowsInto(place, site.graph, site.x, mixed?.rows);
     const terms: string[] = [];
     if (A !== undefined && B !== undefined) {
-      const read = over?.A ? this.#multiply(place, rows, over.A, `${PREFIX}/${name}/E_A`, true) : rows;
+      const read = over?.A ? this.#multiply(place, rows, over.A, `${name}/E_A`, true) : rows;
       const made = place.matMul(place.matMul(byTask(read, over?.A?.rows ?? inputs), A), B);
-      terms.push(over?.B ? this.#multiply(place, made, over.B, `${PREFIX}/${name}/E_B`) : made);
+      terms.push(over?.B ? this.#multiply(place, made, over.B, `${name}/E_B`) : made);
     }
-    if (mixed) terms.push(this.#multiply(place, mixed.value, components!.B, `${PREFIX}/${name}/E_B`));
+    if (mixed) terms.push(this.#multiply(place, mixed.value, components!.B, `${name}/E_B`));
     const term = terms.reduce((a, b) => place.add(a, b));
     if (this.#wantsProbe && site.graph === this.main) this.#probe ??= { module: name, x: rows, term };
     const bias = scale && site.bias && place.up(site.bias);
@@ -437,28 +440,26 @@ export class Injector extends NodeWriter {
   }
 
   /** Product of x with components [rows, width]. @param turned true for x [.., width] · Eᵀ, false for x [.., rows] · E */
-  #multiply(place: Place, x: string, factor: ComponentRows, name: string, turned = false): string {
+  #multiply(place: Place, x: string, factor: ComponentRows, key: string, turned = false): string {
     const { rows, width } = factor;
     const [inner, outer] = turned ? [width, rows] : [rows, width];
     const format = this.#formatOf(factor);
     const asMatrix = <T extends Float32Array | Int8Array>(values: T): T =>
       turned ? transpose(values, outer, inner) : values;
     if (format === "floats") {
-      return place.matMul(
-        x,
-        this.tensor(name, FLOAT, [inner, outer], () => asMatrix(factor.floats())),
-      );
+      const floats = this.tensor(key, FLOAT, [inner, outer], () => asMatrix(factor.floats()));
+      return place.matMul(x, floats);
     }
     const integers = (): Int8Array => factor.integers!.values();
     // Rounded inputs share a scale within a block: small ones keep what is rounded as exact as in the model's own layers.
     const block = this.#level === EIGHT_BITS ? 32 : blockOf(inner);
     const blocks = Math.ceil(inner / block);
     if (format === "bytes" && !this.#multipliesBytes(inner, blocks * block)) {
-      const bytes = this.tensor(name, INT8, [inner, outer], () => asMatrix(integers()));
+      const bytes = this.tensor(key, INT8, [inner, outer], () => asMatrix(integers()));
       return place.matMul(x, place.op("DequantizeLinear", bytes, this.#ones(1, [])));
     }
     const bits = format === "bytes" ? 8 : 4;
-    const weight = this.tensor(name, UINT8, [outer, blocks, (block * bits) / 8], () =>
+    const weight = this.tensor(key, UINT8, [outer, blocks, (block * bits) / 8], () =>
       packed(turned ? integers() : transpose(integers(), inner, outer), bits, inner, blocks * block),
     );
     this.#contributed = true;
@@ -473,7 +474,7 @@ export class Injector extends NodeWriter {
 
   /** Scales of blocks, all 1; products of one shape share them. */
   #ones(count: number, dims: readonly number[] = [count]): string {
-    return this.tensor(`${PREFIX}/scales/${dims.join()}`, FLOAT, dims, () => new Float32Array(count).fill(1));
+    return this.tensor(`scales/${dims.join()}`, FLOAT, dims, () => new Float32Array(count).fill(1));
   }
 
   finish(heads: readonly AdaptedHead[]): Injected {
@@ -492,7 +493,7 @@ export class Injector extends NodeWriter {
     // Replaced heads, and the weights that folding has given a place of their own.
     // Old exporters list initializers among the inputs; an input without its initializer would have to be fed.
     dropUnused(main, ({ name }) => !this.model.graph.initializers.has(name));
-    return { inputs, initializers: this.added, probe: this.#probe };
+    return { inputs, componentBytes: this.#componentBytes, probe: this.#probe };
   }
 }
 

@@ -8,7 +8,6 @@ import {
   fromBinary,
   type GraphProto,
   type ModelProto,
-  ModelProtoSchema,
   type NodeProto,
   type TensorProto,
   type ValueInfoProto,
@@ -51,7 +50,7 @@ export interface OnnxModel {
 export function parseModel(bytes: Uint8Array, name: string): OnnxModel {
   let proto: ModelProto;
   try {
-    proto = fromBinary(ModelProtoSchema, bytes);
+    proto = fromBinary("ModelProto", bytes);
   } catch (cause) {
     const why = (cause as Error).message;
     throw new FormatError(`its ${bytes.length} bytes are truncated or no ONNX model (${why}); fetch it again`, {
@@ -187,37 +186,33 @@ const BROADCASTS = new Set(["Add", "Sub", "Mul", "Div", "Pow", "Where", "Max", "
 /** Most nested Concats that are followed. */
 const DEEPEST_SHAPE = 8;
 
-export class Ranks {
-  readonly #model: OnnxModel;
-  readonly #known = new Map<string, number | undefined>();
+/** Rank of a value, as far as the file and the operators before it tell. */
+export type RankOf = (value: string) => number | undefined;
+
+export function ranksOf({ graph }: OnnxModel): RankOf {
+  const { initializers, producers, proto } = graph;
+  const known = new Map<string, number | undefined>();
   /** Number of elements of values that are shapes. */
-  readonly #lengths = new Map<string, number | undefined>();
-
-  constructor(model: OnnxModel) {
-    this.#model = model;
-    const { input, valueInfo } = model.graph.proto;
-    for (const info of [...input, ...valueInfo]) {
-      const rank = dimsOf(info)?.length;
-      if (rank !== undefined) this.#known.set(info.name, rank);
-    }
-    for (const [name, { dims }] of model.graph.initializers) this.#known.set(name, dims.length);
+  const lengths = new Map<string, number | undefined>();
+  for (const info of [...proto.input, ...proto.valueInfo]) {
+    const rank = dimsOf(info)?.length;
+    if (rank !== undefined) known.set(info.name, rank);
   }
-
-  of(value: string): number | undefined {
-    const { producers } = this.#model.graph;
-    const inputs = (name: string): string[] => {
+  for (const [name, { dims }] of initializers) known.set(name, dims.length);
+  const needs = (name: string): string[] => {
+    const node = producers.get(name);
+    return node ? inputsOf(node).filter((input) => input !== "") : [];
+  };
+  return (value) => {
+    inOrder(value, known, needs, (name) => {
       const node = producers.get(name);
-      return node ? inputsOf(node).filter((input) => input !== "") : [];
-    };
-    inOrder(value, this.#known, inputs, (name) => {
-      const node = producers.get(name);
-      this.#known.set(name, node && this.#rank(node));
+      known.set(name, node && rankOf(node));
     });
-    return this.#known.get(value);
-  }
+    return known.get(value);
+  };
 
-  #rank(node: NodeProto): number | undefined {
-    const ranks = inputsOf(node).map((input) => this.#known.get(input));
+  function rankOf(node: NodeProto): number | undefined {
+    const ranks = inputsOf(node).map((input) => known.get(input));
     const [first, second] = ranks;
     if (KEEPS.has(node.opType)) return first;
     if (BROADCASTS.has(node.opType)) {
@@ -238,33 +233,32 @@ export class Ranks {
       case "ReduceMean":
         return intOf(node, "keepdims", 1) === 0 ? undefined : first;
       case "Unsqueeze": {
-        const axes = attribute(node, "axes")?.ints.length ?? this.#elements(node.input[1] ?? "");
+        const axes = attribute(node, "axes")?.ints.length ?? elements(node.input[1] ?? "");
         return first === undefined || axes === undefined ? undefined : first + axes;
       }
       case "Gather":
         return first === undefined || second === undefined ? undefined : first - 1 + second;
       case "Reshape":
-        return this.#elements(node.input[1] ?? "");
+        return elements(node.input[1] ?? "");
       default:
         return undefined;
     }
   }
 
   /** Number of elements of a shape, made by a few Concats at most. */
-  #elements(value: string, depth = 0): number | undefined {
-    if (!this.#lengths.has(value)) this.#lengths.set(value, this.#lengthOf(value, depth));
-    return this.#lengths.get(value);
+  function elements(value: string, depth = 0): number | undefined {
+    if (!lengths.has(value)) lengths.set(value, lengthOf(value, depth));
+    return lengths.get(value);
   }
 
-  #lengthOf(value: string, depth: number): number | undefined {
-    const { initializers, producers } = this.#model.graph;
+  function lengthOf(value: string, depth: number): number | undefined {
     const node = producers.get(value);
     const { dims } = initializers.get(value) ?? constantOf(node) ?? {};
     if (dims) return dims.length === 1 ? Number(dims[0]) : undefined;
     if (node?.opType !== "Concat" || depth > DEEPEST_SHAPE) return undefined;
     let sum = 0;
     for (const input of node.input) {
-      const part = producers.get(input)?.opType === "Unsqueeze" ? 1 : this.#elements(input, depth + 1);
+      const part = producers.get(input)?.opType === "Unsqueeze" ? 1 : elements(input, depth + 1);
       if (part === undefined) return undefined;
       sum += part;
     }

@@ -7,16 +7,11 @@ import { FLOAT, FLOAT16, INT64 } from "./linear.ts";
 import { nestedGraphs, type OnnxModel } from "./model.ts";
 import {
   type AttributeProto,
-  AttributeProtoSchema,
   create,
   type GraphProto,
   type NodeProto,
-  NodeProtoSchema,
-  OperatorSetIdProtoSchema,
   type TensorProto,
-  TensorProtoSchema,
   type ValueInfoProto,
-  ValueInfoProtoSchema,
 } from "./protobuf.ts";
 
 /** First word of the names of all added values and nodes. */
@@ -30,20 +25,12 @@ export type Attributes = Readonly<
 /** `AttributeProto.AttributeType`. */
 const ATTRIBUTE = { float: 1, int: 2, string: 3, graph: 5, ints: 7 };
 
-/** A tensor that was added to a graph; its bytes are held back until the model is written. */
-export interface Added {
-  readonly name: string;
-  readonly type: number;
-  readonly dims: readonly number[];
-  readonly data: Float32Array | Int8Array | Uint8Array;
-}
-
 /** The domain of onnxruntime's own operators. */
 export const CONTRIBUTED = "com.microsoft";
 
 export function importContributed({ proto: { opsetImport } }: OnnxModel): void {
   if (opsetImport.some(({ domain }) => domain === CONTRIBUTED)) return;
-  opsetImport.push(create(OperatorSetIdProtoSchema, { domain: CONTRIBUTED, version: 1n }));
+  opsetImport.push(create("OperatorSetIdProto", { domain: CONTRIBUTED, version: 1n }));
 }
 
 export function makeNode(
@@ -54,7 +41,7 @@ export function makeNode(
   attributes: Attributes = {},
   domain = "",
 ): NodeProto {
-  return create(NodeProtoSchema, {
+  return create("NodeProto", {
     opType,
     domain,
     name,
@@ -65,8 +52,7 @@ export function makeNode(
 }
 
 function makeAttribute(name: string, value: Attributes[string]): AttributeProto {
-  const make = (type: number, fields: Partial<AttributeProto>) =>
-    create(AttributeProtoSchema, { name, type, ...fields });
+  const make = (type: number, fields: Partial<AttributeProto>) => create("AttributeProto", { name, type, ...fields });
   if (typeof value === "number") return make(ATTRIBUTE.int, { i: BigInt(value) });
   if (typeof value === "string") return make(ATTRIBUTE.string, { s: new TextEncoder().encode(value) });
   if (Array.isArray(value)) return make(ATTRIBUTE.ints, { ints: value.map(BigInt) });
@@ -81,7 +67,7 @@ export function makeInts(
   values: readonly number[],
   dims: readonly number[] = [values.length],
 ): TensorProto {
-  return makeTensor({ name, type: INT64, dims, data: BigInt64Array.from(values, BigInt) });
+  return makeTensor(name, INT64, dims, BigInt64Array.from(values, BigInt));
 }
 
 /** Makes a Split. @param axis of the value. Default: the last */
@@ -93,26 +79,29 @@ export function makeSplit(
   sizes: readonly number[],
   axis = -1,
 ): NodeProto {
-  // Opset 13 turned the sizes into an input.
-  const asInput = model.opset >= 13;
-  if (asInput) model.graph.proto.initializer.push(makeInts(`${name}/sizes`, sizes));
-  const inputs = asInput ? [value, `${name}/sizes`] : [value];
-  return makeNode("Split", name, inputs, outputs, { axis, ...(asInput ? {} : { split: sizes }) });
+  const write = writerOn(model, name);
+  write.split(value, axis, sizes);
+  return Object.assign(write.nodes[0]!, { output: [...outputs] });
 }
 
 export function makeFloats(name: string, values: readonly number[], dims: readonly number[]): TensorProto {
-  return makeTensor({ name, type: FLOAT, dims, data: Float32Array.from(values) });
+  return makeTensor(name, FLOAT, dims, Float32Array.from(values));
 }
 
-export function makeTensor({ name, type, dims, data }: Omit<Added, "data"> & { data: ArrayBufferView }): TensorProto {
+export function makeTensor(
+  name: string,
+  dataType: number,
+  dims: readonly number[],
+  data: ArrayBufferView,
+): TensorProto {
   const rawData = new Uint8Array(data.buffer as ArrayBuffer, data.byteOffset, data.byteLength);
-  return create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: type, rawData });
+  return create("TensorProto", { name, dims: dims.map(BigInt), dataType, rawData });
 }
 
 /** Makes an input or output. A string in `dims` is a free dimension, "" one without a name; without `dims` any shape is allowed. */
 export function makeValue(name: string, elemType: number, dims?: readonly (number | string)[]): ValueInfoProto {
   const dim = dims?.map((d) => (typeof d === "number" ? { dimValue: BigInt(d) } : d === "" ? {} : { dimParam: d }));
-  return create(ValueInfoProtoSchema, { name, type: { tensorType: { elemType, ...(dim && { shape: { dim } }) } } });
+  return create("ValueInfoProto", { name, type: { tensorType: { elemType, ...(dim && { shape: { dim } }) } } });
 }
 
 /** Edits of the nodes of graphs, collected until `apply`: moving the end of a list for each edit would take quadratic time. */
@@ -327,6 +316,11 @@ export class NodeWriter {
   }
 }
 
+/** A writer whose nodes, and constants of the main graph, have a name in front of theirs. */
+export function writerOn({ graph, opset }: OnnxModel, name: string): NodeWriter {
+  return new NodeWriter(new Constants(graph.proto, opset, name), name);
+}
+
 function isAttributes(given: Operand | Attributes | undefined): given is Attributes {
   return typeof given === "object" && !Array.isArray(given);
 }
@@ -437,32 +431,22 @@ const LEAST_OPSET = 11;
 
 /**
  * Checks that a model can take task inputs, before added names cannot be told from its own.
- * @throws FormatError when its opset is too old, it has task inputs already, or it uses names of ours
+ * @throws FormatError when its opset is too old, or it has task inputs already, or other values with names as ours
  */
 export function checkInjectable(model: OnnxModel): void {
   if (model.opset < LEAST_OPSET) {
     const message = `opset ${model.opset}: at least ${LEAST_OPSET} is needed; export it again with opset_version=17`;
     throw new FormatError(message, { file: model.name, part: "opset" });
   }
-  if (model.graph.proto.input.some(({ name }) => name.startsWith(`${PREFIX}.`))) {
-    throw new FormatError("has task inputs already; pass the model as it was before", {
-      file: model.name,
-      part: "graph",
-    });
-  }
-  const taken = ownNames(model).find((name) => name.startsWith(`${PREFIX}/`) || name.startsWith(`${PREFIX}.`));
+  const { scopes, consumers } = model.graph;
+  const names = [...scopes].flatMap(([{ input }, { initializers, producers, outputs }]) => [
+    ...input.map(({ name }) => name),
+    ...[...initializers.keys(), ...producers.keys(), ...outputs],
+  ]);
+  const ours = new RegExp(`^${PREFIX}[/.]`);
+  const taken = [...names, ...consumers.keys()].find((name) => ours.test(name));
   if (taken === undefined) return;
   // Values of one name would be confused.
-  const message = `its value "${taken}" has a name as this package gives them: rename it, or pass the model as it was before`;
+  const message = `has task inputs already; pass the model as it was before, or rename its value "${taken}", whose name is as ours`;
   throw new FormatError(message, { file: model.name, part: "graph" });
-}
-
-function ownNames({ graph }: OnnxModel): string[] {
-  const inputs = [...graph.scopes.keys()].flatMap(({ input }) => input.map(({ name }) => name));
-  const made = [...graph.scopes.values()].flatMap(({ initializers, producers, outputs }) => [
-    ...initializers.keys(),
-    ...producers.keys(),
-    ...outputs,
-  ]);
-  return [...inputs, ...made, ...graph.consumers.keys()];
 }

@@ -9,9 +9,9 @@
  */
 import { elementsOf, sum } from "../tensor/dtypes.ts";
 import { type AdaptedBias, type AdaptedLayer, FLOAT16, INT64, type Site } from "./linear.ts";
-import { attribute, floatOf, type Graph, indexGraph, inOrder, intOf, intsOf, type OnnxModel, Ranks } from "./model.ts";
+import { constantOf, floatOf, indexGraph, inOrder, intOf, intsOf, type OnnxModel, ranksOf } from "./model.ts";
 import { isParameterName, matrixShape, modulePathOf, type OnnxParameter } from "./modules.ts";
-import { Constants, makeNode, makeSplit, NodeEdits, NodeWriter, PREFIX, readBy } from "./nodes.ts";
+import { makeNode, makeSplit, NodeEdits, PREFIX, readBy, writerOn } from "./nodes.ts";
 import type { GraphProto, NodeProto, TensorProto } from "./protobuf.ts";
 
 /** Packed layers, and the layers in them in order. "qkv" is the name that `unfuse` gives to that of an `Attention`. */
@@ -51,7 +51,7 @@ function partOfPacked(
   { index, count }: { readonly index: number; readonly count: number },
 ): OnnxParameter | undefined {
   const total = packed.shape.length === 1 ? packed.shape[0] : matrixShape(packed)?.[0];
-  const sizes = total === undefined ? undefined : sizesOf(model.graph, packed, total, count);
+  const sizes = total === undefined ? undefined : sizesOf(model, packed, total, count);
   return sizes?.[index] === undefined ? undefined : { ...packed, name, slice: { index, sizes, of: packed.name } };
 }
 
@@ -116,15 +116,21 @@ export function partByHand(model: OnnxModel, module: string, whole: OnnxParamete
 }
 
 /** Sizes that a packed layer's result is split into, from its readers. */
-function sizesOf(graph: Graph, { uses }: OnnxParameter, total: number, count: number): readonly number[] | undefined {
+function sizesOf(
+  model: OnnxModel,
+  { uses }: OnnxParameter,
+  total: number,
+  count: number,
+): readonly number[] | undefined {
+  const { consumers } = model.graph;
   let value = uses[0]?.node.output[0] ?? "";
   for (let passed = 0; passed < 2; passed++) {
-    for (const { node } of graph.consumers.get(value) ?? []) {
+    for (const { node } of consumers.get(value) ?? []) {
       if (node.opType === "GroupQueryAttention" && count === 3) return ofHeads(node, total);
-      if (node.opType === "Split") return ofSplit(graph, node, total, count);
+      if (node.opType === "Split") return ofSplit(model, node, total, count);
     }
     // The bias is added first.
-    const [next] = graph.consumers.get(value) ?? [];
+    const [next] = consumers.get(value) ?? [];
     value = next?.node.opType === "Add" ? next.node.output[0]! : "";
   }
   return undefined;
@@ -138,13 +144,13 @@ function ofHeads(node: NodeProto, total: number): readonly number[] | undefined 
 }
 
 function ofSplit(
-  { initializers, producers }: Graph,
+  { graph: { initializers, producers } }: OnnxModel,
   node: NodeProto,
   total: number,
   count: number,
 ): readonly number[] | undefined {
   const [, name = ""] = node.input;
-  const constant = attribute(producers.get(name) ?? node, "value")?.t ?? initializers.get(name);
+  const constant = constantOf(producers.get(name)) ?? initializers.get(name);
   const given = constant ? integersOf(constant) : (intsOf(node, "split") ?? []);
   // All parts are equal if no sizes are given.
   const sizes = given.length > 0 || name !== "" ? given : node.output.map(() => total / node.output.length);
@@ -200,7 +206,7 @@ function divide(
   index: number,
 ): NodeProto[] {
   const name = `${PREFIX}/packed/${index}`;
-  const write = new NodeWriter(new Constants(model.graph.proto, model.opset, name), name);
+  const write = writerOn(model, name);
   const result = node.output[0]!;
   node.output[0] = `${name}/whole`;
   write.concat(
@@ -370,8 +376,8 @@ function unfused(
  * @returns a function that gives mask and addition of a node, and adds nodes to those that go in front of it
  */
 function masksOf(model: OnnxModel) {
-  const { initializers, producers, proto } = model.graph;
-  const ranks = new Ranks(model);
+  const { initializers, producers } = model.graph;
+  const ranks = ranksOf(model);
   const known = new Map<string, string>();
   return (node: NodeProto, nodes: NodeProto[]): { padding: string; scores: string } => {
     const [padding = "", scores = ""] = [node.input[MASK], node.input[SCORES]];
@@ -394,13 +400,13 @@ function masksOf(model: OnnxModel) {
     const made = producers.get(mask);
     if (made?.opType === "EmbedLayerNormalization") return made.output[1] === mask ? 1 : undefined;
     if (made?.opType === "ReduceSum") return intOf(made, "keepdims", 1) === 0 ? 1 : undefined;
-    return ranks.of(mask) === 2 ? 2 : undefined;
+    return ranks(mask) === 2 ? 2 : undefined;
   }
 
   /** Makes [batch, 1, length, length]: 0, or the least score where a position is masked. */
   function add(rank: 1 | 2, node: NodeProto, least: number, type: number, nodes: NodeProto[]): string {
     const name = `${node.output[0]}/mask`;
-    const write = new NodeWriter(new Constants(proto, model.opset, name), name);
+    const write = writerOn(model, name);
     // The length of rows, [1].
     const length = write.slice(write.shapeOf(node.input[X]!), 0, 1, 2);
     const mask = write.cast(node.input[MASK]!, INT64);

@@ -121,14 +121,23 @@ interface Field {
   readonly kind: "" | "repeated" | "packed" | "optional";
 }
 
+/** The messages that are made and read by themselves. */
+interface Messages {
+  readonly ModelProto: ModelProto;
+  readonly GraphProto: GraphProto;
+  readonly NodeProto: NodeProto;
+  readonly AttributeProto: AttributeProto;
+  readonly TensorProto: TensorProto;
+  readonly ValueInfoProto: ValueInfoProto;
+  readonly OperatorSetIdProto: OperatorSetIdProto;
+}
+
 /** The fields of a message, in the order of their numbers. */
-export interface Schema<M extends Proto = Proto> {
+interface Schema {
   readonly fields: readonly Field[];
   readonly byNumber: ReadonlyMap<number, Field>;
   /** Values of missing fields: the prototype of messages. A field that is the message's own was given, and is written. */
   readonly defaults: object;
-  /** Never present: ties the schema to the type. */
-  readonly message?: M;
 }
 
 const SCALARS: Readonly<Record<string, unknown>> = {
@@ -151,16 +160,6 @@ const SCHEMAS: ReadonlyMap<string, Schema> = new Map(
   }),
 );
 
-const schemaOf = <M extends Proto>(name: string): Schema<M> => SCHEMAS.get(name) as Schema<M>;
-
-export const ModelProtoSchema: Schema<ModelProto> = schemaOf("ModelProto");
-export const GraphProtoSchema: Schema<GraphProto> = schemaOf("GraphProto");
-export const NodeProtoSchema: Schema<NodeProto> = schemaOf("NodeProto");
-export const AttributeProtoSchema: Schema<AttributeProto> = schemaOf("AttributeProto");
-export const TensorProtoSchema: Schema<TensorProto> = schemaOf("TensorProto");
-export const ValueInfoProtoSchema: Schema<ValueInfoProto> = schemaOf("ValueInfoProto");
-export const OperatorSetIdProtoSchema: Schema<OperatorSetIdProto> = schemaOf("OperatorSetIdProto");
-
 /** Values that `create` accepts for a field. */
 type InitField<F> = F extends Uint8Array | bigint | boolean | string | number | undefined
   ? F
@@ -180,21 +179,21 @@ function isList(kind: Field["kind"]): boolean {
 }
 
 /** Makes a message of the given fields; the others have default values. */
-export function create<M extends Proto>(schema: Schema<M>, init?: NoInfer<Init<M>>): M {
+export function create<Name extends keyof Messages>(name: Name, init: Init<Messages[Name]> = {}): Messages[Name] {
+  return made(SCHEMAS.get(name)!, init) as Messages[Name];
+}
+
+function made(schema: Schema, init: object): Proto {
   const message: Fields = Object.create(schema.defaults);
-  const given = (init ?? {}) as Fields;
   for (const { name, type, kind } of schema.fields) {
-    const made = (value: unknown): unknown => {
-      const schema = SCHEMAS.get(type);
-      return !schema || Object.getPrototypeOf(value) === schema.defaults ? value : create(schema, value as Proto);
-    };
-    const value = given[name];
-    if (isList(kind)) {
-      const list = (value ?? []) as unknown[];
-      message[name] = type in SCALARS ? list : list.map(made);
-    } else if (value !== undefined) message[name] = made(value);
+    const value = (init as Fields)[name] ?? (isList(kind) ? [] : undefined);
+    if (value === undefined) continue;
+    const inner = type in SCALARS ? undefined : SCHEMAS.get(type)!;
+    const whole = (value: unknown): unknown =>
+      !inner || Object.getPrototypeOf(value) === inner.defaults ? value : made(inner, value as Proto);
+    message[name] = isList(kind) && inner ? (value as unknown[]).map(whole) : whole(value);
   }
-  return message as M;
+  return message;
 }
 
 export const VARINT = 0;
@@ -211,8 +210,9 @@ function wireOf(type: string): number {
 const DEEPEST = 100;
 
 /** Reads a message, whose `bytes` fields are views of `bytes`. @throws Error when they are no such message */
-export function fromBinary<M extends Proto>(schema: Schema<M>, bytes: Uint8Array): M {
-  return new Reader(bytes).message(schema, bytes.length, create(schema), 0) as M;
+export function fromBinary<Name extends keyof Messages>(name: Name, bytes: Uint8Array): Messages[Name] {
+  const schema = SCHEMAS.get(name)!;
+  return new Reader(bytes).message(schema, bytes.length, made(schema, {}), 0) as Messages[Name];
 }
 
 class Reader {
@@ -265,7 +265,7 @@ class Reader {
     if (type === "float") return this.#view.getFloat32(this.#take(4, end), true);
     const stop = this.#length(end);
     const schema = SCHEMAS.get(type);
-    if (schema) return this.message(schema, stop, (old as Proto | undefined) ?? create(schema), depth + 1);
+    if (schema) return this.message(schema, stop, (old as Proto | undefined) ?? made(schema, {}), depth + 1);
     const start = this.#take(stop - this.#at, stop);
     return type === "bytes" ? this.#bytes.subarray(start, stop) : this.#text(start, stop);
   }
@@ -324,7 +324,8 @@ class Reader {
 }
 
 /** Writes a message: fields in the order of their numbers, then those that the schema does not name. */
-export function toBinary<M extends Proto>(schema: Schema<M>, message: M): Uint8Array<ArrayBuffer> {
+export function toBinary<Name extends keyof Messages>(name: Name, message: Messages[Name]): Uint8Array<ArrayBuffer> {
+  const schema = SCHEMAS.get(name)!;
   // Two passes: memory for a model's weights is not to be taken twice.
   const size = new Writer(undefined).message(schema, message);
   const bytes = new Uint8Array(size);

@@ -3,14 +3,13 @@
  * when the model is loaded again; or each is an input, whose buffer is written. Changes the graph; reads no weight.
  */
 
-import type { View } from "../core/base.ts";
 import { BaseMismatchError, FormatError } from "../errors.ts";
 import { FLOAT, FLOAT16, origin } from "./linear.ts";
 import { intOf, type OnnxModel, type Use } from "./model.ts";
-import { MOST_PASSED, type OnnxParameter, outputAxis, partSize, partsOf, pieceShape } from "./modules.ts";
+import { MOST_PASSED, type OnnxParameter, outputAxis, partSize, pieceShape } from "./modules.ts";
 import { makeNode, makeSplit, makeValue, NodeEdits, PREFIX } from "./nodes.ts";
-import { create, type GraphProto, type NodeProto, NodeProtoSchema, TensorProtoSchema } from "./protobuf.ts";
-import { type DataFile, point } from "./write.ts";
+import { create, type GraphProto, type NodeProto } from "./protobuf.ts";
+import { point } from "./tensors.ts";
 
 const FILE = "eigenlora-folded";
 
@@ -46,7 +45,7 @@ export function replaceByFile(model: OnnxModel, parameters: readonly OnnxParamet
     end = offset + byteLength;
     places.set(parameter.name, { offset, byteLength, shape: parameter.shape, width });
     const name = `${PREFIX}/folded/${parameter.name}`;
-    const tensor = create(TensorProtoSchema, { name, dims: old.dims, dataType: old.dataType });
+    const tensor = create("TensorProto", { name, dims: old.dims, dataType: old.dataType });
     point(tensor, FILE, offset, byteLength);
     model.graph.proto.initializer.push(tensor);
     wiring.connect(parameter, name);
@@ -207,7 +206,7 @@ function wiringOf(model: OnnxModel) {
       const { opType, attribute, domain, input, output } = node;
       const name = `${to}/${output[0]}`;
       const copy = { opType, domain, attribute, name, input: [value, ...input.slice(1)], output: [name] };
-      if (isNew(graph, name)) edits.insert(graph, node, [create(NodeProtoSchema, copy)]);
+      if (isNew(graph, name)) edits.insert(graph, node, [create("NodeProto", copy)]);
       value = name;
     }
     return value;
@@ -218,31 +217,4 @@ function wiringOf(model: OnnxModel) {
     made.set(graph, names);
     return !names.has(name) && names.add(name).has(name);
   }
-}
-
-/** Makes the content of the file of `value` for each parameter. @throws BaseMismatchError when one has another shape than the model's */
-export async function fillWeightFile(
-  { byteLength, places, pieces }: WeightFile,
-  value: (name: string) => View | Promise<View>,
-): Promise<DataFile> {
-  const data = new Uint8Array(byteLength);
-  for (const [name, place] of places) {
-    const view = await value(name);
-    if (view.shape.join() !== place.shape.join()) {
-      const message = `a task brings "${name}" of [${view.shape.join(", ")}], the model's needs [${place.shape.join(", ")}]`;
-      throw new BaseMismatchError(message, { module: name, expected: place.shape, found: view.shape });
-    }
-    data.set((view.data as Uint8Array).subarray(view.byteOffset, view.byteOffset + place.byteLength), place.offset);
-  }
-  const { copyPart } = pieces.length > 0 ? await import("./packed.ts") : {};
-  for (const piece of pieces) {
-    const view = await value(piece.name);
-    const own = { ...view, data: (view.data as Uint8Array).subarray(view.byteOffset) };
-    for (const { name, at, from, count } of partsOf(piece)) {
-      const { offset, shape, width } = places.get(name)!;
-      const target = { data: data.subarray(offset), shape, start: at };
-      copyPart!({ ...own, start: from }, target, outputAxis(piece), count, width);
-    }
-  }
-  return { path: FILE, data };
 }

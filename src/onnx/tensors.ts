@@ -31,6 +31,17 @@ export const INTEGERS: ReadonlyMap<number, { bits: number; signed: boolean }> = 
 /** `TensorProto.DataLocation.EXTERNAL`. */
 export const EXTERNAL = 1;
 
+/** Least size of tensors that leave the protobuf; smaller ones are shapes and axes, which runtimes read while loading. */
+export const LEAST_DETACHED = 4096;
+
+/** Points a tensor to its bytes in a file. */
+export function point(tensor: TensorProto, location: string, offset: number, length: number): void {
+  const entries = { location, offset: String(offset), length: String(length) };
+  tensor.externalData = Object.entries(entries).map(([key, value]) => ({ key, value }));
+  tensor.dataLocation = EXTERNAL;
+  tensor.rawData = new Uint8Array(0);
+}
+
 /** Files next to the model, by its names of them: the last byte that is used. @throws FormatError when a tensor does not say where it is */
 export function externalFiles({ name: file, graph }: OnnxModel): Map<string, number> {
   const found = new Map<string, number>();

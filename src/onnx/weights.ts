@@ -25,37 +25,35 @@ import {
 import { type ModelFile, type ModelOptions, readModel } from "./read.ts";
 import { readTensor } from "./tensors.ts";
 
-interface ReadWeight {
-  readonly at: WeightAt;
-  readonly quantized: boolean;
-}
-
 /** @throws FormatError, SourceError as `readTensor`; FormatError when the quantisation is not supported */
 export async function readLinearWeight(
   file: ModelFile,
   parameter: Stored & { readonly name: string },
   options?: ReadOptions,
-): Promise<ReadWeight> {
+): Promise<WeightAt> {
   const { model, external } = file;
   const { slice, joined, ...all } = parameter;
-  if (joined) return readJoined(file, joined, options);
+  if (joined) {
+    const rows: WeightAt[] = [];
+    for (const part of joined) {
+      const at = await readLinearWeight(file, part, options);
+      for (let o = 0; o < matrixShape(part)![0]; o++) rows.push((_, n) => at(o, n));
+    }
+    return (o, n) => rows[o]!(o, n);
+  }
   if (slice) {
     const from = partStart(parameter);
-    const { at, quantized } = await readLinearWeight(file, all, options);
-    return { at: (o, n) => at(o + from, n), quantized };
+    const at = await readLinearWeight(file, all, options);
+    return (o, n) => at(o + from, n);
   }
   if (parameter.dtype !== "other") {
     const [out, inputs] = matrixShape(parameter) ?? [0, 0];
-    const { data } = await readTensor(
-      model.graph.initializers.get(parameter.initializer)!,
-      model.name,
-      external,
-      options,
-    );
-    return { at: weightAt(data, parameter.dtype, out, inputs, parameter.layout === "in-out"), quantized: false };
+    const tensor = model.graph.initializers.get(parameter.initializer)!;
+    const { data } = await readTensor(tensor, model.name, external, options);
+    return weightAt(data, parameter.dtype, out, inputs, parameter.layout === "in-out");
   }
   const at = await (await import("./dequantize.ts")).readQuantizedWeight(file, parameter, options);
-  if (at) return { at, quantized: true };
+  if (at) return at;
   const use = parameter.uses[0];
   const how = use ? `${use.node.opType} "${use.node.name}"` : "no node";
   const message = `"${parameter.name}" is quantised in a way that is not known here (used by ${how})`;
@@ -63,23 +61,6 @@ export async function readLinearWeight(
     `${message}; pass a model where it is float, or anyBase: true where it is read for its fingerprint only`,
     { file: model.name, part: `initializer ${parameter.initializer}` },
   );
-}
-
-/** Reads weights that lie one below the other. */
-async function readJoined(
-  file: ModelFile,
-  parts: readonly (Stored & { readonly name: string })[],
-  options: ReadOptions | undefined,
-): Promise<ReadWeight> {
-  const rows: WeightAt[] = [];
-  let quantized = false;
-  for (const part of parts) {
-    const read = await readLinearWeight(file, part, options);
-    const [out] = matrixShape(part)!;
-    for (let o = 0; o < out; o++) rows.push((_, n) => read.at(o, n));
-    quantized ||= read.quantized;
-  }
-  return { at: (o, n) => rows[o]!(o, n), quantized };
 }
 
 // Finds weights that a model contains more than once. An exporter copies a layer that is applied in several ways, for instance to inputs
@@ -179,7 +160,7 @@ export class Copies {
   }
 
   async #values(stored: Stored): Promise<WeightAt> {
-    const { at } = await readLinearWeight(this.#file, { ...stored, name: stored.initializer }, this.#options);
+    const at = await readLinearWeight(this.#file, { ...stored, name: stored.initializer }, this.#options);
     return matrixShape(stored)!.includes(0) ? () => 0 : at;
   }
 

@@ -4,11 +4,9 @@
  */
 import { FormatError } from "../errors.ts";
 import { type ReadOptions, readAll } from "../source.ts";
-import type { OnnxModel } from "./model.ts";
-import { type Added, makeTensor } from "./nodes.ts";
-import { ModelProtoSchema, type TensorProto, toBinary } from "./protobuf.ts";
+import { toBinary } from "./protobuf.ts";
 import type { ModelFile } from "./read.ts";
-import { EXTERNAL, externalFiles } from "./tensors.ts";
+import { EXTERNAL, externalFiles, LEAST_DETACHED, point } from "./tensors.ts";
 
 /** A file that the protobuf points into. */
 export interface DataFile {
@@ -24,40 +22,47 @@ export interface DetachedModel {
   readonly folder?: string | undefined;
 }
 
-/** Least size of tensors that leave the protobuf; smaller ones are shapes and axes, which runtimes read while loading. */
-const LEAST_DETACHED = 4096;
 const OWN_FILE = "eigenlora-model";
 const ADDED_FILE = "eigenlora-components";
 
 /** Serialises a model without its weights, which its tensors keep. @param options `supplied`: files that the caller provides itself */
 export async function detachWeights(
   file: ModelFile,
-  added: readonly Added[],
   options: ReadOptions & { supplied?: readonly string[] } = {},
 ): Promise<DetachedModel> {
   const { model, bytes, folder } = file;
   const { supplied = [] } = options;
   // Runtimes take a folder, or a list of files, not both.
   if (folder !== undefined && supplied.length === 0 && (await allIn(folder, file)))
-    return { bytes: embedWeights(file, added), files: [], folder };
+    return { bytes: toBinary("ModelProto", model.proto), files: [], folder };
   const locations = new Set(externalFiles(model).keys());
   const restore: (() => void)[] = [];
+  const added: (readonly [data: Uint8Array, at: number])[] = [];
+  let end = 0;
   for (const tensor of [...model.graph.scopes.keys()].flatMap(({ initializer }) => initializer)) {
     const { rawData } = tensor;
-    if (tensor.dataLocation === EXTERNAL || rawData.length < LEAST_DETACHED || rawData.buffer !== bytes.buffer)
-      continue;
-    point(tensor, OWN_FILE, rawData.byteOffset - bytes.byteOffset, rawData.length);
-    locations.add(OWN_FILE);
+    if (tensor.dataLocation === EXTERNAL || rawData.length < LEAST_DETACHED) continue;
     restore.push(() => Object.assign(tensor, { externalData: [], dataLocation: 0, rawData }));
+    if (rawData.buffer === bytes.buffer) {
+      point(tensor, OWN_FILE, rawData.byteOffset - bytes.byteOffset, rawData.length);
+      locations.add(OWN_FILE);
+      continue;
+    }
+    // A multiple of 64, since some runtimes map the file.
+    const at = Math.ceil(end / 64) * 64;
+    end = at + rawData.length;
+    added.push([rawData, at]);
+    point(tensor, ADDED_FILE, at, rawData.length);
   }
-  const { tensors, data } = pointAll(added);
   let proto: Uint8Array;
   try {
-    proto = withInitializers(model, tensors);
+    proto = toBinary("ModelProto", model.proto);
   } finally {
     for (const step of restore) step();
   }
-  const files: DataFile[] = added.length > 0 ? [{ path: ADDED_FILE, data }] : [];
+  const data = new Uint8Array(end);
+  for (const [part, at] of added) data.set(part, at);
+  const files: DataFile[] = end > 0 ? [{ path: ADDED_FILE, data }] : [];
   if (locations.delete(OWN_FILE)) files.push({ path: OWN_FILE, data: bytes });
   for (const path of supplied) locations.delete(path);
   for (const path of locations) {
@@ -78,46 +83,4 @@ async function allIn(folder: string, { model, external }: ModelFile): Promise<bo
       return false;
   }
   return true;
-}
-
-/** Serialises a model with its embedded and its added tensors inside. */
-export function embedWeights({ model }: ModelFile, added: readonly Added[]): Uint8Array {
-  return withInitializers(model, added.map(makeTensor));
-}
-
-/** Serialises a model with more initializers, which it does not keep. */
-function withInitializers({ proto, graph }: OnnxModel, tensors: readonly TensorProto[]): Uint8Array {
-  const { initializer } = graph.proto;
-  const own = initializer.length;
-  initializer.push(...tensors);
-  try {
-    return toBinary(ModelProtoSchema, proto);
-  } finally {
-    initializer.length = own;
-  }
-}
-
-/** Points a tensor to its bytes in a file. */
-export function point(tensor: TensorProto, location: string, offset: number, length: number): void {
-  const entries = { location, offset: String(offset), length: String(length) };
-  tensor.externalData = Object.entries(entries).map(([key, value]) => ({ key, value }));
-  tensor.dataLocation = EXTERNAL;
-  tensor.rawData = new Uint8Array(0);
-}
-
-/** Makes one file of all added tensors, each at a multiple of 64 bytes, since some runtimes map them. */
-function pointAll(added: readonly Added[]): { tensors: TensorProto[]; data: Uint8Array } {
-  let end = 0;
-  const tensors = added.map(makeTensor);
-  const places = tensors.map(({ rawData }) => {
-    const at = Math.ceil(end / 64) * 64;
-    end = at + rawData.length;
-    return at;
-  });
-  const data = new Uint8Array(end);
-  for (const [i, tensor] of tensors.entries()) {
-    data.set(tensor.rawData, places[i]);
-    point(tensor, ADDED_FILE, places[i]!, tensor.rawData.length);
-  }
-  return { tensors, data };
 }

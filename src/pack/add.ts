@@ -1,5 +1,5 @@
 /** New tasks for a pack that exists: adapters are brought onto its bases. */
-import { type Adapter, checkAdapters, refuseBoth } from "../adapters/adapter.ts";
+import { type Adapter, checkAdapters, listed, refuseBoth } from "../adapters/adapter.ts";
 import { checkPack } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { AdapterError, TaskError } from "../errors.ts";
@@ -126,7 +126,6 @@ export async function storedDtypes(pack: Pack): Promise<Dtypes> {
   return completeDtypes({ ...(coefficients ? { coefficients } : {}), ...(head ? { head } : {}) });
 }
 
-/** Adapters, and the pack whose bases they are brought onto. */
 interface Newcomers {
   readonly pack: Pack;
   readonly bases: Uint8Array;
@@ -176,7 +175,6 @@ async function ontoComponents(all: Newcomers, given?: Steps | null): Promise<Pro
 /** Number formats of residual rows, from few bytes to many. Default: integers with a step. */
 const ROWS: readonly (Dtype | undefined)[] = [undefined, "f16", "f32"];
 
-/** Adapters with residual rows for what the bases of each side lack. */
 async function withRows(all: Newcomers, asked: number | undefined): Promise<ProjectedAdapter[]> {
   const { pack, adapters } = all;
   const { step } = pack.directory.basis;
@@ -274,7 +272,6 @@ function stepFor(steps: Steps, { id }: Adapter): number {
   return steps.get(id) ?? 1;
 }
 
-/** Bases of a side as they lie in a pack. */
 function storedSides(sides: readonly Side[], bases: Uint8Array): Basis[] {
   return sides.map(({ K, mean, tensor }) => {
     const { dtype, width } = tensor;
@@ -282,7 +279,6 @@ function storedSides(sides: readonly Side[], bases: Uint8Array): Basis[] {
   });
 }
 
-/** Reads the singular values of every adapter and module. */
 async function spectraOf({ pack, adapters }: Newcomers): Promise<Spectrum[]> {
   const spectra: Spectrum[] = [];
   const products = await fastProducts();
@@ -309,10 +305,6 @@ function hasRows({ directory, tasks, modules }: Pack): boolean {
 /** The gauge that a pack's tasks are in. */
 export function gaugeOf({ directory }: Pack): Gauge {
   return directory.basis.gauge === "balanced" ? "balanced" : "as-trained";
-}
-
-function listed(names: readonly string[]): string {
-  return `${names.slice(0, 3).join(", ")}${names.length > 3 ? ", …" : ""}`;
 }
 
 /** @throws AdapterError when the pack has no basis for a module of an adapter */

@@ -42,7 +42,7 @@ export interface Built<Report = BuildReport, Chunks = Uint8Array[]> {
 }
 
 /** A pack whose chunks are asked for once, and may lie elsewhere until then. */
-export type Streamed<Report = BuildReport> = Built<Report, AsyncIterable<Uint8Array>>;
+export type Streamed<Report = BuildReport> = Built<Report, Iterable<Uint8Array> | AsyncIterable<Uint8Array>>;
 
 /** The pack with all its chunks in memory. */
 export async function gathered<Report>({ chunks, report }: Streamed<Report>): Promise<Built<Report>> {
@@ -243,7 +243,6 @@ function groupsOf(adapters: readonly Adapter[], most: number): Adapter[][] {
   return groups;
 }
 
-/** Modules of some owners. */
 function onlyOf(shared: readonly SharedModule<Adapter>[], group: readonly Adapter[]): SharedModule<Adapter>[] {
   const members = new Set(group);
   return shared
@@ -261,7 +260,6 @@ export interface Adapters {
   /** Samples of the base model's weights, by module; undefined where no base was given. */
   readonly fingerprints: ReadonlyMap<string, Float32Array> | undefined;
   readonly extractor: Extractor;
-  /** Is told what is done. */
   readonly meter: Meter;
   readonly signal?: AbortSignal | undefined;
 }
@@ -365,7 +363,6 @@ export function sideInput({ components: K, mean, dtype, explained, encoded }: Si
   return { kind: "column", K, mean, dtype, explained, encoded };
 }
 
-/** Adapters that are read at a time. */
 const TOGETHER = 8;
 
 /** Reads a module of its owners, in their order. @throws AdapterError for a value that is no number */

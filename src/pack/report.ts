@@ -1,6 +1,4 @@
-/**
- * The report of a pack that was made: one shape for every strategy.
- */
+/** The report of a pack that was made: one shape for every strategy. */
 
 import { type Adapter, baseModels, commonBase } from "../adapters/adapter.ts";
 import type { ComponentSelection } from "../extract/components.ts";
@@ -80,14 +78,12 @@ function sharedReport(sides: ReadonlyMap<string, SharedSides>): SharedReport {
 
 /** A pack that was made, for its report. */
 export interface Made extends Pick<BuildReport, "bytes" | "modules" | "components"> {
-  /** Bytes of each task's blob. */
   readonly blobs: readonly number[];
   readonly errors: readonly ModuleError[];
   /** Ids of tasks that change magnitudes. */
   readonly rescaled: ReadonlySet<string>;
   /** Components that were sought for each side, by module. */
   readonly sides?: ReadonlyMap<string, SharedSides> | undefined;
-  /** True where the base was given. */
   readonly based: boolean;
 }
 
@@ -170,7 +166,6 @@ export function baseNotes(based: boolean): string[] {
   return based ? [] : [note];
 }
 
-/** Who adapts which modules. */
 interface Owner {
   readonly id: string;
   readonly baseModel: string | undefined;
@@ -214,7 +209,6 @@ function strangerWarnings(adapters: readonly Owner[]): string[] {
     });
 }
 
-/** Most adapters of a kind that are named. */
 const LISTED = 3;
 
 /**
@@ -254,7 +248,6 @@ export const MUCH = 0.3;
 /** A task that loses this many times the median is worse than the rest. */
 const WORSE = 1.5;
 
-/** Warnings of tasks that lose much more than the others. */
 function lossWarnings(losses: readonly TaskLoss[]): string[] {
   const totals = losses.map(({ total }) => total).sort((a, b) => a - b);
   const median = totals[(totals.length - 1) >> 1] ?? 0;
@@ -277,7 +270,6 @@ export interface ModuleError {
   readonly norm: number;
 }
 
-/** Mean and worst of errors. */
 function summaryOf(errors: readonly ModuleError[]): BuildReport["error"] {
   const worst = errors.reduce((a, b) => (b.error > a.error ? b : a), { task: "", module: "", error: 0, norm: 0 });
   return { ...figures(errors), worstTask: worst.task, worstModule: worst.module };

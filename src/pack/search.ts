@@ -158,7 +158,6 @@ const PACK = 0.3;
 /** Mean ΔW error from which on integers fill any size. */
 const FINE = 0.02;
 
-/** Adapters and a goal. */
 interface Context extends Pick<SearchOptions, "judge" | "head" | "signal"> {
   readonly opened: Adapters;
   readonly spectra: readonly Spectrum[];
@@ -180,7 +179,6 @@ const STRATEGIES: readonly Strategy[] = [
   { name: "each task by itself, f32", rows: "f32" },
 ];
 
-/** A pack that was made. */
 interface Candidate {
   readonly made: Streamed;
   readonly tried: Tried & { readonly bytes: number; readonly error: number };
@@ -250,7 +248,7 @@ async function candidateOf(
   const make = async (share: number): Promise<Streamed> => {
     const part = partOf(opened, PACK);
     const steps = new Map(tasks.map(({ id, norm }) => [id, share * norm]));
-    const { sides } = await sharedBy(strategy, part, spectra, steps, false);
+    const { sides } = await findSharing(strategy, part, spectra, steps, false);
     const rows: Rows = { sides, choose: (_, encode) => encode(steps) };
     return packRows(part, recipeFor(context, strategy, share), rows, undefined);
   };
@@ -278,7 +276,7 @@ async function candidateOf(
     const losses = [...reference!].map(([id, score]) => score - scores.get(id)!);
     const loss = goal.keep === "mean" ? mean(losses) : Math.max(...losses);
     least = Math.min(least, loss);
-    return noted(candidate({ ...made, chunks: each(made.chunks) }, { scores, loss, passes: loss <= goal.tolerance }));
+    return noted(candidate(made, { scores, loss, passes: loss <= goal.tolerance }));
   };
   if (isRounded)
     return search(new Map([["", SCORED]]), (steps) => judged(steps.get("")!), {
@@ -294,10 +292,6 @@ async function candidateOf(
   return exact;
 }
 
-async function* each(chunks: readonly Uint8Array[]): AsyncGenerator<Uint8Array, void> {
-  yield* chunks;
-}
-
 /** The step from which on scores are asked, of the norm that ΔW typically has: tasks lose about a quarter of it. */
 const SCORED = 0.03;
 
@@ -307,17 +301,6 @@ function recipeFor({ head }: Context, { rows }: Strategy, step: number, error?: 
   return { ...recipeOf(rows ? options : { ...options, step: Math.min(MOST_STEP, step) }), error };
 }
 
-/** Bases that tasks share, where a strategy shares any. */
-function sharedBy(
-  { rows }: Strategy,
-  opened: Adapters,
-  spectra: readonly Spectrum[],
-  steps: Steps,
-  grows: boolean,
-): Promise<{ readonly sides?: Sharing["sides"]; readonly steps: Steps }> {
-  return rows === undefined ? findSharing(partOf(opened, SHARING), spectra, steps, grows) : Promise.resolve({ steps });
-}
-
 /** Most factor by which steps of earlier adapters move the first ones of later adapters. */
 const MOST_MOVED = 1.25;
 
@@ -325,7 +308,7 @@ const MOST_MOVED = 1.25;
 async function packWithinError(context: Context, strategy: Strategy, error: number): Promise<Streamed> {
   const { opened, spectra, scratch } = context;
   const expected = startSteps(spectra, error, strategy.rows === undefined);
-  const { sides, steps: start } = await sharedBy(strategy, opened, spectra, expected, true);
+  const { sides, steps: start } = await findSharing(strategy, opened, spectra, expected, true);
   // Later work takes less at a time, and the pack grows meanwhile.
   await opened.extractor.rest();
   const recipe = recipeFor(context, strategy, typicalStep(spectra, start), Math.min(1, error));
@@ -363,7 +346,6 @@ function typicalStep(spectra: readonly Spectrum[], steps: Steps): number {
   return Math.exp(mean(logs));
 }
 
-/** Reads the spectra of all adapters. */
 async function survey(opened: Adapters): Promise<Spectrum[]> {
   const read = async (piece: SharedModule<Adapter>): Promise<Spectrum[]> => {
     const { stack } = await readStack(piece);
@@ -437,8 +419,8 @@ function figuresOf(given: PerTask, ids: readonly string[], who: string): Map<str
 
 /** Bases that groups of tasks share, and the steps that go with them. */
 interface Sharing {
-  /** Modules by name, without those that share nothing. */
-  readonly sides: ReadonlyMap<string, SharedSides>;
+  /** Modules by name, without those that share nothing; undefined where the strategy shares nothing. */
+  readonly sides?: ReadonlyMap<string, SharedSides>;
   /** Steps with which each task is expected to lose with them what it was to lose alone with those that were given. */
   readonly steps: Steps;
 }
@@ -459,11 +441,14 @@ const LEAST_SAVED = 0.01;
  * @param grows true: steps grow until tasks lose as much as they would lose alone
  */
 async function findSharing(
-  opened: Adapters,
+  { rows }: Strategy,
+  all: Adapters,
   spectra: readonly Spectrum[],
   steps: Steps,
   grows: boolean,
 ): Promise<Sharing> {
+  if (rows !== undefined) return { steps };
+  const opened = partOf(all, SHARING);
   const sides = new Map<string, SharedSides>();
   const unshared = new Map<string, number>();
   const gains = new Map<string, number>();
@@ -481,8 +466,8 @@ async function findSharing(
     for (const [task, { unshared, shared }] of found.losses) add(gains, task, unshared - shared);
   }
   const saved = sum(sides.values(), ({ saved }) => saved);
-  const all = sum(spectra, (spectrum) => expectedBits([spectrum], steps.get(spectrum.task)!));
-  if (saved < LEAST_SAVED * all) return { sides: new Map(), steps };
+  const bits = sum(spectra, (spectrum) => expectedBits([spectrum], steps.get(spectrum.task)!));
+  if (saved < LEAST_SAVED * bits) return { sides: new Map(), steps };
   const expected = [...steps].map(([task, step]): [string, number] => {
     const before = unshared.get(task) ?? 0;
     const gain = gains.get(task) ?? 0;

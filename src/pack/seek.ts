@@ -32,7 +32,6 @@ interface Fits<T> {
   /** Figures grow nearly by this power of steps; it is negative for those that fall. */
   readonly slope: number;
   figuresOf(made: T): readonly Figure[] | Promise<readonly Figure[]>;
-  /** Says that no step of a key fits. */
   refusal(key: string): Unreachable;
 }
 

@@ -1,6 +1,4 @@
-/**
- * An adapter as a task of a pack, encoded: its terms on the pack's bases, and what it changes whole.
- */
+/** An adapter as a task of a pack, encoded: its terms on the pack's bases, and what it changes whole. */
 import type { Adapter, SavedTensor } from "../adapters/adapter.ts";
 import { AdapterError } from "../errors.ts";
 import type { Factor, TaskUpdate } from "../extract/components.ts";
@@ -42,7 +40,6 @@ export async function stepsOf(adapters: readonly Adapter[], share: number): Prom
   return steps;
 }
 
-/** Widths of the tensors of a module's terms. */
 interface Widths {
   readonly in: number;
   readonly out: number;
@@ -92,23 +89,37 @@ export function narrowTerms(terms: readonly TermInput[], modules: readonly Width
   });
 }
 
-/** A task of a module, encoded, and what it loses. */
 export interface EncodedTask {
   readonly error: ModuleError;
   readonly term: Omit<TermInput, "module">;
 }
 
+/** @param module name of the module that the update is of */
 export function encodedTask(
   module: string,
-  update: TaskUpdate,
+  { id: task, rank, dtype, A, B, error, norm }: TaskUpdate,
   magnitude: Float32Array | undefined,
   adapter: Adapter,
 ): EncodedTask {
-  const { id: task, error, norm } = update;
-  return { error: { task, module, error, norm }, term: encodeTerm(module, update, magnitude, adapter) };
+  const what = `the DoRA magnitude of "${module}"`;
+  const vectored = magnitude && vector(magnitude, dtype, adapter, what, SCALE_DOWN);
+  const encoded = (term: EncodedTask["term"]): EncodedTask => {
+    return { error: { task, module, error, norm }, term: { ...term, magnitude: vectored } };
+  };
+  if (rank === 0) return encoded({ rank });
+  if (!A.coefficients && !B.coefficients)
+    return encoded({ rank: 0, privateTerms: { rank, dtype, A: A.residual!, Bt: B.residual! } });
+  const over = ({ basis, mean = false, coefficients }: Factor): TermInput["A"] =>
+    coefficients && { kind: "column", mean, basis, dtype, encoded: coefficients };
+  return encoded({
+    rank,
+    A: over(A),
+    B: over(B),
+    ownA: A.residual && { dtype, encoded: A.residual },
+    ownBt: B.residual && { dtype, encoded: B.residual },
+  });
 }
 
-/** The terms of tasks, and what they lose. */
 export interface Encoded {
   readonly terms: Map<Adapter, TermInput[]>;
   readonly errors: ModuleError[];
@@ -120,29 +131,6 @@ export function add({ terms, errors }: Encoded, module: number, owner: Adapter, 
   if (term.rank === 0 && !term.privateTerms && !term.magnitude) return;
   if (!terms.has(owner)) terms.set(owner, []);
   terms.get(owner)!.push({ module, ...term });
-}
-
-/** A term without its module. @param name of that */
-function encodeTerm(
-  name: string,
-  { rank, dtype, A, B }: TaskUpdate,
-  magnitude: Float32Array | undefined,
-  adapter: Adapter,
-): Omit<TermInput, "module"> {
-  const vectored = magnitude && vector(magnitude, dtype, adapter, `the DoRA magnitude of "${name}"`, SCALE_DOWN);
-  if (rank === 0) return { rank, magnitude: vectored };
-  if (!A.coefficients && !B.coefficients)
-    return { rank: 0, privateTerms: { rank, dtype, A: A.residual!, Bt: B.residual! }, magnitude: vectored };
-  const over = ({ basis, mean = false, coefficients: encoded }: Factor): TermInput["A"] =>
-    encoded && { kind: "column", mean, basis, dtype, encoded };
-  return {
-    rank,
-    A: over(A),
-    B: over(B),
-    ownA: A.residual && { dtype, encoded: A.residual },
-    ownBt: B.residual && { dtype, encoded: B.residual },
-    magnitude: vectored,
-  };
 }
 
 /**
@@ -215,7 +203,12 @@ async function encodeParameters(adapter: Adapter, { type, step }: HeadFormat): P
     const stored = storable(adapter, saved, () =>
       step === undefined
         ? { dtype: type, encoded: encodeTensor(type, values, rows, width) }
-        : encodeSteps(values, rows, width, Array<number>(rows).fill(step * rootMeanSquare(values))),
+        : encodeSteps(
+            values,
+            rows,
+            width,
+            Array<number>(rows).fill(step * Math.sqrt(mean(values, (value) => value ** 2))),
+          ),
     );
     parameters.push({ name, role, shape, indices, ...stored });
   }
@@ -233,10 +226,6 @@ function ascending(
   const sorted = new Float32Array(values.length);
   for (const [i, from] of order.entries()) sorted.set(values.subarray(from * width, (from + 1) * width), i * width);
   return { indices: order.map((i) => indices[i]!), values: sorted };
-}
-
-function rootMeanSquare(values: Float32Array): number {
-  return Math.sqrt(mean(values, (value) => value ** 2));
 }
 
 /** A vector: f16 where matrices are packed integers, since one scale for all of it would be coarse and save nothing. */

@@ -35,7 +35,6 @@ export interface Scratch {
   put(bytes: Uint8Array): Promise<() => Promise<Uint8Array>>;
 }
 
-/** Resources for making a pack. */
 interface Making {
   /** Codes tasks while the next ones are made. Default: they are coded here. */
   readonly extractor?: Extractor | undefined;
@@ -52,8 +51,8 @@ export async function newPack(
   const coding = basis.step !== undefined;
   let first = coding && tasks.length > 1 ? await tasks[0]!() : undefined;
   const header = first && headerOf(first);
-  const { description, bases } = encodeBasis({ producer: `eigenlora ${VERSION}`, ...basis, header });
-  const basisId = toHex(await sha256(description, bases));
+  const { description, bases, both } = encodeBasis({ producer: `eigenlora ${VERSION}`, ...basis, header });
+  const basisId = toHex(await sha256(both));
   const parsed =
     coding && atOnce(parseBasis(description, { coded: false, length: bases.length }, "the new pack")).basis;
   const coder = parsed && { modules: parsed.modules, description };
@@ -111,7 +110,7 @@ export async function* inOrder<T, R>(
 }
 
 /** All chunks, in memory. */
-export async function allOf(chunks: AsyncIterable<Uint8Array>): Promise<Uint8Array[]> {
+export async function allOf(chunks: Iterable<Uint8Array> | AsyncIterable<Uint8Array>): Promise<Uint8Array[]> {
   const all: Uint8Array[] = [];
   for await (const chunk of chunks) all.push(chunk);
   return all;
@@ -194,7 +193,6 @@ export function codedTask(task: TaskToWrite, { modules, description }: Basis): T
   return { entry, blob: coded ?? blob };
 }
 
-/** Tensors of a task's blob. */
 function tensorsOf({ entry, blob }: TaskToWrite, modules: readonly PackModule[]): TensorRef[] {
   const { terms, parameters } = atOnce(parseTask(blob, modules, entry.id, entry));
   return refsOf(taskTensors(terms, parameters, modules));

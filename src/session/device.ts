@@ -6,13 +6,14 @@
 /// <reference types="@webgpu/types" />
 
 import type { DeviceHandle } from "../backends/backend.ts";
-import { byteLengthOf, type CpuView, type DeviceTensor, type View, viewValues } from "../core/base.ts";
+import { byteLengthOf, type CpuView, type DeviceTensor, sameShape, type View, viewValues } from "../core/base.ts";
 import type { LoadedTasks, Selection } from "../core/selection.ts";
-import { BaseMismatchError } from "../errors.ts";
 import type { TaskInput } from "../onnx/inject.ts";
+import { outputAxis, partsOf } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import { fillWeightFile, type WeightFile, type WeightInput } from "../onnx/replaceable.ts";
+import type { WeightFile, WeightInput } from "../onnx/replaceable.ts";
 import { onnxHost } from "../onnx/weights.ts";
+import type { DataFile } from "../onnx/write.ts";
 import { elementsOf, sum } from "../tensor/dtypes.ts";
 import {
   type Active,
@@ -24,7 +25,7 @@ import {
   withFeeds,
 } from "./delivery.ts";
 import type { Engine, EngineGpu, EngineTensor, LoadedModel, Tensors } from "./engine.ts";
-import { foldingEvaluator, type InputValues, stackValues, type TaskEvaluator, toFeeds } from "./values.ts";
+import { foldingEvaluator, type InputValues, misfit, stackValues, type TaskEvaluator, toFeeds } from "./values.ts";
 
 type Placed = DeviceTensor & { buffer: GPUBuffer };
 
@@ -49,9 +50,7 @@ export async function deviceDelivery(
     await place(file, fed, device as GPUDevice, tensors);
     await file.close();
     const own = new Map([...tensors].map(([name, { buffer }]) => [name, buffer]));
-    const weights = Object.fromEntries(
-      fed.map(({ name, input, dtype, shape }) => [input, gpu.tensor(own.get(name)!, dtype, shape)]),
-    );
+    const weights = weightsIn(gpu, fed, (name) => own.get(name)!);
     const evaluator = await foldingEvaluator(parts.prepared, { base: tensors, backend: "webgpu", webgpu: { device } });
     opened = evaluator;
     const active = (task: Selection, values: InputValues): Active => {
@@ -71,13 +70,12 @@ export async function deviceDelivery(
         await gpu.exclusive(async () => {
           await evaluator.fold(tasks, signal);
           // A parameter of another shape has a buffer of its own, which no input can take.
-          const misfit = fed.find(({ name }) => tensors.get(name)?.buffer !== own.get(name));
-          if (!misfit) return;
-          const { name, shape } = misfit;
+          const other = fed.find(({ name }) => tensors.get(name)?.buffer !== own.get(name));
+          if (!other) return;
+          const { name, shape } = other;
           const found = tensors.get(name)?.shape ?? [];
           await evaluator.fold(before);
-          const message = `a task brings "${name}" of [${found.join(", ")}], the model's needs [${shape.join(", ")}]`;
-          throw new BaseMismatchError(message, { module: name, expected: shape, found });
+          throw misfit(name, found, shape);
         });
         before = tasks;
         return active(tasks.selection, inputs);
@@ -122,6 +120,12 @@ async function place(
   }
 }
 
+function weightsIn(gpu: EngineGpu, fed: readonly WeightInput[], bufferOf: (name: string) => GPUBuffer): Tensors {
+  return Object.fromEntries(
+    fed.map(({ name, input, dtype, shape }) => [input, gpu.tensor(bufferOf(name), dtype, shape)]),
+  );
+}
+
 /** A tiny run on the base's weights and one on zeros: a provider that does not read the buffers gives the same twice. */
 async function probeBuffers(
   parts: SessionParts,
@@ -131,12 +135,9 @@ async function probeBuffers(
   base: InputValues,
   device: GPUDevice,
 ): Promise<ProbeReport> {
-  const { engine } = parts;
   const largest = Math.max(...Object.values(weights).map(({ dims }) => dims.reduce((a, b) => a * b, 4)));
   const zeros = device.createBuffer({ label: "eigenlora zeros", size: roundUp16(largest), usage: USAGE });
-  const nothing = Object.fromEntries(
-    fed.map(({ input, dtype, shape }) => [input, engine.gpu!.tensor(zeros, dtype, shape)]),
-  );
+  const nothing = weightsIn(parts.engine.gpu!, fed, () => zeros);
   try {
     return await withFeeds(parts, model, (run) =>
       compareOutputs(parts, run, "whatever the weights", [base, weights], [base, nothing]),
@@ -223,7 +224,7 @@ export async function foldedDelivery(
   const make = async (tasks: LoadedTasks, signal?: AbortSignal): Promise<Active> => {
     const values = await evaluator.evaluate(tasks, signal);
     const changed = await evaluator.fold(tasks, signal);
-    const content = await fillWeightFile(weights, (name): View | Promise<View> => changed.get(name) ?? host.read(name));
+    const content = await contentOf(weights, (name): View | Promise<View> => changed.get(name) ?? host.read(name));
     // Tasks that bring heads alone change no weight.
     const files = content.data.byteLength > 0 ? [...detached.files, content] : detached.files;
     const model = await engine.load({ ...detached, files }, load);
@@ -250,4 +251,28 @@ export async function foldedDelivery(
     await close();
     throw error;
   }
+}
+
+/** Makes the content of the file of `value` for each parameter. @throws BaseMismatchError when one has another shape than the model's */
+async function contentOf(
+  { path, byteLength, places, pieces }: WeightFile,
+  value: (name: string) => View | Promise<View>,
+): Promise<DataFile> {
+  const data = new Uint8Array(byteLength);
+  for (const [name, place] of places) {
+    const view = await value(name);
+    if (!sameShape(view.shape, place.shape)) throw misfit(name, view.shape, place.shape);
+    data.set((view.data as Uint8Array).subarray(view.byteOffset, view.byteOffset + place.byteLength), place.offset);
+  }
+  const { copyPart } = pieces.length > 0 ? await import("../onnx/packed.ts") : {};
+  for (const piece of pieces) {
+    const view = await value(piece.name);
+    const own = { ...view, data: (view.data as Uint8Array).subarray(view.byteOffset) };
+    for (const { name, at, from, count } of partsOf(piece)) {
+      const { offset, shape, width } = places.get(name)!;
+      const target = { data: data.subarray(offset), shape, start: at };
+      copyPart!({ ...own, start: from }, target, outputAxis(piece), count, width);
+    }
+  }
+  return { path, data };
 }

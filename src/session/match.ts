@@ -223,10 +223,10 @@ export class ModelMatcher {
   async confirms(module: PackModule, parameter: OnnxParameter, bases: Uint8Array): Promise<boolean> {
     const weight = module.layout === "conv" ? asMatrix(parameter) : parameter;
     if (module.fingerprint === undefined || (weight.shape.length !== 2 && weight.dtype !== "other")) return false;
-    const { at, quantized } = await readLinearWeight(this.#file, weight, this.#options);
+    const at = await readLinearWeight(this.#file, weight, this.#options);
     const turned = parameter.layout === "embedding" || module.layout === "embedding";
     const value = turned ? (o: number, n: number): number => at(n, o) : at;
-    checkFingerprint(module, parameter.name, value, bases, quantized ? SAME_QUANTIZED : SAME_FLOAT);
+    checkFingerprint(module, parameter.name, value, bases, weight.dtype === "other" ? SAME_QUANTIZED : SAME_FLOAT);
     return true;
   }
 

@@ -164,14 +164,17 @@ interface Obstacle {
   readonly why: string;
 }
 
-/** A linear layer that tasks bring whole, and the pack's names of its parameters. */
+/** A linear layer that tasks bring whole, and its weight. */
 interface SavedHead {
   readonly layer: AdaptedHead;
-  readonly weight: string;
-  readonly bias: string | undefined;
   readonly parameter: OnnxParameter;
   /** Its parameters, where other tasks adapt it: an input takes the weight's place, and terms are added behind it. */
   readonly adapted: readonly OnnxParameter[] | undefined;
+}
+
+/** The pack's name of a head's bias; undefined where tasks bring none. */
+function biasName({ name, bias }: AdaptedHead): string | undefined {
+  return bias ? `${name}.bias` : undefined;
 }
 
 /** Parameters and modules that tasks bring in a role. */
@@ -221,14 +224,12 @@ export async function planSession(
   // An adapted weight is always folded: an input in its place would not get the terms of other tasks.
   const fed = isFolded ? heads.filter(({ adapted }) => !adapted) : heads;
   const { biases, rows, vectors } = singles;
+  const ofFed = new Set(fed.map(({ layer }) => biasName(layer)));
   // Folding leaves the biases that no weight of the model holds.
-  const biasNames = [
-    ...biases.map(({ name }) => name),
-    ...heads.map(({ adapted, bias = "" }) => (adapted ? bias : "")),
-  ];
+  const left = [...droppedBiases.values()].filter(({ name }) => !ofFed.has(name));
   const changes: GraphChanges = {
     ...(isFolded
-      ? { modules: [], biases: biasNames.flatMap((name) => droppedBiases.get(name) ?? []), rows: [], vectors: [] }
+      ? { modules: [], biases: left, rows: [], vectors: [] }
       : { modules: layers.map((layer) => withComponents(layer, choice.mode)), biases, rows, vectors }),
     heads: fed.map(({ layer }) => layer),
   };
@@ -274,7 +275,7 @@ export async function planSession(
       const elsewhere = places.some(({ site, end }) => site.bias === undefined && end === site.node);
       if (bias && !droppedBiases.has(bias) && elsewhere) continue;
       const layer = { name, in: shape[1], out: shape[0], bias: bias !== undefined, places };
-      heads.push({ layer, weight, bias, parameter, adapted: await adaptedParameters(name, bias, parameter) });
+      heads.push({ layer, parameter, adapted: await adaptedParameters(layer, parameter) });
     }
     const others = heads.filter(({ layer }) => modules.every(({ name }) => name !== layer.name));
     refuseShared(
@@ -285,11 +286,9 @@ export async function planSession(
   }
 
   /** The parameters of a head that other tasks adapt; undefined where none does. */
-  async function adaptedParameters(
-    name: string,
-    bias: string | undefined,
-    parameter: OnnxParameter,
-  ): Promise<OnnxParameter[] | undefined> {
+  async function adaptedParameters(layer: AdaptedHead, parameter: OnnxParameter): Promise<OnnxParameter[] | undefined> {
+    const { name } = layer;
+    const bias = biasName(layer);
     if (weights.every((weight) => weight.name !== parameter.name)) return undefined;
     const held = bias !== undefined && !droppedBiases.has(bias);
     const biases = held ? [await matcher.parameter(bias, "saved")] : [];
@@ -302,7 +301,7 @@ export async function planSession(
 
   /** Parameters that are neither terms nor heads, by how they can be added to; `parameters` are those that the model has. */
   async function singleParameters(heads: readonly SavedHead[]) {
-    const headNames = new Set(heads.flatMap(({ weight, bias }) => [weight, bias]));
+    const headNames = new Set(heads.flatMap(({ layer }) => [`${layer.name}.weight`, biasName(layer)]));
     const biases = new Map<string, AdaptedBias>();
     const rows = new Map<OnnxParameter, AdaptedRows | undefined>();
     const vectors: AdaptedVector[] = [];
@@ -458,7 +457,8 @@ export async function planSession(
     isFolded: boolean,
   ): Promise<Omit<BaseValues, "wanted" | "ignored">> {
     const heads = new Map<string, BaseHead>();
-    for (const { layer, bias, parameter, adapted } of fed) {
+    for (const { layer, parameter, adapted } of fed) {
+      const bias = biasName(layer);
       heads.set(layer.name, {
         weight: transpose(await matrixValues(parameter), layer.out, layer.in),
         bias: bias === undefined ? undefined : await vectorValues(bias, "saved", layer.out),
@@ -484,7 +484,7 @@ export async function planSession(
   async function matrixValues(parameter: OnnxParameter): Promise<Float32Array> {
     const weight = asMatrix(parameter);
     const [out, inputs] = matrixShape(weight)!;
-    const { at } = await readLinearWeight(file, weight, options);
+    const at = await readLinearWeight(file, weight, options);
     return Float32Array.from({ length: out * inputs }, (_, i) => at(Math.floor(i / inputs), i % inputs));
   }
 }

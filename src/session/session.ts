@@ -103,7 +103,7 @@ export async function sessionOn<T extends SessionTypes>(
     const training = await learning?.addTraining(engine, file, prepared, trainable);
     const { folded } = prepared;
     const supplied = folded && "places" in folded ? [folded.path] : [];
-    const detached = await detachWeights(file, prepared.initializers, { ...options, supplied });
+    const detached = await detachWeights(file, { ...options, supplied });
     const { load, idle, graph } = training ?? { load: {}, idle: {} };
     const parts: SessionParts = { engine, prepared, detached, load, idle, probe: options.probe };
     const delivery = await deliveryOf(parts, file, bases.bytes);
@@ -239,7 +239,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
     const feedsOfRows = typeof probe === "object" ? () => undefined : prepared.feedsOfRows;
     this.#rowModel = { engine, inputs, outputNames, idle, forms, sharesRanges, feedsOfRows };
     this.#short = new Set([...feeds].flatMap(([name, { data }]) => (data instanceof Int32Array ? name : [])));
-    this.#components = sum(prepared.initializers, ({ data }) => data.byteLength);
+    this.#components = prepared.componentBytes;
     this.trainable = graph && this.#lend(graph, prepared.feeds);
   }
 

@@ -408,7 +408,12 @@ function rowsOf(name: string, rows: readonly TaskRows[], width: number): InputVa
   return { dims: [count, width + 1], data };
 }
 
-function misfit(name: string, found: readonly number[], expected: readonly (string | number)[]): BaseMismatchError {
+/** The error for a parameter of another shape than the model's. */
+export function misfit(
+  name: string,
+  found: readonly number[],
+  expected: readonly (string | number)[],
+): BaseMismatchError {
   const message = `a task brings "${name}" of [${found.join(", ")}], the model's needs [${expected.join(", ")}]`;
   return new BaseMismatchError(message, { module: name, expected, found });
 }

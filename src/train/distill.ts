@@ -8,7 +8,7 @@ import { type Adapter, checkAdapter } from "../adapters/adapter.ts";
 import { checkOptions } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
-import { TaskError } from "../errors.ts";
+import { FormatError, TaskError } from "../errors.ts";
 import { type BySide, gauged, memberPair, openModule, type Subspace } from "../extract/components.ts";
 import { addScaled, backwardSolve, centred, cholesky, dot, forwardSolve } from "../extract/linalg.ts";
 import { fastProducts } from "../extract/wasm-products.ts";
@@ -22,6 +22,7 @@ import type { AbortOptions } from "../source.ts";
 import { isQuantized, sum } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import { uniform } from "../tensor/random.ts";
+import { fromBase64, toBase64 } from "../text.ts";
 import {
   adapterWeights,
   BATCH,
@@ -233,7 +234,6 @@ export async function distilTask(
   return { id, file, ...figures, steps: taken, kept: better ? "distilled" : "projected" };
 }
 
-/** A task that is distilled, and the answers that it is judged by. */
 interface Student {
   readonly trainer: Trainer;
   readonly holdout: readonly Row[];
@@ -304,7 +304,6 @@ function featureWeight(rows: readonly Row[]): number {
   return variance > ALIKE * size ? FEATURES / variance : 0;
 }
 
-/** Learning rates of `fit`. @param divergence when the steps begin */
 function ratesOf(
   kind: "labels" | "tokens",
   divergence: number,
@@ -377,6 +376,40 @@ function trainableHead(pack: Pack, id: string, { terms, parameters }: TaskBlob):
   const bare = head.find((module) => !saved.some(({ name }) => name === `${module}.bias`));
   if (bare !== undefined) throw refuse(`its head "${bare}" has no bias`);
   return head;
+}
+
+// Outcomes that are kept, so that a call which was stopped goes on.
+
+/** Finished outcomes as JSON, by key. */
+export interface FinishedOutcomes {
+  /** @returns undefined for what was never written */
+  read(key: string): Promise<string | undefined>;
+  write(key: string, json: string): Promise<void>;
+  /** Names an entry in messages: the path of its file. Default: the key. */
+  nameOf?(key: string): string;
+}
+
+/** Outcome of a task, with its task file. */
+type Kept = Pick<Distilled, "id" | "file"> & { readonly kept: string };
+
+export function finishedText({ file, ...figures }: Kept): string {
+  return JSON.stringify({ ...figures, file: toBase64(file) });
+}
+
+/** Reads an outcome that `finishedText` wrote; undefined where there is none. @throws FormatError where it is damaged */
+export async function readFinished<T extends Kept>(finished: FinishedOutcomes, key: string): Promise<T | undefined> {
+  const json = await finished.read(key);
+  if (json === undefined) return undefined;
+  const name = finished.nameOf?.(key) ?? key;
+  try {
+    const { file, ...figures } = JSON.parse(json) as Omit<T, "file"> & { readonly file: string };
+    const task = fromBase64(file);
+    if (parseTaskFile(task, name).id !== figures.id) throw new TypeError("it is of another task");
+    return { ...figures, file: task } as unknown as T;
+  } catch (cause) {
+    const message = `is damaged: delete it, and the task is distilled again (${(cause as Error).message})`;
+    throw new FormatError(message, { file: name, part: "finished task", cause });
+  }
 }
 
 // Solves for the coefficients from which distilling begins. A pack's own coefficients minimise the error of ΔW; these minimise the change
@@ -472,7 +505,7 @@ async function problemsOf(
     for (const { module: index, rank, privateRank, A, B, ownA, ownBt } of terms) {
       const stored = pack.modules[index]!;
       const module = adapter.modules.get(stored.name);
-      if (!A || !B || stored.A[A.basis]!.kind === "flat" || ownA || ownBt || privateRank > 0 || !module) continue;
+      if (!A || !B || ownA || ownBt || privateRank > 0 || !module) continue;
       const shared = { ...stored, A: [stored.A[A.basis]!], B: [stored.B[B.basis]!] };
       const space = openModule(storedModule(shared, bases.bytes, adapter), products);
       const { rank: most, step } = pack.directory.basis;

@@ -5,13 +5,12 @@
 
 export type { BatchFeeds, Encode, EncodeHow, PlainTokenizer, Tokenizer } from "../session/tokens.ts";
 export type { TaskDtypes } from "../tensor/dtypes.ts";
-export { type Distilled, type DistillOptions, distill } from "./distill.ts";
+export { type Distilled, type DistillOptions, distill, type FinishedOutcomes } from "./distill.ts";
 export type { ObjectiveOptions } from "./objective.ts";
 export {
   type AnsweringTask,
   type ByAnswersOptions,
   type ByAnswersReport,
-  type FinishedOutcomes,
   packByAnswers,
   tasksByAnswers,
 } from "./pack-by-answers.ts";
@@ -19,11 +18,11 @@ export type { Questions, TeachOptions } from "./questions.ts";
 export type { OptimizerOptions } from "./state.ts";
 export type { LearnedTaskOptions, TaskFileOptions } from "./stored-task.ts";
 export type { Example, Message, Score, SequenceOptions, Unlabelled } from "./supervision.ts";
-export type { Start } from "./trainer.ts";
 export {
   type CreateTrainerOptions,
   createTrainer,
   type FitOptions,
+  type Start,
   Trainer,
   type TrainingStep,
 } from "./trainer.ts";

@@ -11,7 +11,7 @@ import type { WeightHost } from "../core/base.ts";
 import { renamedHost } from "../core/open-base.ts";
 import { openPack, type Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
-import { AdapterError, BackendError, BaseMismatchError, FormatError, TaskError } from "../errors.ts";
+import { AdapterError, BackendError, BaseMismatchError, TaskError } from "../errors.ts";
 import { encodeTaskFile, placeOf, type TaskToWrite } from "../format/encode.ts";
 import { readModel } from "../onnx/read.ts";
 import { onnxHost } from "../onnx/weights.ts";
@@ -27,9 +27,8 @@ import { allOf, freshPack, storedTask } from "../pack/write.ts";
 import type { Engine } from "../session/engine.ts";
 import { createSession, type Session } from "../session/session.ts";
 import type { SourceInput } from "../source.ts";
-import { fromBase64, toBase64 } from "../text.ts";
 import type { OnWork } from "../work.ts";
-import { distillable, distilTask } from "./distill.ts";
+import { distillable, distilTask, type FinishedOutcomes, finishedText, readFinished } from "./distill.ts";
 import { answers } from "./objective.ts";
 import {
   adapterWeights,
@@ -68,15 +67,6 @@ export interface ByAnswersOptions
   readonly onProgress?: OnWork | undefined;
   /** Where outcomes are kept, so that a call that was stopped goes on: by a key of all that they depend on but the model and questions. */
   readonly finished?: FinishedOutcomes | undefined;
-}
-
-/** Finished outcomes as JSON, by key. */
-export interface FinishedOutcomes {
-  /** @returns undefined for what was never written */
-  read(key: string): Promise<string | undefined>;
-  write(key: string, json: string): Promise<void>;
-  /** Names an entry in messages: the path of its file. Default: the key. */
-  nameOf?(key: string): string;
 }
 
 /** Outcome of a task. */
@@ -218,7 +208,6 @@ const CLOSER = [0.45, 0.3, 0.2, DEFAULT_ERROR] as const;
  */
 const DEFAULT_AGREEMENT = { labels: 0.96, answers: 0.98, texts: 0.99 };
 
-/** A task that is to be distilled. */
 interface Attempt {
   readonly level: Open;
   readonly adapter: Adapter;
@@ -254,7 +243,6 @@ class Answering {
     return this.#options.signal?.aborted === true;
   }
 
-  /** True once no further task may begin. */
   get late(): boolean {
     return this.#isAborted || performance.now() > this.#until;
   }
@@ -325,7 +313,7 @@ class Answering {
     const { id, file, byteLength, metadata } = adapter;
     const asked = { agreement, bytes, seed, end, decoderStart };
     const key = JSON.stringify([level.pack.basisId, id, file, byteLength, metadata, steps, differ, asked]);
-    let outcome = this.#outcomes.get(key) ?? outcomeOf(await finished?.read(key), finished?.nameOf?.(key) ?? key);
+    let outcome = this.#outcomes.get(key) ?? (finished && (await readFinished<Outcome>(finished, key)));
     if (!outcome) {
       if (this.late) return this.#undistilled(level, adapter);
       try {
@@ -341,7 +329,7 @@ class Answering {
         this.#refused.set(id, reason);
         return { ...(await this.#undistilled(level, adapter)), reason };
       }
-      await finished?.write(key, written(outcome));
+      await finished?.write(key, finishedText(outcome));
     }
     this.#outcomes.set(key, outcome);
     return outcome;
@@ -379,7 +367,6 @@ class Answering {
     return { ...made, agreement };
   }
 
-  /** The agreement of a task file with its adapter. */
   async #agreement(level: Open, adapter: Adapter, file: Uint8Array<ArrayBuffer>): Promise<number> {
     const { pack, session } = level;
     const { task, outputs } = await this.#teach(level, adapter);
@@ -421,28 +408,6 @@ function asStored({ basisId }: Pack, { entry, blob }: TaskToWrite): Outcome {
   return { id: entry.id, file, bytes: blob.length, agreement: undefined, kept: "undistilled" };
 }
 
-function written({ file, ...outcome }: Outcome): string {
-  return JSON.stringify({ ...outcome, file: toBase64(file) });
-}
-
-/** @param name for messages @throws FormatError where it is damaged */
-function outcomeOf(json: string | undefined, name: string): Outcome | undefined {
-  if (json === undefined) return undefined;
-  try {
-    const { file, ...outcome } = JSON.parse(json) as Omit<Outcome, "file"> & { readonly file: string };
-    const { id, bytes, agreement = 0, kept } = outcome;
-    const known = ["projected", "distilled", "closer", "undistilled"].includes(kept);
-    if (typeof id !== "string" || !known || !Number.isFinite(bytes) || !Number.isFinite(agreement))
-      throw new TypeError("it is not what packByAnswers writes");
-    const task = fromBase64(file);
-    parseTaskFile(task, name);
-    return { ...outcome, file: task };
-  } catch (cause) {
-    const message = `is damaged: delete it, and the task is distilled again (${(cause as Error).message})`;
-    throw new FormatError(message, { file: name, part: "finished task", cause });
-  }
-}
-
 // Packs that tasks are distilled in, from few bytes to many: with components of all tasks, or without.
 
 /** Fewer tasks than this share too little for components of all. */
@@ -454,11 +419,8 @@ const STEP_SIZES = [0.28, 0.2, 0.14, 0.1, 0.07, 0.05, 0.035, 0.025, 0.018];
 /** Shares of ΔW that tasks without such components may lose. */
 const ERROR_SIZES = [0.8, 0.6, 0.45, 0.34, 0.25, DEFAULT_ERROR, 0.1, 0.07, 0.05, 0.035, 0.025];
 
-/** Packs of one kind, by size: a step, or a share of ΔW that may be lost. */
 interface Kind {
-  /** Sizes from few bytes to many. */
   readonly sizes: readonly number[];
-  /** The size that is tried first. */
   readonly first: number;
   make(size: number): Promise<Built>;
 }
@@ -559,7 +521,6 @@ class Making {
     };
   }
 
-  /** Names the templates that ask nothing, where questions are synthetic. */
   #unusedTemplates(): string[] {
     const { adapters, texts, examples } = this.#options;
     if (texts || examples || !asksTokens(this.#level!.session)) return [];

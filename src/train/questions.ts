@@ -176,7 +176,6 @@ interface Teacher extends AbortOptions {
   readonly supervision: Supervision;
 }
 
-/** Rows with the teacher's answers as the wanted ones, by question. */
 async function ask({ weights, ...teacher }: Teacher, rows: readonly Row[]): Promise<Map<Row, Row>> {
   const { distribution } = teacher.supervision;
   const asked = new Map<Row, Row>();
@@ -246,7 +245,6 @@ const CLOSEST = 12;
 const AT_RANDOM = 0.2;
 const ROUNDS = 8;
 
-/** Makes questions for an adapter, with its answers. */
 async function syntheticQuestions(
   teacher: Teacher,
   metadata: TaskMetadata,
@@ -299,7 +297,6 @@ interface Vocabulary {
 interface Words {
   /** Whole words of the vocabulary, by number: vocabularies are made from frequent words to rare ones. */
   readonly all: readonly string[];
-  /** Words of names. */
   readonly names: readonly string[];
 }
 
@@ -385,11 +382,9 @@ function lengthOf(random: () => number): number {
 const MOST_INPUT = 6;
 /** The share of such words that are numbers. */
 const NUMBERS = 0.1;
-/** Most digits of a number. */
 const DIGITS = 4;
 /** The share of lines that the model does not go on from, where no template is known. */
 const ALONE = 0.5;
-/** Words of a line that it goes on from. */
 const BEGUN = 4;
 /** Tokens that it says at most. Twice as many take three times as long. */
 const SAID = 8;
@@ -397,7 +392,6 @@ const SAID = 8;
 /** Rows of texts, asked at every token but the first. */
 type RowsOf = (texts: readonly string[]) => Promise<readonly Row[]>;
 
-/** Makes questions, with the positions that are asked. */
 async function tokenQuestions(
   teacher: Teacher,
   metadata: TaskMetadata,

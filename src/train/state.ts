@@ -1,6 +1,4 @@
-/**
- * The trained numbers as one vector, and its optimizer.
- */
+/** The trained numbers as one vector, and its optimizer. */
 
 import type { TrainedTerms } from "./trained-terms.ts";
 
@@ -88,14 +86,12 @@ const BETA2 = 0.999;
 const EPSILON = 1e-8;
 
 interface ParameterGroup {
-  /** Changed by each step. */
   readonly values: Float32Array;
   /** Learning rate at the top of the schedule. */
   readonly rate: number;
 }
 
 interface StepReport {
-  /** Norm of the gradient before clipping. */
   readonly norm: number;
   /** False when the gradient was not finite. Then nothing has changed, not even the count of steps. */
   readonly applied: boolean;

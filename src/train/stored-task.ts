@@ -17,7 +17,6 @@ import {
 import { bringsOf, encodedTensor, misfitLabels, type TaskBlob, type TaskMetadata } from "../format/format.ts";
 import { atOnce } from "../pace.ts";
 import { narrowTerms } from "../pack/tasks.ts";
-import { storedTask } from "../pack/write.ts";
 import { BITS, type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
 import { decodeScales, encodeTensor, toInteger } from "../tensor/encode.ts";
 import type { Term } from "../tensor/term.ts";
@@ -41,12 +40,6 @@ export interface TaskFileOptions {
 export interface LearnedTaskOptions extends TaskFileOptions {
   /** Share of its ΔW that the task may lose, in a pack with a step where no `dtype` is given. Default: 0.3. */
   readonly error?: number | undefined;
-}
-
-/** Writes a task as a file of its own (SPEC.md, section 7), coded if the pack's tasks are, so that adding it keeps its bytes. */
-export function taskFile(pack: Pack, task: TaskToWrite): Uint8Array<ArrayBuffer> {
-  const { entry, blob } = storedTask(pack, task);
-  return encodeTaskFile(entry, pack.basisId, blob);
 }
 
 /**
@@ -81,7 +74,7 @@ export function learnedTask(
     const over = (side: "A" | "B"): TermInput["A"] => {
       const basis = shared?.[side];
       const alpha = of(`alpha${side}`);
-      return basis && alpha && { ...alpha, kind: basis.kind, mean: basis.mean, basis: basis.index };
+      return basis && alpha && { ...alpha, kind: "column", mean: basis.mean, basis: basis.index };
     };
     terms.push({
       module,
@@ -105,7 +98,6 @@ export function learnedTask(
   return { entry: { id, adapterBytes: 0, metadata, brings }, blob };
 }
 
-/** The parameters of a layer of the head. */
 function savedLayer(
   { layer, weight, bias }: ReturnType<typeof layersOf>[number],
   dtype: Dtype,
@@ -136,13 +128,11 @@ function tensor(
 
 /** The step of every number that a task stores as an integer. */
 export interface TaskSteps {
-  /** Steps of the parameters. */
   readonly parameters: Float32Array<ArrayBuffer>;
   /** Steps of the weight of each layer of the head; undefined for weights in another number format. */
   readonly head: readonly (LayerSteps | undefined)[];
 }
 
-/** The steps of a head's layer. */
 interface LayerSteps {
   readonly weight: Float32Array<ArrayBuffer>;
   /** Largest integer of the weight's number format. */
@@ -204,11 +194,9 @@ export function rowsOf(steps: Float32Array, rows: number): Float32Array {
 // A learned task as a pack with a step stores its tasks: brought into it as an adapter that is added, over what others share and with rows
 // of its own, in integers of as many bits as they are worth.
 
-/** A task as it was learned. */
 interface Learned {
   readonly id: string;
   readonly metadata: TaskMetadata;
-  /** Factors by module name. */
   readonly terms: ReadonlyMap<string, Term>;
   readonly head: ReturnType<typeof layersOf>;
 }

@@ -14,7 +14,6 @@ import { shuffle } from "../tensor/random.ts";
 
 /** Targets for the logits of one run, in the form that the training graph takes: rows sum to their weight. */
 export interface Targets {
-  /** Values [rows, width]. */
   readonly values: Float32Array<ArrayBuffer>;
   /** Rows of logits: one for each text, or for each position that is asked. */
   readonly rows: number;
@@ -25,9 +24,7 @@ export interface Targets {
 
 /** Wanted inputs of the head's last layer. */
 export interface Features {
-  /** Values [rows, width]. */
   readonly values: readonly Float32Array[];
-  /** Weight in the loss of half the squared distance of a row. */
   readonly weight: number;
 }
 
@@ -73,7 +70,6 @@ export interface SequenceOptions {
   readonly decoderStart?: number | undefined;
 }
 
-/** Options of a supervision. */
 interface SupervisionOptions extends SequenceOptions {
   readonly encode?: Tokenizer | undefined;
   /** Class names of texts, or of words; none for language models. */
@@ -111,7 +107,6 @@ export function labelSupervision(
       short.has(name) ? { ...feed, type: "int32", data: Int32Array.from(feed.data as BigInt64Array, Number) } : feed;
     return Object.fromEntries(feeds.map((entry) => [entry[0], given(entry)]));
   };
-  /** Numbers of tokens, by text. */
   const known = new Map<string, number>();
   return {
     tokens: false,
@@ -284,7 +279,7 @@ export interface Message {
 /**
  * One training example. `Feeds` are a runtime's inputs for it, a batch of one.
  *
- * - Models that give a row of logits for each text: `text` or `feeds`, with a `label` or a `target`.
+ * - Models that give a row of logits for each text: `text` or `feeds`, with a `label`.
  * - Language models: `prompt` and `completion`; or `messages`; or `text`, with every token learned; or `feeds` and `classes`.
  * - Models that label tokens: `words` and `labels`; or `feeds` and `classes`.
  */
@@ -307,8 +302,6 @@ export interface Example {
   readonly feeds?: BatchFeeds | undefined;
   /** A label by name, or its number. */
   readonly label?: string | number | undefined;
-  /** Probability of each label, for instance another model's answer, instead of a label. */
-  readonly target?: ArrayLike<number> | undefined;
   /** Weight in the loss. Default: 1. */
   readonly weight?: number | undefined;
 }
@@ -348,17 +341,15 @@ function checkWeight(weight: number, at: string): void {
 /**
  * Checks examples of a classifier.
  * @param encodes true where texts can be encoded
- * @throws RangeError for an unknown label, invalid probabilities, one label only, an empty text, an invalid weight
- * @throws TypeError for an example without text or feeds, or without label or target, and for texts where nothing encodes them
+ * @throws RangeError for an unknown label, one label only, an empty text, an invalid weight
+ * @throws TypeError for an example without text or feeds, or without a label, and for texts where nothing encodes them
  */
 function checkExamples(examples: readonly Example[], labels: readonly string[], encodes: boolean): Row[] {
   checkList("fit", examples, "examples");
-  const rows = examples.map(({ text, feeds, label, target, weight = 1 }, i): Row => {
+  const rows = examples.map(({ text, feeds, label, weight = 1 }, i): Row => {
     const at = `example ${i}`;
-    if ((label === undefined) === (target === undefined))
-      throw new TypeError(`${at}: expected a label or a target, got ${target ? "both" : "neither"}`);
-    if (target) checkTarget(target, labels.length, at);
-    const number = target ? largest(target) : typeof label === "number" ? label : labels.indexOf(label!);
+    if (label === undefined) throw new TypeError(`${at}: has no label`);
+    const number = typeof label === "number" ? label : labels.indexOf(label);
     if (labels[number] === undefined) {
       const [close] = nearest(label as string, labels);
       const advice = close === undefined ? `they are ${labels.join(", ")}` : `did you mean ${close}?`;
@@ -368,27 +359,15 @@ function checkExamples(examples: readonly Example[], labels: readonly string[], 
     if (feeds === undefined && text!.trim() === "") throw new RangeError(`${at}: its text is empty`);
     if (feeds === undefined && !encodes) throw new TypeError(`${at}: is a text, and the trainer has no \`encode\``);
     checkWeight(weight, at);
-    const probabilities = target ?? labels.map((_, i) => Number(i === number));
+    const probabilities = labels.map((_, i) => Number(i === number));
     return { text: feeds === undefined ? text : undefined, feeds, wanted: [{ probabilities }], weight };
   });
   const seen = new Set(rows.flatMap(({ wanted, weight }) => (weight > 0 ? likeliest(wanted[0]!) : [])));
-  // Targets differ between texts even where one label is the most probable in all of them.
-  if (seen.size < 2 && !examples.some(({ target, weight = 1 }) => target && weight > 0)) {
+  if (seen.size < 2) {
     const which = seen.size === 0 ? "no label" : `one label only, "${labels[[...seen][0]!]}"`;
     throw new RangeError(`the ${rows.length} examples have ${which}; at least two labels are needed`);
   }
   return rows;
-}
-
-function checkTarget(target: ArrayLike<number>, labels: number, at: string): void {
-  if (target.length !== labels)
-    throw new RangeError(`${at}: its target has ${target.length} probabilities, there are ${labels} labels`);
-  const values = Array.from(target);
-  const bad = values.find((value) => !(value >= 0 && value < Infinity));
-  if (bad !== undefined) throw new RangeError(`${at}: its target has the probability ${bad}, expected numbers ≥ 0`);
-  const total = sum(values);
-  if (Math.abs(total - 1) > 1e-3)
-    throw new RangeError(`${at}: the probabilities of its target sum to ${total}, expected 1`);
 }
 
 /**
@@ -495,7 +474,6 @@ function sequenceReader(options: SupervisionOptions, names: readonly string[]) {
     return nextTokens(ids, before.length);
   }
 
-  /** The last message is learned. */
   async function chat(messages: readonly Message[], at: string): Promise<Sequence> {
     const { apply_chat_template: template } = (tokenizer ?? {}) as Templated;
     if (!template)
@@ -515,7 +493,6 @@ function sequenceReader(options: SupervisionOptions, names: readonly string[]) {
     return answer(prompt, cut < prompt.length ? whole : whole.slice(0, cut + end.length), false, at);
   }
 
-  /** The label of each word's first token is learned. */
   async function labelled({ words = [], labels = [] }: Example, at: string): Promise<Sequence> {
     if (words.length === 0 || words.length !== labels.length)
       throw new RangeError(`${at}: has ${words.length} words and ${labels.length} labels, expected one for each word`);
@@ -582,7 +559,6 @@ export function certain(id: number): Distribution {
   return { probabilities: [1], classes: [id] };
 }
 
-/** Takes the classes of feeds as the wanted answers. */
 function classified(classes: ArrayLike<number> | undefined, at: string): Sequence {
   const ids = Array.from(classes ?? []);
   const places = ids.flatMap((value, i) => (value >= 0 ? [i] : []));
@@ -722,7 +698,6 @@ export interface Distribution {
   readonly classes?: ArrayLike<number> | undefined;
 }
 
-/** log Σ exp(logits). */
 function logSumExp(logits: Float32Array): number {
   let top = -Infinity;
   for (let i = 0; i < logits.length; i++) top = Math.max(top, logits[i]!);
@@ -773,7 +748,6 @@ export function divergence({ probabilities, classes }: Distribution, logits: Flo
   return sum;
 }
 
-/** The largest probability less the second. */
 function marginOf(probabilities: ArrayLike<number>): number {
   const [first = 0, second = 0] = Array.from(probabilities).sort((a, b) => b - a);
   return first - second;

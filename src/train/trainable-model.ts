@@ -22,12 +22,6 @@ export interface TaskWeights {
   readonly bias: Float32Array<ArrayBuffer>;
 }
 
-interface LossAndGradients {
-  readonly loss: number;
-  /** Gradients, in the shapes of the weights. */
-  readonly gradients: TaskWeights;
-}
-
 /** A model that can be trained. `Feeds` are one batch of its inputs. */
 export interface TrainableModel {
   /** Layers that are trained whole, the one with the labels last; empty where the model's own outputs are the logits. */
@@ -37,12 +31,16 @@ export interface TrainableModel {
    * @param features true: `featuresOf` the head follow the logits of each row
    */
   answer(batch: BatchFeeds, weights: TaskWeights, features?: boolean): Promise<Float32Array>;
-  step(batch: BatchFeeds, weights: TaskWeights, targets: Targets): Promise<LossAndGradients>;
+  /** Gradients are in the shapes of the weights. */
+  step(
+    batch: BatchFeeds,
+    weights: TaskWeights,
+    targets: Targets,
+  ): Promise<{ readonly loss: number; readonly gradients: TaskWeights }>;
 }
 
 type Floats = Float32Array<ArrayBuffer>;
 
-/** A layer of a head as the session has it. */
 type HeadInputs = Pick<HeadLayer, "module" | "in" | "weight" | "bias"> & {
   /** Undefined for the layer with a row for each label. */
   readonly out: number | undefined;

@@ -3,7 +3,6 @@
  * private terms. They become the terms that a model is fed with, and gradients of terms become gradients of the numbers. One side of a module, whose rows are d wide (A: d = in; B: d = out, its rows are those of Bt):
  *
  *     column    row_i = mean + Σ_k alpha[i, k] · E[k]                      alpha [rank, K], E [K, d]
- *     flat      all rows in one = mean + Σ_k alpha[k] · E[k]               alpha [1, K], E [K, rank·d]
  *     own       row_i + own[i], or own[i] where there are no components    [rank, d]
  *     private   row_i is trained itself                                    [q, d], below the others
  *
@@ -28,12 +27,10 @@ import { FACTORS, type Term } from "../tensor/term.ts";
 export interface SharedBasis {
   /** Which of the side's bases it is. */
   readonly index: number;
-  readonly kind: Side["kind"];
   readonly K: number;
   /** Components E [K, width], then the mean as one more row where there is one. */
   readonly values: Float32Array;
   readonly mean: boolean;
-  /** Width of a row: d, or rank·d for flat components. */
   readonly width: number;
 }
 
@@ -62,7 +59,6 @@ export interface TrainedParameter {
   readonly module: string;
   readonly kind: `${"alpha" | "own" | "private"}${SideName}`;
   readonly dims: readonly [rows: number, columns: number];
-  /** Index of its first element. */
   readonly offset: number;
 }
 
@@ -73,7 +69,6 @@ type Values = Float32Array<ArrayBuffer>;
 export class TrainedTerms {
   readonly modules: readonly TrainedModule[];
   readonly parameters: readonly TrainedParameter[];
-  /** Total count of numbers. */
   readonly size: number;
   readonly #at = new Map<string, TrainedParameter>();
 
@@ -88,8 +83,7 @@ export class TrainedTerms {
       const widths = { A: inputs, B: out };
       for (const side of SIDES) {
         const basis = shared?.[side];
-        // Flat components have one row of coefficients for all rows.
-        if (basis) add(name, `alpha${side}`, basis.kind === "flat" ? 1 : shared!.rank, basis.K);
+        if (basis) add(name, `alpha${side}`, shared.rank, basis.K);
       }
       for (const side of SIDES) if (shared?.own[side]) add(name, `own${side}`, shared.rank, widths[side]);
       for (const side of privateRank > 0 ? SIDES : []) add(name, `private${side}`, privateRank, widths[side]);
@@ -126,13 +120,7 @@ export class TrainedTerms {
         const rows = new Float32Array(rank * d);
         const basis = shared?.[which];
         // Even without components there are rows, made of the mean alone.
-        if (basis)
-          expandRows(
-            basis,
-            this.parameter(name, `alpha${which}`)!.dims[0],
-            this.part(values, name, `alpha${which}`)!,
-            rows,
-          );
+        if (basis) expandRows(basis, shared.rank, this.part(values, name, `alpha${which}`)!, rows);
         const own = this.part(values, name, `own${which}`) ?? [];
         for (let i = 0; i < own.length; i++) rows[i]! += own[i]!;
         const residual = this.part(values, name, `private${which}`);
@@ -144,7 +132,6 @@ export class TrainedTerms {
     return new Map(terms);
   }
 
-  /** Turns gradients of terms into gradients of all parameters. */
   pullBack(terms: ReadonlyMap<string, Term>): Values {
     const gradients = new Float32Array(this.size);
     for (const { name, shared } of this.modules) {
@@ -203,8 +190,9 @@ export function storingTrained<T>(what: string, encode: () => T): T {
 /**
  * Reads what the rows of a module are made of; undefined where there are no components to take coefficients of.
  * @param bases of the pack, as `pack.bases()` gives them
- * @param rank of the rows; flat components have a rank of their own
+ * @param rank of the rows
  * @param own the term of the task that is followed, which says how it takes each side. Default: components of both sides
+ * @throws RangeError for components of whole factors
  */
 export function sharedRows(
   module: PackModule,
@@ -215,7 +203,9 @@ export function sharedRows(
   const read = (sides: readonly Side[], index: number | undefined): SharedBasis | undefined => {
     if (index === undefined) return undefined;
     const { kind, K, mean, tensor } = sides[index]!;
-    return { index, kind, K, mean, width: tensor.width, values: readTensor(bases, tensor) };
+    if (kind === "flat")
+      throw new RangeError(`"${module.name}" has components of whole factors (flat), which cannot be trained`);
+    return { index, K, mean, width: tensor.width, values: readTensor(bases, tensor) };
   };
   if (own) {
     if (own.rank === 0) return undefined;
@@ -225,7 +215,7 @@ export function sharedRows(
   const { A, B } = sharedBases(module) ?? {};
   if (!A || !B || A.K === 0 || B.K === 0) return undefined;
   const none = { A: false, B: false };
-  return { rank: A.rank ?? rank, A: read(module.A, 0), B: read(module.B, 0), own: none };
+  return { rank, A: read(module.A, 0), B: read(module.B, 0), own: none };
 }
 
 export function tensorOf(

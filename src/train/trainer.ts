@@ -9,8 +9,10 @@ import { parseTaskFile } from "../core/task-file.ts";
 import { TaskError } from "../errors.ts";
 import { plainTask } from "../format/coded.ts";
 import { parseTask } from "../format/directory.ts";
+import { encodeTaskFile } from "../format/encode.ts";
 import { moduleOf, readTensor, type TaskBlob, type TaskMetadata } from "../format/format.ts";
 import { paced, pacer, throwIfAborted } from "../pace.ts";
+import { storedTask } from "../pack/write.ts";
 import type { OnProgress } from "../progress.ts";
 import type { Session } from "../session/session.ts";
 import { checkTokenizer, type Tokenizer } from "../session/tokens.ts";
@@ -48,7 +50,6 @@ import {
   stepsOf,
   type TaskFileOptions,
   type TaskSteps,
-  taskFile,
 } from "./stored-task.ts";
 import {
   type Example,
@@ -108,7 +109,6 @@ export interface TrainingStep {
   readonly holdout?: Score;
 }
 
-/** Steps that "auto" compares two starts with. */
 const TRIAL_STEPS = 6;
 
 /** Factor by which a loss may exceed the first one before training counts as diverged. */
@@ -347,7 +347,9 @@ export class Trainer {
   taskFile(options: TaskFileOptions & Stepped): Uint8Array<ArrayBuffer> {
     const { pack, terms, model } = this.#setup;
     const named = { ...options, metadata: this.#metadata(options) };
-    return taskFile(pack, learnedTask(pack, terms, this.#learned(), model.head, named));
+    // Coded if the pack's tasks are, so that adding it keeps its bytes.
+    const { entry, blob } = storedTask(pack, learnedTask(pack, terms, this.#learned(), model.head, named));
+    return encodeTaskFile(entry, pack.basisId, blob);
   }
 
   #metadata({ metadata }: TaskFileOptions): TaskMetadata {
@@ -617,7 +619,6 @@ function orderOf(labels: readonly string[], others: readonly string[] | undefine
   return others?.length === labels.length && !order.includes(-1) ? order : undefined;
 }
 
-/** Rows, one for each place in `order`. */
 function inOrder(values: Float32Array, order: readonly number[] | undefined): Float32Array {
   const width = order && values.length / order.length;
   if (!width) return values;
@@ -635,10 +636,7 @@ function fillNormal(values: Float32Array, random: () => number): void {
   for (let i = 0; i < values.length; i++) values[i] = SMALL * normal(random);
 }
 
-/**
- * Writes starting values into all parameters.
- * @throws TaskError when the task to start from has another rank
- */
+/** Writes starting values into all parameters. @throws TaskError when the task to start from has another rank */
 async function fillStart(
   pack: Pack,
   terms: TrainedTerms,

@@ -11,6 +11,7 @@ import { bundle, noChromium, openPage } from "../support/browser.ts";
 import type { Golden } from "../support/compare.ts";
 import { goldenPacks } from "../support/packs.ts";
 import { lacking, soak } from "../support/required.ts";
+import { report } from "../support/stand-in.ts";
 
 /** A window or worker in which the entry's functions can be called. */
 interface Realm {
@@ -70,11 +71,7 @@ t.test("Chromium", { skip: noChromium }, async (t) => {
             ({ what, name, options, goldens }) => (globalThis as unknown as Entry)[what](name, options, goldens),
             { what, name, options, goldens },
           );
-          for (const { kind, name, fault } of findings) {
-            if (fault !== undefined) t.fail(`${name}: ${fault}`);
-            else if (kind === "comment") t.comment(name);
-          }
-          const assertions = findings.filter(({ kind }) => kind !== "comment").length;
+          const assertions = report(t, findings);
           t.ok(assertions > 0, `${assertions} assertions`);
           counts[what].add(assertions);
         });

@@ -1,6 +1,6 @@
 /**
- * The case of test/runtimes/engines.test.ts in Firefox (BiDi) and WebKitGTK (WebDriver), window and worker; WebGPU in Firefox on whatever adapter
- * there is. Skipped by name where they are not, unless EIGENLORA_REQUIRE lists firefox, firefox-webgpu, webkit. Debian: firefox-esr;
+ * The case of test/runtimes/engines.test.ts in Chromium, Firefox (BiDi) and WebKitGTK (WebDriver), window and worker, by HTTP ranges; WebGPU in
+ * Firefox on whatever adapter there is. Skipped by name where they are not, unless EIGENLORA_REQUIRE lists chromium, firefox, firefox-webgpu, webkit. Debian: firefox-esr;
  * webkit2gtk-driver, xvfb and dbus-daemon. EIGENLORA_RUNTIMES: puppeteer-core 24.
  */
 import { type ChildProcess, spawn } from "node:child_process";
@@ -11,6 +11,7 @@ import { join } from "node:path";
 import { setTimeout as pause } from "node:timers/promises";
 import t, { type Test } from "tap";
 import { serveFolder } from "../../examples/page/serve.js";
+import { launch, noChromium } from "../support/browser.ts";
 import { caseCode, outcomesOf, prepareCase, WASM } from "../support/engine-material.ts";
 import { scriptOf } from "../support/engines.ts";
 import { packages, skip, without } from "../support/required.ts";
@@ -22,14 +23,14 @@ const noFirefox = without("firefox", FIREFOX, PUPPETEER);
 const XVFB = "/usr/bin/Xvfb";
 const noWebkit = without("webkit", DRIVER, XVFB);
 
-const { project, check } = await prepareCase(t);
+const { project, given, check } = await prepareCase(t);
 const site = join(project, "site");
 await mkdir(site);
 const OPTIONS = [{ backend: "js" }, { backend: "auto" }, ...WASM];
 const BACKENDS = ["js", "wasm (relaxed-simd)", "wasm (scalar)", "wasm (simd)", "wasm (relaxed-simd)"];
 /** Pages that write outcomes as text: of the case here, of a worker, and of WebGPU. */
 const PAGES = {
-  window: caseCode(OPTIONS, "(text) => (document.title = text)"),
+  window: caseCode(OPTIONS, "(text) => (document.title = text)", "tasks.eigen"),
   worker: `const worker = new Worker("/thread.js");
 worker.onmessage = ({ data }) => (document.title = data);
 worker.onerror = ({ message }) => (document.title = "failed: " + message);`,
@@ -39,7 +40,8 @@ for (const [name, code] of Object.entries(PAGES)) {
   await writeFile(join(site, `${name}.js`), await scriptOf(project, code));
   await writeFile(join(site, `${name}.html`), `<!doctype html><title></title><script src="${name}.js"></script>`);
 }
-await writeFile(join(site, "thread.js"), await scriptOf(project, caseCode(OPTIONS, "postMessage")));
+await writeFile(join(site, "thread.js"), await scriptOf(project, caseCode(OPTIONS, "postMessage", "tasks.eigen")));
+await writeFile(join(site, "tasks.eigen"), Buffer.from(given.pack, "hex"));
 const server = await serveFolder(site);
 t.teardown(() => server.close());
 
@@ -59,6 +61,11 @@ async function said(page: Page, name: keyof typeof PAGES): Promise<string> {
   }
   throw new Error(`${name}: nothing was said within three minutes`);
 }
+
+t.test("chromium", { skip: noChromium }, async (t) => {
+  const page = await (await launch(t)).newPage();
+  for (const where of ["window", "worker"] as const) check(t, outcomesOf(await said(page, where)), BACKENDS);
+});
 
 t.test("firefox", { skip: noFirefox }, async (t) => {
   const puppeteer = createRequire(join(PUPPETEER, "package.json"))("puppeteer-core");

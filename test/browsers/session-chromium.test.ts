@@ -4,7 +4,7 @@
 import t, { type Test } from "tap";
 import { addRuntimes, answerOf, bundle, noChromium, openPage } from "../support/browser.ts";
 import { skip, soak } from "../support/required.ts";
-import { GOLDENS, golden, modelBytes, packBytes } from "../support/sessions.ts";
+import { GOLDENS, golden, JSON_FEEDS, modelBytes, packBytes } from "../support/sessions.ts";
 
 /** Models by kind of export, with the tolerance of a float answer. */
 const MODELS: Record<string, number> = {
@@ -70,22 +70,13 @@ async function served() {
     const tasks = Object.keys(GOLDENS.outputs[answers]!).filter((task) =>
       ["base", "two", "three", "five", "a", "b"].includes(task),
     );
-    const feeds: Record<string, { type: string; dims: number[]; data: number[] }> = {};
-    for (const [name, rows] of Object.entries(GOLDENS.feeds as Record<string, number[][]>)) {
-      if (!Array.isArray(rows[0])) continue;
-      feeds[name] = {
-        type: name === "x" ? "float32" : "int64",
-        dims: [rows.length, rows[0].length],
-        data: rows.flat(),
-      };
-    }
     // The GPU runs one task: only the graph is at stake there.
     const onGpu = tasks.filter((task) => ["base", "two", "a"].includes(task));
     const pack = answers === "mlp" ? "mlp" : answers === "tied" ? "tied" : "main";
     const ignore = answers === "encoder" ? ["classifier"] : [];
     const of = (some: readonly string[]): object =>
       Object.fromEntries(some.map((task) => [task, golden(answers, task)]));
-    return { model, pack, ignore, feeds, answers: { wasm: of(tasks), webgpu: of(onGpu) } };
+    return { model, pack, ignore, feeds: JSON_FEEDS, answers: { wasm: of(tasks), webgpu: of(onGpu) } };
   });
   return { files, cases };
 }
@@ -103,58 +94,52 @@ async function rowsOf(t: Test, files: Map<string, Uint8Array>, plan: object): Pr
   return (await answerOf(await openPage(t, files, ["--enable-unsafe-webgpu"]))) as Row[];
 }
 
-t.test(
-  "modes × providers × exports in Chromium",
-  { skip: noChromium, timeout: soak ? 580_000 : 240_000 },
-  async (t) => {
-    const { files, cases } = await served();
-    const plan = {
-      cases,
-      providers: {
-        wasm: modesOf("wasm", Object.keys(MODELS)),
-        webgpu: modesOf("webgpu", ON_GPU),
-      },
-    };
-    const rows = await rowsOf(t, files, plan);
-    t.ok(rows.some(({ provider }) => provider === "wasm") && rows.some(({ provider }) => provider === "webgpu"));
-    for (const { provider, model, mode, result, why, differences, probe } of rows) {
-      const name = `${provider}, ${model}, ${mode}`;
-      if (result === "no adapter") {
-        skip(t, "chromium", `${provider}: no adapter`);
-        continue;
-      }
-      const worst = Math.max(...Object.values(differences ?? { none: Infinity }));
-      t.comment(`${name}: ${result} ${why ?? worst.toExponential(1)} ${probe ?? ""}`);
-      const quantised = ["q4", "int8", "qdq"].includes(model);
-      if (mode === "folded" && quantised) {
-        t.equal(result, "refused", name);
-        t.match(why, /quantised.*use mode "core" or "factors"/, name);
-        continue;
-      }
-      t.equal(result, "works", `${name}: ${why ?? ""}`);
-      // WebGPU folds weights stored as f16 in f32.
-      const rounded = mode === "folded" && provider === "wasm" && ["f16", "half"].includes(model) ? 5e-3 : 0;
-      t.ok(worst <= Math.max(MODELS[model]!, rounded), `${name}: off by ${worst}`);
-      if (mode !== "folded") t.equal(probe, "passed", name);
-    }
-  },
-);
+const options = { skip: noChromium, timeout: soak ? 580_000 : 240_000 };
 
-t.test(
-  "models run in onnxruntime-web's own worker (env.wasm.proxy)",
-  { skip: noChromium, timeout: 120_000 },
-  async (t) => {
-    const { files, cases } = await served();
-    const wasm = [
-      ["torchscript", soak ? MODES : ["folded"]],
-      ["q4", ["core"]],
-    ];
-    const rows = await rowsOf(t, files, { cases, providers: { wasm }, proxy: true });
-    t.equal(rows.length, soak ? 4 : 2);
-    for (const { model, mode, result, why, differences } of rows) {
-      t.equal(result, "works", `${model}, ${mode}: ${why ?? ""}`);
-      const worst = Math.max(...Object.values(differences ?? { none: Infinity }));
-      t.ok(worst <= MODELS[model]!, `${model}, ${mode}: off by ${worst}`);
+t.test("modes × providers × exports in Chromium", options, async (t) => {
+  const { files, cases } = await served();
+  const plan = {
+    cases,
+    providers: {
+      wasm: modesOf("wasm", Object.keys(MODELS)),
+      webgpu: modesOf("webgpu", ON_GPU),
+    },
+  };
+  const rows = await rowsOf(t, files, plan);
+  t.ok(rows.some(({ provider }) => provider === "wasm") && rows.some(({ provider }) => provider === "webgpu"));
+  for (const { provider, model, mode, result, why, differences, probe } of rows) {
+    const name = `${provider}, ${model}, ${mode}`;
+    if (result === "no adapter") {
+      skip(t, "chromium", `${provider}: no adapter`);
+      continue;
     }
-  },
-);
+    const worst = Math.max(...Object.values(differences ?? { none: Infinity }));
+    t.comment(`${name}: ${result} ${why ?? worst.toExponential(1)} ${probe ?? ""}`);
+    const quantised = ["q4", "int8", "qdq"].includes(model);
+    if (mode === "folded" && quantised) {
+      t.equal(result, "refused", name);
+      t.match(why, /quantised.*use mode "core" or "factors"/, name);
+      continue;
+    }
+    t.equal(result, "works", `${name}: ${why ?? ""}`);
+    // WebGPU folds weights stored as f16 in f32.
+    const rounded = mode === "folded" && provider === "wasm" && ["f16", "half"].includes(model) ? 5e-3 : 0;
+    t.ok(worst <= Math.max(MODELS[model]!, rounded), `${name}: off by ${worst}`);
+    if (mode !== "folded") t.equal(probe, "passed", name);
+  }
+});
+
+t.test("models run in onnxruntime-web's own worker (env.wasm.proxy)", options, async (t) => {
+  const { files, cases } = await served();
+  const wasm = [
+    ["torchscript", soak ? MODES : ["folded"]],
+    ["q4", ["core"]],
+  ];
+  const rows = await rowsOf(t, files, { cases, providers: { wasm }, proxy: true });
+  t.equal(rows.length, soak ? 4 : 2);
+  for (const { model, mode, result, why, differences } of rows) {
+    t.equal(result, "works", `${model}, ${mode}: ${why ?? ""}`);
+    const worst = Math.max(...Object.values(differences ?? { none: Infinity }));
+    t.ok(worst <= MODELS[model]!, `${model}, ${mode}: off by ${worst}`);
+  }
+});

@@ -5,7 +5,7 @@
 import t, { type Test } from "tap";
 import { addRuntimes, answerOf, bundle, launch, noChromium, openPage } from "../support/browser.ts";
 import { skip, soak } from "../support/required.ts";
-import { difference, GOLDENS, golden, modelBytes, packBytes } from "../support/sessions.ts";
+import { difference, golden, JSON_FEEDS, modelBytes, packBytes } from "../support/sessions.ts";
 
 /** Most bytes of a switch beside the coefficients. */
 const PARAMETER_BYTES = 4096;
@@ -54,17 +54,12 @@ async function report(): Promise<Map<string, any> | undefined> {
   for (const [name, options] of Object.entries({ tasks: undefined, int4: small("int4"), int8: small("int8") }))
     files.set(`${name}.eigen`, await packBytes(["adapters"], "base", options));
   await addRuntimes(files, ["asyncify", "jsep"]);
-  const feeds = Object.fromEntries(
-    Object.entries(GOLDENS.feeds as Record<string, number[][]>)
-      .filter(([name, rows]) => name !== "x" && Array.isArray(rows[0]))
-      .map(([name, rows]) => [name, { type: "int64", dims: [rows.length, rows[0]!.length], data: rows.flat() }]),
-  );
   const browser = await launch(t, ["--enable-unsafe-webgpu"]);
   const results = new Map<string, any>();
   for (const build of BUILDS) {
     const calls = [...plan].flatMap(([code, of]) => (of === build ? [code] : []));
     const code = `import { again, given, lost, placed, small, switching } from "./browser-gpu.js";
-      const feeds = ${JSON.stringify(feeds)};
+      const feeds = ${JSON.stringify(JSON_FEEDS)};
       const failed = ({ stack }) => ({ failed: stack });
       async function all() {
         if (!(await navigator.gpu?.requestAdapter())) return "no adapter";

@@ -16,7 +16,7 @@ import { openOnnxHost } from "eigenlora/onnx";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { build } from "esbuild";
 import t from "tap";
-import { checkChoice, nearest } from "../support/internals/base.ts";
+import { nearest } from "../support/internals/base.ts";
 import { data, vector } from "../support/packs.ts";
 
 const { createRuntime, openPack } = eigenlora;
@@ -25,14 +25,7 @@ const { createRuntime, openPack } = eigenlora;
 const wrong = (value: unknown): never => value as never;
 const pack = () => openPack(vector("every-kind.eigen"));
 
-t.test("choices and nearest names", async (t) => {
-  checkChoice("mode", "core", ["core", "folded"]);
-  const message = 'mode: expected "core", "factors" or "folded", got "x"';
-  t.throws(() => checkChoice("mode", "x", ["core", "factors", "folded"]), new RangeError(message));
-  t.throws(
-    () => checkChoice("mode", 3, ["core", "folded"]),
-    new RangeError('mode: expected "core" or "folded", got 3'),
-  );
+t.test("nearest names", async (t) => {
   t.same(nearest("sst", ["cola", "sst2", "mnli"]), ["sst2"]);
   t.same(nearest("haed", ["head", "tail"]), ["head"], "two letters swapped are one mistake");
   t.same(nearest("query", ["layer.0.query", "layer.0.value"]), ["layer.0.query"], "a part of a name");

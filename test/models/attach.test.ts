@@ -10,7 +10,7 @@ import { run as eigenlora, json } from "../support/command-line.ts";
 import { workIn } from "../support/folder.ts";
 import { changed } from "../support/graphs.ts";
 import { openSafetensors, openSource } from "../support/internals/base.ts";
-import { fromBinary, ModelProtoSchema } from "../support/internals/models.ts";
+import { fromBinary } from "../support/internals/models.ts";
 import { concat, data, LOSSLESS, packOf } from "../support/packs.ts";
 import { python, pythonLacks, skip } from "../support/required.ts";
 import { feedsIn, feeds as feedsOf, GOLDENS, modelBytes, difference as off } from "../support/sessions.ts";
@@ -187,7 +187,7 @@ t.test("names of files and what they say of themselves", async (t) => {
   const { metadata } = await openSafetensors(await openSource(bytes));
   t.equal(metadata.get("eigenlora.task"), "ä/..*b");
   t.same(JSON.parse(metadata.get("labels")!), ["three 0", "three 1", "three 2"]);
-  const { metadataProps } = fromBinary(ModelProtoSchema, await readFile(join(folder, "odd.onnx")));
+  const { metadataProps } = fromBinary("ModelProto", await readFile(join(folder, "odd.onnx")));
   for (const key of ["eigenlora.basis", "eigenlora.mode"]) {
     t.equal(metadataProps.find((entry) => entry.key === key)?.value, metadata.get(key), key);
   }

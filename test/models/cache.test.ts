@@ -3,27 +3,19 @@ import { createHash } from "node:crypto";
 import { readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { openPack, type Pack } from "eigenlora";
-import { buildPack } from "eigenlora/build";
 import { type CachedSource, cachedSource, type RangeStore } from "eigenlora/cache";
-import { folderStore, readAdapters } from "eigenlora/node";
+import { folderStore } from "eigenlora/node";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import t, { type Test } from "tap";
 import { answerOf, bundle, noChromium, openPage } from "../support/browser.ts";
 import { folderFor } from "../support/folder.ts";
-import { concat, data } from "../support/packs.ts";
+import { data, packOf } from "../support/packs.ts";
 import { type RangeServer, serve } from "../support/range-server.ts";
 import { difference, feeds, golden, NODE, packFor } from "../support/sessions.ts";
 
 const TASKS = ["debtags-role", "debtags-use", "sections-0"];
-const adapters = await readAdapters(TASKS.map((id) => data(`adapters/own-seed/${id}`)));
-const { chunks } = await buildPack(adapters, { select: { kind: "k", k: 2 } });
-const content = concat(chunks);
-for (const adapter of adapters) await adapter.close();
-
-async function folderOf(t: Test): Promise<string> {
-  const folder = folderFor(t);
-  return folder;
-}
+const paths = TASKS.map((id) => `adapters/own-seed/${id}`);
+const { bytes: content } = await packOf(paths, { select: { kind: "k", k: 2 } });
 
 async function server(
   t: Test,
@@ -52,11 +44,10 @@ async function blobsOf(pack: Pack): Promise<Uint8Array[]> {
 const opened = await openPack(content);
 const expected = await blobsOf(opened);
 const root = await opened.integrity();
-const entries = async (folder: string): Promise<string[]> => readdir(folder);
 
 t.test("a second opening reads no bytes", async (t) => {
   const { server: origin, url } = await server(t);
-  const folder = await folderOf(t);
+  const folder = folderFor(t);
   const first = cachedSource(url, folderStore(folder));
   t.same(await use(first), expected);
   t.match(first.counts, { hits: 0, misses: 5, damaged: 0, failures: 0 });
@@ -78,7 +69,7 @@ t.test("a second opening reads no bytes", async (t) => {
   await pack.close();
 
   await second.clear();
-  t.same(await entries(folder), []);
+  t.same(await readdir(folder), []);
   origin.methods.length = 0;
   t.same(await use(cachedSource(url, folderStore(folder))), expected);
   t.equal(origin.methods.length, 6, "cleared");
@@ -86,7 +77,7 @@ t.test("a second opening reads no bytes", async (t) => {
 
 t.test("a file that changed is read anew, and nothing is mixed", async (t) => {
   const { server: origin, files, url } = await server(t);
-  const folder = await folderOf(t);
+  const folder = folderFor(t);
   const kept = cachedSource(url, folderStore(folder));
   const pack = await openPack(kept);
   await pack.load(TASKS[0]!);
@@ -99,19 +90,19 @@ t.test("a file that changed is read anew, and nothing is mixed", async (t) => {
   origin.ranges.length = 0;
   t.same(await use(cachedSource(url, folderStore(folder))), expected);
   t.equal(origin.ranges.length, 6, "all of it is read again");
-  t.equal((await entries(folder)).length, 5, "the old version is gone");
-  const names = await entries(folder);
+  t.equal((await readdir(folder)).length, 5, "the old version is gone");
+  const names = await readdir(folder);
   origin.etag = undefined;
   await t.rejects(use(cachedSource(url, folderStore(folder))), {
     tag: "source",
     message: /nothing tells its version.*integrity/,
   });
-  t.same(await entries(folder), names);
+  t.same(await readdir(folder), names);
 });
 
 t.test("integrity in place of a version: offline, and at any address", async (t) => {
   const { server: origin, url } = await server(t);
-  const store = folderStore(await folderOf(t));
+  const store = folderStore(folderFor(t));
   t.same(await use(cachedSource(url, store, { integrity: root }), root), expected);
   t.equal(origin.methods.length, 5);
   await origin.close();
@@ -125,7 +116,7 @@ t.test("integrity in place of a version: offline, and at any address", async (t)
 t.test("a model is kept whole, and opens offline by a hash that names it", async (t) => {
   const model = await readFile(data("sessions/torchscript.onnx"));
   const origin = await serve(new Map([["model.onnx", model]]));
-  const folder = await folderOf(t);
+  const folder = folderFor(t);
   const pack = await packFor("base");
   const integrity = `sha256-${createHash("sha256").update(model).digest("base64")}`;
   const url = origin.url("model.onnx");
@@ -139,7 +130,7 @@ t.test("a model is kept whole, and opens offline by a hash that names it", async
   const first = cachedSource(url, folderStore(folder), { integrity });
   const logits = await answer(first);
   t.ok(difference(logits as number[], golden("base", "two")) < 1e-5);
-  t.equal((await entries(folder)).length, 2, "the bytes, and their number");
+  t.equal((await readdir(folder)).length, 2, "the bytes, and their number");
   t.same(await answer(cachedSource(url, folderStore(folder))), logits, "by its version, it is another entry");
   await origin.close();
   const offline = cachedSource(url, folderStore(folder), { integrity });
@@ -147,13 +138,13 @@ t.test("a model is kept whole, and opens offline by a hash that names it", async
   t.equal(offline.byteLength, model.length);
   t.equal(offline.reads.requests, 0);
   await offline.clear();
-  t.equal((await entries(folder)).length, 2, "those of the other");
+  t.equal((await readdir(folder)).length, 2, "those of the other");
   await pack.close();
 });
 
 t.test("damaged, cut and lost entries are read again", async (t) => {
   const { server: origin, url } = await server(t);
-  const folder = await folderOf(t);
+  const folder = folderFor(t);
   await use(cachedSource(url, folderStore(folder)));
   const harm: [string, (path: string, bytes: Uint8Array) => Promise<void>, object][] = [
     ["a bit", (path, bytes) => writeFile(path, bytes.with(7, bytes[7]! ^ 1)), { damaged: 5, misses: 5 }],
@@ -168,7 +159,7 @@ t.test("damaged, cut and lost entries are read again", async (t) => {
     ["lost", (path) => rm(path), { damaged: 0, misses: 5 }],
   ];
   for (const [name, damage, counts] of harm) {
-    for (const file of await entries(folder)) await damage(join(folder, file), await readFile(join(folder, file)));
+    for (const file of await readdir(folder)) await damage(join(folder, file), await readFile(join(folder, file)));
     const source = cachedSource(url, folderStore(folder));
     t.same(await use(source), expected, name);
     t.match(source.counts, { failures: 0, ...counts }, name);
@@ -182,7 +173,7 @@ t.test("damaged, cut and lost entries are read again", async (t) => {
 t.test("a long read that was broken off goes on where it was", async (t) => {
   const large = new Uint8Array(10 * 2 ** 20 + 5).map((_, i) => (i * 7) % 253);
   const { server: origin, url } = await server(t, large);
-  const store = folderStore(await folderOf(t));
+  const store = folderStore(folderFor(t));
   origin.faults = [undefined, undefined, undefined, "cut"];
   await t.rejects(cachedSource(url, store, { retries: 0 }).read(3, large.length - 3), { tag: "source", message: /./ });
   origin.ranges.length = 0;
@@ -196,7 +187,7 @@ t.test("a store that fails costs requests, and nothing else", async (t) => {
   const { url } = await server(t);
   const full = new Error("QuotaExceededError");
   for (const member of ["get", "put", "keys"] as const) {
-    const good = folderStore(await folderOf(t));
+    const good = folderStore(folderFor(t));
     const store: RangeStore = { ...good, [member]: () => Promise.reject(full) };
     for (const round of [1, 2]) {
       const source = cachedSource(url, store);

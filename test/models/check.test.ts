@@ -11,14 +11,7 @@ import type { SessionOptions } from "eigenlora/session";
 import t from "tap";
 import { run } from "../support/command-line.ts";
 import { folderFor } from "../support/folder.ts";
-import {
-  fromBinary,
-  ModelProtoSchema,
-  readModel,
-  type Survey,
-  surveyModel,
-  toBinary,
-} from "../support/internals/models.ts";
+import { fromBinary, readModel, type Survey, surveyModel, toBinary } from "../support/internals/models.ts";
 import { concat, data, LOSSLESS } from "../support/packs.ts";
 import { MODES, NODE, open, refusal } from "../support/sessions.ts";
 
@@ -109,9 +102,9 @@ const CASES: Readonly<Record<string, Case>> = {
 function pathOf(model: string): string {
   if (model.endsWith(".onnx")) return data(model);
   const path = join(folder, `${model}.onnx`);
-  const proto = fromBinary(ModelProtoSchema, new Uint8Array(readFileSync(data("sessions/fused.onnx"))));
+  const proto = fromBinary("ModelProto", new Uint8Array(readFileSync(data("sessions/fused.onnx"))));
   for (const node of proto.graph!.node) if (node.opType === "Attention") node.opType = model;
-  writeFileSync(path, toBinary(ModelProtoSchema, proto));
+  writeFileSync(path, toBinary("ModelProto", proto));
   return path;
 }
 
@@ -190,12 +183,10 @@ t.test("with onnxruntime-node it makes a session and runs it", async (t) => {
     run: { session: { works: true }, probes: { classifier: "passed" } },
   });
   t.match(json["run"].learning, { works: false, says: /whole and others adapt it.*--ignore classifier/ });
-  t.match(json.learning, { works: false });
   t.match((await asked("sessions/q4.onnx", bert))["run"].learning, { works: true });
   t.match((await asked("sessions/int8.onnx", bert))["run"].learning, { works: false, says: /pass a float export/ });
   const convolutions = await asked("forms/vision.onnx", vision);
   t.match(convolutions["run"], { learning: { works: false, says: /"odd" is a convolution/ } });
-  t.match(convolutions.learning, { works: false, why: /"odd" is no linear layer/ });
   t.match(await asked("sessions/gemm.onnx", bert), { works: false, mode: null, run: null });
 });
 

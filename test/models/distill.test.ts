@@ -12,6 +12,7 @@ import { readAdapters } from "eigenlora/node";
 import { type BatchFeeds, createTrainer, type DistillOptions, distill } from "eigenlora/train";
 import t, { type Test } from "tap";
 import { readTask } from "../../examples/minilm.js";
+import { withTerms } from "../support/adapters.ts";
 import { json, run, words } from "../support/command-line.ts";
 import { workIn } from "../support/folder.ts";
 import { uniform } from "../support/internals/base.ts";
@@ -132,21 +133,13 @@ for (const { name, ort } of ORTS) {
 
 t.test("a task that shares one side keeps to its share, and trains what is its own", async (t) => {
   const adapter = await adapterOf(t, "sessions/adapters/three");
-  const twin: Adapter = {
-    ...adapter,
-    id: "twin",
-    modules: new Map(
-      [...adapter.modules].map(([name, module]) => {
-        const random = uniform(name.length);
-        const read = async () => {
-          const { Bt, ...term } = await module.read();
-          return { ...term, Bt: Bt.map((value) => value * (2 * random() - 1)) };
-        };
-        return [name, { ...module, read }];
-      }),
-    ),
-  };
-  const { chunks, report } = await searchPack([adapter, twin], { goal: { kind: "error", max: 0.5 } });
+  const other = withTerms(adapter, ({ Bt, ...term }, name) => {
+    const random = uniform(name.length);
+    return { ...term, Bt: Bt.map((value) => value * (2 * random() - 1)) };
+  });
+  const { chunks, report } = await searchPack([adapter, { ...other, id: "other" }], {
+    goal: { kind: "error", max: 0.5 },
+  });
   t.ok(report.shared!.A.tasks === 2 && report.shared!.B.tasks === 0, JSON.stringify(report.shared));
   const session = await open(NODE, model("torchscript"), await openPack(new Blob(chunks as BlobPart[])), {
     trainable: true,
@@ -165,8 +158,8 @@ t.test("a task that shares one side keeps to its share, and trains what is its o
     return terms.map(({ rank, A, ownA, B, ownBt }) => [rank, A?.basis, ownA?.rows, B?.basis, ownBt?.rows]);
   };
   t.same(await forms("distilled"), await forms("three"));
-  const other = await createTrainer(session, { labels: ["a", "b", "c"] });
-  await t.rejects(other.begin("three"), /another share of the components .* make one with `init: { task: "three" }`/);
+  const trainer = await createTrainer(session, { labels: ["a", "b", "c"] });
+  await t.rejects(trainer.begin("three"), /another share of the components .* make one with `init: { task: "three" }`/);
 });
 
 t.test("the hold-out is judged as the sessions judge it; the head is trained; the better is kept", async (t) => {

@@ -8,7 +8,6 @@ import { changed } from "../support/graphs.ts";
 import {
   create,
   type GraphProto,
-  GraphProtoSchema,
   makeFloats,
   makeInts,
   makeNode,
@@ -170,12 +169,12 @@ t.test("long chains", async (t) => {
 
 t.test("graphs in graphs", async (t) => {
   const nested = (depth: number): GraphProto => {
-    let inner = create(GraphProtoSchema, { name: "g", output: [makeValue("x", FLOAT)] });
+    let inner = create("GraphProto", { name: "g", output: [makeValue("x", FLOAT)] });
     for (let i = 0; i < depth; i++) {
       const node = makeNode("If", `if${i}`, ["deep"], `n${i}`, { then_branch: inner, else_branch: inner });
       // Following each branch would take two to the power of the depth.
       node.attribute.length = 1;
-      inner = create(GraphProtoSchema, { name: "g", node: [node], output: [makeValue(`n${i}`, FLOAT)] });
+      inner = create("GraphProto", { name: "g", node: [node], output: [makeValue(`n${i}`, FLOAT)] });
     }
     return inner;
   };

@@ -4,7 +4,7 @@
  */
 import { readFileSync } from "node:fs";
 import { openPack } from "eigenlora";
-import { buildPack, taskAdapter } from "eigenlora/build";
+import { taskAdapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { createTrainer, type Encode } from "eigenlora/train";
@@ -15,8 +15,6 @@ import { DEFINITIONS, shadowOf } from "../support/internals/learn.ts";
 import {
   type Attributes,
   create,
-  GraphProtoSchema,
-  ModelProtoSchema,
   makeFloats,
   makeInts,
   makeNode,
@@ -27,7 +25,7 @@ import {
   toBinary,
 } from "../support/internals/models.ts";
 import { fitted, goldensIn, learnedOff, noise, relative } from "../support/learning.ts";
-import { concat, data, LOSSLESS } from "../support/packs.ts";
+import { data, LOSSLESS, packed, packOf } from "../support/packs.ts";
 import { type Feeds, int64, NODE, ORTS, type Ort, open, NODE as ort } from "../support/sessions.ts";
 
 const ROWS: readonly number[][] = JSON.parse(readFileSync(data("builder/goldens.json"), "utf8")).rows;
@@ -45,9 +43,8 @@ const FILES = [
 
 /** Largest relative difference of a gradient from PEFT's, and that of the loss. */
 async function learned(ort: Ort, name: string, kind: string, heads: number): Promise<[string, number][]> {
-  const [adapter, ...others] = await readAdapters([data(`builder/adapters/${kind}/all`)]);
-  const { chunks } = await buildPack([adapter!, ...others], LOSSLESS);
-  const pack = await openPack(concat(chunks));
+  const [adapter] = await readAdapters([data(`builder/adapters/${kind}/all`)]);
+  const pack = await packed([adapter!]);
   const session = await open(ort, data(`builder/${name}.onnx`), pack, { trainable: true });
   const [batch, length] = [ROWS.length, ROWS[0]!.length];
   const feeds: Feeds = {
@@ -96,17 +93,8 @@ const table = (name: string, rows: number, columns: number, of: (angle: number) 
 const cos = table("cos", 16, 4, Math.cos);
 const sin = table("sin", 16, 4, Math.sin);
 const ids = (...rows: number[][]): bigint[][] => rows.map((row) => row.map(BigInt));
-const weights = (name: string, ...dims: number[]): TensorProto =>
-  makeFloats(
-    name,
-    [
-      ...noise(
-        dims.reduce((a, b) => a * b, 1),
-        99,
-      ),
-    ],
-    dims,
-  );
+const count = (dims: readonly number[]): number => dims.reduce((a, b) => a * b, 1);
+const weights = (name: string, ...dims: number[]): TensorProto => makeFloats(name, [...noise(count(dims), 99)], dims);
 
 const [cos8, sin8] = [table("cos", 16, 8, Math.cos), table("sin", 16, 8, Math.sin)];
 const past = [2, 2, 0, 16] as const;
@@ -124,15 +112,8 @@ const FORWARD: readonly Case[] = [
     ...["seqlens" as never, "total" as never, cos8, sin8],
   ]),
   gqa({ do_rotary: 1, rotary_interleaved: 1 }, [
-    [2, 5, 128],
-    "",
-    "",
-    past,
-    past,
-    "seqlens" as never,
-    "total" as never,
-    cos8,
-    sin8,
+    ...[[2, 5, 128] as const, "" as const, "" as const, past, past],
+    ...["seqlens" as never, "total" as never, cos8, sin8],
   ]),
   gqa({}, [[2, 5, 128], "", "", past, past, "seqlens" as never, "total" as never]),
   {
@@ -180,7 +161,7 @@ const FORWARD: readonly Case[] = [
 t.test("every definition computes what its operator does", async (t) => {
   t.same([...new Set(FORWARD.map(({ op }) => op))].sort(), [...DEFINITIONS.keys()].sort(), "each has a case");
   for (const { op, inputs, attributes = {}, outputs = ["y"], opset = 17 } of FORWARD) {
-    const graph = create(GraphProtoSchema, { name: "one" });
+    const graph = create("GraphProto", { name: "one" });
     const feeds: Record<string, never> = {};
     const names = inputs.map((input, i) => {
       if (input === "") return "";
@@ -194,14 +175,8 @@ t.test("every definition computes what its operator does", async (t) => {
       } else {
         const dims = input as unknown as readonly number[];
         graph.input.push(makeValue(name, 1, dims));
-        feeds[name] = new NODE.Tensor(
-          "float32",
-          noise(
-            dims.reduce((a, b) => a * b, 1),
-            i + 7,
-          ).map((v) => 4 * v),
-          [...dims],
-        ) as never;
+        const values = noise(count(dims), i + 7).map((v) => 4 * v);
+        feeds[name] = new NODE.Tensor("float32", values, [...dims]) as never;
       }
       return name;
     });
@@ -219,7 +194,7 @@ t.test("every definition computes what its operator does", async (t) => {
       `${op} is taken apart`,
     );
     const results = [];
-    for (const one of [bytes, toBinary(ModelProtoSchema, model.proto)]) {
+    for (const one of [bytes, toBinary("ModelProto", model.proto)]) {
       const session = await NODE.InferenceSession.create(one);
       results.push(await session.run(feeds));
       await session.release();
@@ -238,9 +213,6 @@ function ints32(name: string, values: readonly number[], dims: readonly number[]
   return { ...makeInts(name, [], dims), dataType: 6, rawData };
 }
 
-/** A task learned on one file of a model serves another file of the same model: learned in f32, it is used on weights of 4 bits, and
- * answers as its factors do when they are fed directly.
- */
 /** Encodes letters as tokens; the files know 48. */
 const tokens = (text: string): number[] => [...text].map((letter) => letter.charCodeAt(0) % 48);
 const encode: Encode & { eos_token?: string } = Object.assign(
@@ -257,16 +229,15 @@ const [base, fine] = ["llama", "llama-int4"].map((name) => data(`builder/${name}
 /** One text, with an empty cache. */
 function feeds(inputNames: readonly string[]): Record<string, never> {
   const ids = tokens("abcxy");
-  const int64 = (values: number[]) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
-  const all: Record<string, unknown> = { input_ids: int64(ids), attention_mask: int64(ids.map(() => 1)) };
+  const ones = ids.map(() => 1);
+  const all: Record<string, unknown> = { input_ids: int64(ort, [ids]), attention_mask: int64(ort, [ones]) };
   for (const name of inputNames)
     if (/past/.test(name)) all[name] = new ort.Tensor("float32", new Float32Array(0), [1, 2, 0, 16]);
   return all as Record<string, never>;
 }
 
 t.test("learned in f32, used in 4 bits", async (t) => {
-  const [adapter, ...others] = await readAdapters([data("builder/adapters/llama/all")]);
-  const bytes = concat((await buildPack([adapter!, ...others], LOSSLESS)).chunks);
+  const { bytes } = await packOf(["builder/adapters/llama/all"], LOSSLESS);
   const learning = await createEigenSession(ort, base, await openPack(bytes), { trainable: true });
   const trainer = await createTrainer(learning, { encode, seed: 1 });
   const [first, last] = await fitted(trainer, EXAMPLES, { steps: 12, batch: 4 });

@@ -7,16 +7,7 @@ import { type Adapter, buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { type BatchFeeds, createTrainer, distill } from "eigenlora/train";
 import t, { type Test } from "tap";
-import {
-  fromBinary,
-  type GraphProto,
-  ModelProtoSchema,
-  makeNode,
-  makeValue,
-  readModel,
-  surveyModel,
-  toBinary,
-} from "../support/internals/models.ts";
+import { fromBinary, type GraphProto, makeNode, makeValue, toBinary } from "../support/internals/models.ts";
 import { fitted } from "../support/learning.ts";
 import { concat, data, LOSSLESS, packOf } from "../support/packs.ts";
 import { modelBytes, NODE, open, refusal } from "../support/sessions.ts";
@@ -50,11 +41,11 @@ function encode(some: readonly string[]): BatchFeeds {
 
 /** The encoder with its hidden states [batch, sequence, 32] turned into another output. */
 function giving(name: string, add: (graph: GraphProto) => void): Uint8Array {
-  const proto = fromBinary(ModelProtoSchema, modelBytes("encoder"));
+  const proto = fromBinary("ModelProto", modelBytes("encoder"));
   const graph = proto.graph!;
   add(graph);
   graph.output = [makeValue(name, 1)];
-  return toBinary(ModelProtoSchema, proto);
+  return toBinary("ModelProto", proto);
 }
 const HIDDEN = "last_hidden_state";
 const mean = (name: string) => (graph: GraphProto) => {
@@ -138,9 +129,5 @@ t.test("one of several files is refused, with what to do", async (t) => {
   t.match((await refused("onnx/encoder_model.onnx")).message, /is the encoder of .*: tasks adapt "decoder\./);
   const merged = await refused("onnx/decoder_model_merged.onnx", of("decoder"));
   t.match(merged, { tag: "base", message: /it has a branch for each use of its cache, which gradients do not pass/ });
-  const { learning } = await surveyModel(await readModel(data("seq2seq/onnx/decoder_model_merged.onnx")), pack, {
-    modules: of("decoder"),
-  });
-  t.match(learning, { works: false, why: /it has a branch for each use of its cache/ }, "and told beforehand");
   await pack.close();
 });

@@ -18,12 +18,9 @@ import {
   unpackProducts,
 } from "../support/internals/learn.ts";
 import {
-  AttributeProtoSchema,
   type Attributes,
   create,
-  embedWeights,
   type GraphProto,
-  GraphProtoSchema,
   indexGraph,
   type ModelFile,
   makeFloats,
@@ -32,7 +29,7 @@ import {
   makeValue,
   parseModel,
   type TensorProto,
-  TensorProtoSchema,
+  toBinary,
 } from "../support/internals/models.ts";
 import { type Level, probeOf, type Tensors, tensor } from "../support/learning.ts";
 import { runs } from "../support/required.ts";
@@ -321,7 +318,7 @@ const bytes =
   (name: string): TensorProto => {
     const next = uniform(seed);
     const rawData = Uint8Array.from({ length: count(dims) }, () => 256 * next());
-    return create(TensorProtoSchema, { name, dataType: 2, dims: dims.map(BigInt), rawData });
+    return create("TensorProto", { name, dataType: 2, dims: dims.map(BigInt), rawData });
   };
 
 /** Weights in blocks: of 4 or 8 bits, with and without zeros, rows that do not fill their blocks, a bias. */
@@ -500,8 +497,8 @@ async function differentiated(
     domain,
   );
   for (const [name, value] of Object.entries(text))
-    node.attribute.push(create(AttributeProtoSchema, { name, s: new TextEncoder().encode(value), type: 3 }));
-  const graph = create(GraphProtoSchema, { name: "one" });
+    node.attribute.push(create("AttributeProto", { name, s: new TextEncoder().encode(value), type: 3 }));
+  const graph = create("GraphProto", { name: "one" });
   // All used outputs concatenated in one row.
   const rows = used.map((i) => makeNode("Flatten", `flat${i}`, [`y${i}`], `flat${i}`, { axis: 0 }));
   const whole = makeNode(
@@ -549,7 +546,7 @@ async function derive(
   const emit = new Emitter(main, opset);
   emit.gathers = gathers;
   const problems = new Problems();
-  const path = await probePath(file, sources, "whole", problems, probeOf(NODE), feeds, []);
+  const path = await probePath(file, sources, "whole", problems, probeOf(NODE), feeds);
   const gradients = differentiate(path, "whole", () => "seed", emit, problems);
   problems.throwIfAny(name);
   main.node.push(...emit.shapes, ...emit.nodes);
@@ -560,7 +557,7 @@ async function derive(
   }
   if (!gathers)
     unpackProducts(indexGraph(main, name), opset, (value) => (untold ? undefined : path.shapes.rank(value)));
-  return { forward, both: embedWeights(file, []), path };
+  return { forward, both: toBinary("ModelProto", file.model.proto), path };
 }
 
 /** Step of the finite differences. Values are apart by more than twice that. */
@@ -675,7 +672,7 @@ t.test("weights in blocks: no rows, and what is left alone", async (t) => {
   const unpackedOf = (zeros: TensorProto | undefined, declared: boolean): GraphProto => {
     const inputs = ["x", "W", "scales", ...(zeros || declared ? ["zeros"] : [])];
     const node = [makeNode("MatMulNBits", "y", inputs, "y", attributes, "com.microsoft")];
-    const graph = create(GraphProtoSchema, {
+    const graph = create("GraphProto", {
       name: "one",
       node,
       initializer: [bytes(1, 5, 1, 8)("W"), scales("scales")],
@@ -686,7 +683,7 @@ t.test("weights in blocks: no rows, and what is left alone", async (t) => {
     unpackProducts(indexGraph(graph, "one"), 17, () => 2);
     return graph;
   };
-  const twins = create(GraphProtoSchema, {
+  const twins = create("GraphProto", {
     name: "twins",
     node: ["b", "", ""].map((bias, i) =>
       makeNode("MatMulNBits", `y${i}`, ["x", "W", "scales", "", "", bias], `y${i}`, attributes, "com.microsoft"),

@@ -9,14 +9,7 @@ import { readAdapters } from "eigenlora/node";
 import type { Feed } from "eigenlora/session";
 import { type BatchFeeds, createTrainer, distill, type Encode } from "eigenlora/train";
 import t from "tap";
-import {
-  fromBinary,
-  ModelProtoSchema,
-  makeFloats,
-  makeNode,
-  makeValue,
-  toBinary,
-} from "../support/internals/models.ts";
+import { fromBinary, makeFloats, makeNode, makeValue, toBinary } from "../support/internals/models.ts";
 import { compare, fitted, golden, learning, noise, prepare, relative, run, sessionOf } from "../support/learning.ts";
 import { data, LOSSLESS, packOf } from "../support/packs.ts";
 import { modelBytes, NODE, ORTS, type Ort, open, type Session } from "../support/sessions.ts";
@@ -186,7 +179,7 @@ t.test("a distilled task answers more like its adapter", async (t) => {
 });
 
 t.test("a task with a head is distilled where each token has a label", async (t) => {
-  const proto = fromBinary(ModelProtoSchema, modelBytes("encoder"));
+  const proto = fromBinary("ModelProto", modelBytes("encoder"));
   const graph = proto.graph!;
   graph.initializer.push(makeFloats("classifier.weight", Array.from(noise(64, 5)), [2, 32]));
   graph.initializer.push(makeFloats("classifier.bias", [0.1, -0.1], [2]));
@@ -194,7 +187,7 @@ t.test("a task with a head is distilled where each token has a label", async (t)
   graph.node.push(makeNode("MatMul", "/classifier/MatMul", ["last_hidden_state", "turned"], "product"));
   graph.node.push(makeNode("Add", "/classifier/Add", ["product", "classifier.bias"], "logits"));
   graph.output = [makeValue("logits", 1, ["batch", "length", 2])];
-  const model = toBinary(ModelProtoSchema, proto);
+  const model = toBinary("ModelProto", proto);
   const of = async (how: Parameters<typeof packOf>[1]): Promise<Session> => {
     const pack = await openPack((await packOf(["sessions/adapters"], how)).bytes);
     return open(NODE, model, pack, { trainable: true, anyBase: true });

@@ -2,18 +2,21 @@
  * Progress of packs and models in the shape that transformers.js's `progress_callback` takes, and what an abort ends.
  */
 import { readFile } from "node:fs/promises";
-import { createRuntime, openPack, type Progress, type Selection } from "eigenlora";
-import { buildPack } from "eigenlora/build";
+import { createRuntime, openPack, type Pack, type Progress, type Selection } from "eigenlora";
 import { cachedSource, type RangeStore } from "eigenlora/cache";
-import { readAdapters } from "eigenlora/node";
 import { createEigenSession, createEigenSessions } from "eigenlora/onnxruntime";
 import t, { type Test } from "tap";
 import { externalFiles, readModel } from "../support/internals/models.ts";
-import { data, LOSSLESS } from "../support/packs.ts";
+import { data, LOSSLESS, packOf } from "../support/packs.ts";
 import { serve } from "../support/range-server.ts";
 import { model, modelBytes, NODE, open, packBytes, packFor } from "../support/sessions.ts";
 
 const pack = await packBytes(["adapters"], "base");
+
+/** Files of one model, and a pack for them. */
+const SEQ2SEQ = { encoder: data("seq2seq/onnx/encoder_model.onnx"), decoder: data("seq2seq/decoder.onnx") };
+const seq2seq = async (): Promise<Pack> =>
+  openPack((await packOf(["seq2seq/adapters"], { ...LOSSLESS, base: data("seq2seq/base.safetensors") })).bytes);
 
 /** `ProgressInfo` of transformers.js 4.3, as in its declarations. */
 type Theirs =
@@ -122,11 +125,8 @@ t.test("a model, the files beside it, and that all is ready", async (t) => {
 
 t.test("files of one model end with one `ready`", async (t) => {
   const { told, onProgress } = collector();
-  const adapters = await readAdapters([data("seq2seq/adapters")]);
-  const { chunks } = await buildPack(adapters, { ...LOSSLESS, base: data("seq2seq/base.safetensors") });
-  const skills = await openPack(new Uint8Array(Buffer.concat(chunks)));
-  const files = { encoder: data("seq2seq/onnx/encoder_model.onnx"), decoder: data("seq2seq/decoder.onnx") };
-  const models = await createEigenSessions(NODE, files, skills, { onProgress });
+  const skills = await seq2seq();
+  const models = await createEigenSessions(NODE, SEQ2SEQ, skills, { onProgress });
   t.same(new Set(told.map(({ file }) => file)), new Set(["encoder_model.onnx", "decoder.onnx"]));
   t.same(
     told.filter(({ status }) => status === "ready").map(({ status }) => status),
@@ -236,12 +236,9 @@ t.test("a runtime and a group of sessions tell of theirs", async (t) => {
   ]);
   await runtime.close();
 
-  const adapters = await readAdapters([data("seq2seq/adapters")]);
-  const { chunks } = await buildPack(adapters, { ...LOSSLESS, base: data("seq2seq/base.safetensors") });
-  const skills = await openPack(new Uint8Array(Buffer.concat(chunks)));
+  const skills = await seq2seq();
   const [first] = skills.tasks.keys() as Iterable<string> as [string];
-  const files = { encoder: data("seq2seq/onnx/encoder_model.onnx"), decoder: data("seq2seq/decoder.onnx") };
-  const models = await createEigenSessions(NODE, files, skills);
+  const models = await createEigenSessions(NODE, SEQ2SEQ, skills);
   const both = collect(models);
   await models.switchTask(first);
   await models.switchTask("none").catch(() => undefined);

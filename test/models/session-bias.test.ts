@@ -17,12 +17,10 @@ import {
   create,
   fromBinary,
   type GraphProto,
-  ModelProtoSchema,
   makeFloats,
   makeNode,
   makeValue,
   type NodeProto,
-  TensorProtoSchema,
 } from "../support/internals/models.ts";
 import { parseTaskFile } from "../support/internals/runtime.ts";
 import { concat, data, LOSSLESS, packOf } from "../support/packs.ts";
@@ -86,7 +84,7 @@ async function agrees(
 }
 
 t.test("torch's default export of a fresh classifier, against PEFT", async (t) => {
-  const gemms = fromBinary(ModelProtoSchema, readFileSync(path("classifier.onnx"))).graph!.node.filter(
+  const gemms = fromBinary("ModelProto", readFileSync(path("classifier.onnx"))).graph!.node.filter(
     ({ opType }) => opType === "Gemm",
   );
   t.same(
@@ -192,7 +190,7 @@ function layers(...nodes: NodeProto[]): Uint8Array<ArrayBuffer> {
       makeFloats("classifier.weight", diagonal(1), [3, 3]),
       makeFloats("c", C, [3]),
       makeFloats("step", [0.25], []),
-      create(TensorProtoSchema, { name: "zero", dataType: UINT8, rawData: new Uint8Array([0]) }),
+      create("TensorProto", { name: "zero", dataType: UINT8, rawData: new Uint8Array([0]) }),
     ],
   });
 }

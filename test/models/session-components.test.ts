@@ -4,14 +4,13 @@
  */
 import { readFile } from "node:fs/promises";
 import { openPack, type Pack } from "eigenlora";
-import { type Adapter, buildPack } from "eigenlora/build";
+import type { Adapter } from "eigenlora/build";
 import { createSession } from "eigenlora/session";
 import t from "tap";
 import { adapterOf, linear } from "../support/adapters.ts";
 import { modelOf } from "../support/graphs.ts";
 import {
   fromBinary,
-  ModelProtoSchema,
   makeFloats,
   makeInts,
   makeNode,
@@ -20,7 +19,7 @@ import {
   readModel,
   toBinary,
 } from "../support/internals/models.ts";
-import { concat, LOSSLESS } from "../support/packs.ts";
+import { packed } from "../support/packs.ts";
 import { PlainEngine, PlainTensor } from "../support/plain-engine.ts";
 import { soak } from "../support/required.ts";
 import {
@@ -97,7 +96,7 @@ for (const { name, ort } of ORTS) {
 
 for (const { name, ort } of ORTS) {
   t.test(`${name}: products with integers round their inputs where all of the model's layers do`, async (t) => {
-    const built = fromBinary(ModelProtoSchema, await readFile(model("q4")));
+    const built = fromBinary("ModelProto", await readFile(model("q4")));
     const layers = built.graph!.node.filter(({ opType }) => opType === "MatMulNBits");
     const setLevel = (node: (typeof layers)[number], level: number): void => {
       node.attribute = node.attribute.filter(({ name }) => name !== "accuracy_level");
@@ -105,7 +104,7 @@ for (const { name, ort } of ORTS) {
     };
     /** Bits and accuracy levels of the products that a session adds. */
     const added = async (pack: Pack): Promise<Set<string>> => {
-      const file = await readModel(toBinary(ModelProtoSchema, built));
+      const file = await readModel(toBinary("ModelProto", built));
       const bases = await pack.bases();
       await prepareModel(file, pack, bases.bytes, { mode: "core", integers: ["MatMulNBits", "DequantizeLinear"] });
       bases.close();
@@ -129,7 +128,7 @@ for (const { name, ort } of ORTS) {
       t.same(await added(pack), new Set(exact), "the file says nothing");
       for (const node of layers) setLevel(node, 4);
       t.same(await added(pack), new Set(rounded));
-      const bytes = toBinary(ModelProtoSchema, built);
+      const bytes = toBinary("ModelProto", built);
       const small = await open(ort, bytes, pack, { mode: "core" });
       t.equal(small.probe.result, "passed");
       const plain = await open(ort, bytes, pack, { mode: "core", components: "f32" });
@@ -210,8 +209,7 @@ t.test("packed layers side by side, all of their parts adapted or some", async (
   const sets = [PARTS, PARTS.slice(0, 3), [PARTS[0], PARTS[2]], [PARTS[4], PARTS[1], PARTS[3]], [...PARTS].reverse()];
   for (const parts of sets) {
     const adapters = [adapter("a", 1, parts), adapter("b", 5, parts.slice(0, 2))];
-    const { chunks } = await buildPack(adapters, LOSSLESS);
-    const pack = await openPack(concat(chunks));
+    const pack = await packed(adapters);
     const x = { x: new NODE.Tensor("float32", wave(2 * 3 * WIDTH, 3), [2, 3, WIDTH]) };
     const what = parts.map(([name]) => name).join(" ");
     const answers = new Map<string, Float32Array[]>();

@@ -3,8 +3,7 @@
  * come from ONNX Runtime, on the same file with W + ΔW written into every initializer that holds the layer.
  */
 import { readFileSync } from "node:fs";
-import { type CpuView, openPack, type Pack, type WeightHost } from "eigenlora";
-import { buildPack } from "eigenlora/build";
+import type { CpuView, Pack, WeightHost } from "eigenlora";
 import { openOnnxHost } from "eigenlora/onnx";
 import { InferenceSession, Tensor } from "onnxruntime-node";
 import t, { type Test } from "tap";
@@ -15,14 +14,13 @@ import {
   detachWeights,
   fromBinary,
   type GraphProto,
-  ModelProtoSchema,
   prepareModel,
   readModel,
   toBinary,
   type WeightInput,
 } from "../support/internals/models.ts";
 import { viewValues } from "../support/internals/runtime.ts";
-import { concat, data, LOSSLESS } from "../support/packs.ts";
+import { data, LOSSLESS, packed } from "../support/packs.ts";
 import { difference, MODES, NODE, open, outputOf, refusal } from "../support/sessions.ts";
 
 const SIZE = 8;
@@ -45,8 +43,7 @@ function factors(seed: number): { rank: number; A: Float32Array; Bt: Float32Arra
 const adapter = (id: string, seed: number) => adapterOf(id, [linear("mid", SIZE, SIZE, factors(seed))]);
 
 async function packOn(base?: WeightHost): Promise<Pack> {
-  const options = base ? { ...LOSSLESS, base } : LOSSLESS;
-  return openPack(concat((await buildPack([adapter("a", 1), adapter("b", 2)], options)).chunks));
+  return packed([adapter("a", 1), adapter("b", 2)], base ? { ...LOSSLESS, base } : LOSSLESS);
 }
 
 /** ΔW of a task, [out, in]. */
@@ -54,7 +51,7 @@ const change = (seed: number): Float64Array => deltaOf(factors(seed));
 
 /** The model's result with ΔW in these initializers, `turned` ones [in, out]. */
 async function expected(bytes: Uint8Array, delta: Float64Array, names: Record<string, "turned" | "as it is">) {
-  const proto = fromBinary(ModelProtoSchema, bytes);
+  const proto = fromBinary("ModelProto", bytes);
   for (const tensor of proto.graph!.initializer) {
     const how = names[tensor.name];
     if (!how) continue;
@@ -64,7 +61,7 @@ async function expected(bytes: Uint8Array, delta: Float64Array, names: Record<st
     }
     tensor.rawData = new Uint8Array(values.buffer);
   }
-  const session = await InferenceSession.create(toBinary(ModelProtoSchema, proto), { logSeverityLevel: 3 });
+  const session = await InferenceSession.create(toBinary("ModelProto", proto), { logSeverityLevel: 3 });
   const { logits } = await session.run({ x });
   await session.release();
   return logits!.data as Float32Array;
@@ -74,7 +71,7 @@ async function expected(bytes: Uint8Array, delta: Float64Array, names: Record<st
 async function fed(t: Test, bytes: Uint8Array, pack: Pack, delta: Float64Array): Promise<Float32Array> {
   const file = await readModel(bytes);
   const options = { mode: "folded", foldedInputs: true } as const;
-  const { initializers, folded, names } = await prepareModel(file, pack, (await pack.bases()).bytes, options);
+  const { folded, names } = await prepareModel(file, pack, (await pack.bases()).bytes, options);
   const [{ input, name, shape }, ...others] = folded as [WeightInput];
   t.same([others, name], [[], names.get("mid")], "one input, however often the layer is written down");
   const host = await openOnnxHost(bytes);
@@ -83,7 +80,7 @@ async function fed(t: Test, bytes: Uint8Array, pack: Pack, delta: Float64Array):
   for (let o = 0; o < SIZE; o++) {
     for (let n = 0; n < SIZE; n++) values[turned ? n * SIZE + o : o * SIZE + n]! += delta[o * SIZE + n]!;
   }
-  const detached = await detachWeights(file, initializers);
+  const detached = await detachWeights(file);
   const session = await InferenceSession.create(detached.bytes as Uint8Array<ArrayBuffer>, {
     externalData: [...detached.files],
     logSeverityLevel: 3,

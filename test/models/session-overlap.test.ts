@@ -2,12 +2,12 @@
  * Layers that one task brings whole and another adapts: in every mode a session answers as on a pack of that task alone, or gives the
  * reason why it cannot.
  */
-import { openPack, type Pack } from "eigenlora";
-import { type Adapter, type AdapterModule, buildPack, type SavedTensor } from "eigenlora/build";
+import type { Adapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
+import { adapterOf, lora, save } from "../support/adapters.ts";
 import { uniform } from "../support/internals/base.ts";
-import { concat, data, LOSSLESS } from "../support/packs.ts";
+import { data, packed } from "../support/packs.ts";
 import {
   difference,
   feeds,
@@ -29,37 +29,21 @@ const [labels, width] = [4, two!.saved.find(({ name }) => name === "classifier.w
 /** A hidden layer of 32 to 32, and its name. */
 const hidden = [...two!.modules.values()].find(({ out, in: inputs }) => out === inputs)!;
 
-function save(name: string, role: SavedTensor["role"], shape: readonly number[]): SavedTensor {
-  const value = values(shape.reduce((a, b) => a * b, 1));
-  return { name, role, shape, read: async () => value };
-}
-
-function lora(name: string, out: number, inputs: number, magnitude = false): AdapterModule {
-  const term = { rank: 2, A: values(2 * inputs), Bt: values(2 * out), ...(magnitude && { magnitude: values(out) }) };
-  return { name, out, in: inputs, layout: "out-in", rank: 2, read: async () => term };
-}
-
-function task(id: string, modules: readonly AdapterModule[], saved: readonly SavedTensor[]): Adapter {
-  return { ...two!, id, metadata: {}, modules: new Map(modules.map((module) => [module.name, module])), saved };
-}
-
 const others = [...two!.modules.values()].filter(({ name }) => name !== hidden.name).slice(0, 2);
 /** Brings the classifier and the hidden layer whole. */
-const whole = task("whole", others, [
-  save("classifier.weight", "saved", [labels, width]),
-  save("classifier.bias", "saved", [labels]),
-  save(`${hidden.name}.weight`, "saved", [hidden.out, hidden.in]),
-]);
+const whole = adapterOf("whole", others, {
+  saved: [
+    save(values, "classifier.weight", "saved", [labels, width]),
+    save(values, "classifier.bias", "saved", [labels]),
+    save(values, `${hidden.name}.weight`, "saved", [hidden.out, hidden.in]),
+  ],
+});
 /** Adapts both. */
-const adapts = task(
+const adapts = adapterOf(
   "adapts",
-  [...others, lora("classifier", labels, width), lora(hidden.name, hidden.out, hidden.in)],
-  [save("classifier.bias", "bias-delta", [labels])],
+  [...others, lora(values, "classifier", labels, width), lora(values, hidden.name, hidden.out, hidden.in)],
+  { saved: [save(values, "classifier.bias", "bias-delta", [labels])] },
 );
-
-async function packOf(...adapters: Adapter[]): Promise<Pack> {
-  return openPack(concat((await buildPack(adapters, LOSSLESS)).chunks));
-}
 
 async function answer(session: Session): Promise<Float32Array> {
   return (await outputOf(session, feeds(NODE, session))).slice();
@@ -70,7 +54,7 @@ async function alone(
   adapters: readonly Adapter[],
   selection: Parameters<Session["switchTask"]>[0],
 ): Promise<Float32Array> {
-  const session = await open(NODE, model("torchscript"), await packOf(...adapters), { mode: "factors" });
+  const session = await open(NODE, model("torchscript"), await packed(adapters), { mode: "factors" });
   await session.switchTask(selection);
   const found = await answer(session);
   await session.close();
@@ -98,7 +82,7 @@ for (const { name, ort } of RUNTIMES) {
     t.ok(Math.min(...apart) > 1e-3, "the answers tell the tasks apart");
     for (const mode of modesOn(name)) {
       for (const file of ["torchscript", "dynamo"]) {
-        const session = await open(ort, model(file), await packOf(whole, adapts), { mode });
+        const session = await open(ort, model(file), await packed([whole, adapts]), { mode });
         const is = async (what: keyof typeof EXPECTED): Promise<void> => {
           const off = difference(await answer(session), EXPECTED[what]);
           t.ok(off <= 1e-5, `${mode}, ${file}, ${what}: off by ${off}`);

@@ -2,35 +2,22 @@
  * One task per row: right, or refused. The models are one layer whose input has the batch first or not, or holds only some tokens of each
  * row. Expected values are those of each row alone.
  */
-import { openPack, type Pack } from "eigenlora";
-import { buildPack } from "eigenlora/build";
 import { Tensor } from "onnxruntime-node";
 import t, { type Test } from "tap";
 import { adapterOf, linear } from "../support/adapters.ts";
 import { modelOf } from "../support/graphs.ts";
-import {
-  create,
-  makeFloats,
-  makeInts,
-  makeNode,
-  makeValue,
-  type NodeProto,
-  TensorProtoSchema,
-} from "../support/internals/models.ts";
-import { concat, LOSSLESS } from "../support/packs.ts";
+import { create, makeFloats, makeInts, makeNode, makeValue, type NodeProto } from "../support/internals/models.ts";
+import { packed } from "../support/packs.ts";
 import { difference, NODE, open, outputOf, refusal, type Session } from "../support/sessions.ts";
 
 const [FLOAT, SIZE] = [1, 8];
 const wave = (count: number, seed: number): Float32Array =>
   Float32Array.from({ length: count }, (_, i) => 0.5 * Math.sin(seed + 1.3 * i));
 
-async function pack(): Promise<Pack> {
-  const adapters = [1, 2].map((seed) => {
-    const term = { rank: 2, A: wave(2 * SIZE, seed), Bt: wave(2 * SIZE, 10 * seed) };
-    return adapterOf(seed === 1 ? "a" : "b", [linear("mid", SIZE, SIZE, term)]);
-  });
-  return openPack(concat((await buildPack(adapters, LOSSLESS)).chunks));
-}
+const ADAPTERS = [1, 2].map((seed) => {
+  const term = { rank: 2, A: wave(2 * SIZE, seed), Bt: wave(2 * SIZE, 10 * seed) };
+  return adapterOf(seed === 1 ? "a" : "b", [linear("mid", SIZE, SIZE, term)]);
+});
 
 /** Builds x [batch, tokens, 8] through nodes around the layer, which takes `entering` and gives `made`. */
 function layered(before: NodeProto[], entering: string, made: string, after: NodeProto[], tokens: string | number) {
@@ -122,7 +109,7 @@ for (const mode of ["core", "factors"] as const) {
       ["any number of tokens", layered([], "x", "y", [], "tokens")],
       ["inputs that cannot be made up", layered([fives("x", "five")], "five", "y", [], "tokens")],
     ] as const) {
-      const session = await open(NODE, bytes, await pack(), { mode });
+      const session = await open(NODE, bytes, await packed(ADAPTERS), { mode });
       for (const alike of [true, false]) await isRight(t, session, feed(4, 5, alike), what);
       await session.close();
     }
@@ -137,7 +124,7 @@ for (const mode of ["core", "factors"] as const) {
         layered([fives("x", "five"), turn("five", "other")], "other", "turned", after, "tokens"),
       ],
     ] as const) {
-      const session = await open(NODE, bytes, await pack(), { mode });
+      const session = await open(NODE, bytes, await packed(ADAPTERS), { mode });
       await isRefused(t, session, feed(4, 5), /the batch is not the first dimension of some adapted layer/, what);
       t.equal((await alone(session, feed(4, 5))).length, 4 * 5 * SIZE, "one by one it works");
       await session.close();
@@ -145,7 +132,7 @@ for (const mode of ["core", "factors"] as const) {
   });
 
   t.test(`${mode}: some tokens of each row, as in a mixture of experts`, async (t) => {
-    const session = await open(NODE, chosen("x", "tokens"), await pack(), { mode });
+    const session = await open(NODE, chosen("x", "tokens"), await packed(ADAPTERS), { mode });
     const message = /mixture of experts/;
     await isRefused(t, session, feed(4, 5), message, "rows that differ");
     await isRefused(t, session, feed(4, 5, true), message, "and equal ones: made-up rows have told");
@@ -153,7 +140,10 @@ for (const mode of ["core", "factors"] as const) {
 
     // Inputs that cannot be made up: batches are compared until one has told enough.
     for (const probe of [true, false, feed(2, 5)]) {
-      const own = await open(NODE, chosen("five", "tokens", [fives("x", "five")]), await pack(), { mode, probe });
+      const own = await open(NODE, chosen("five", "tokens", [fives("x", "five")]), await packed(ADAPTERS), {
+        mode,
+        probe,
+      });
       await isRight(t, own, feed(4, 5, true), "equal rows are not mixed");
       await isRefused(t, own, feed(4, 5), message, "rows that differ are");
       await isRight(t, own, feed(4, 5, true), "equal rows still are not");
@@ -175,7 +165,7 @@ function dynamic(swapped: boolean): Uint8Array {
     i < WIDE ? 0 : Math.round(90 * Math.sin(1 + 1.9 * i)),
   );
   const raw = (name: string, dataType: number, dims: number[], data: Int8Array | Float32Array) =>
-    create(TensorProtoSchema, { name, dataType, dims: dims.map(BigInt), rawData: new Uint8Array(data.buffer) });
+    create("TensorProto", { name, dataType, dims: dims.map(BigInt), rawData: new Uint8Array(data.buffer) });
   const initializer = [
     makeFloats("mid.weight", [...wave(SIZE * SIZE, 3)], [SIZE, SIZE]),
     raw("out.weight_quantized", 3, [SIZE, WIDE], weight),
@@ -205,7 +195,7 @@ t.test("rows of 8 bits that share a range: tasks are told from rounding", async 
     Bt[0] = 6;
     return adapterOf(id, [linear("mid", SIZE, SIZE, { rank: 1, A: wave(SIZE, i), Bt })]);
   });
-  const pack = await openPack(concat((await buildPack(adapters, LOSSLESS)).chunks));
+  const pack = await packed(adapters);
   const x = new Tensor("float32", wave(2 * 3 * SIZE, 4), [2, 3, SIZE]);
   const options = { mode: "core", anyBase: true } as const;
   const right = await open(NODE, dynamic(false), pack, options);

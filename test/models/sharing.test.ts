@@ -12,7 +12,7 @@ import {
 } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t, { type Test } from "tap";
-import { adapterOf } from "../support/adapters.ts";
+import { adapterOf, withTerms } from "../support/adapters.ts";
 import { normal as draw, uniform } from "../support/internals/base.ts";
 import { completeDtypes } from "../support/internals/pack.ts";
 import { concat, data, lossOf } from "../support/packs.ts";
@@ -187,15 +187,11 @@ async function kinOf(path: string, count: number): Promise<Adapter[]> {
   t.teardown(() => adapter!.close());
   return Array.from({ length: count }, (_, i) => {
     if (i === 0) return adapter!;
-    const modules = [...adapter!.modules].map(([name, module], index) => {
-      const read = async () => {
-        const { Bt, ...term } = await module.read();
-        const factors = normal(100 * i + index, Bt.length);
-        return { ...term, Bt: Bt.map((value, j) => value * factors[j]!) };
-      };
-      return [name, { ...module, read }] as const;
+    const kin = withTerms(adapter!, ({ Bt, ...term }, _, index) => {
+      const factors = normal(100 * i + index, Bt.length);
+      return { ...term, Bt: Bt.map((value, j) => value * factors[j]!) };
     });
-    return { ...adapter!, id: `kin ${i}`, modules: new Map(modules) };
+    return { ...kin, id: `kin ${i}` };
   });
 }
 
@@ -230,16 +226,11 @@ for (const { name, ort } of RUNTIMES) {
     t.ok(fed(session) < 0.8 * fed(whole), `${fed(session)} of ${fed(whole)} bytes`);
 
     // One that comes later and has rows of A to itself needs room for them.
-    const [stranger] = made(1, ownA, ownB);
-    const [first] = kin;
-    const modules = [...first!.modules].map(([name, module], index) => {
-      const { in: inputs, out } = module;
-      const read = async () => {
-        return { rank: 2, A: normal(index, 2 * inputs), Bt: normal(50 + index, 2 * out).map((v) => v / 50) };
-      };
-      return [name, { ...module, rank: 2, read }] as const;
-    });
-    const late = { ...stranger!, id: "late", saved: first!.saved, modules: new Map(modules) };
+    const late = withTerms({ ...kin[0]!, id: "late" }, ({ rank, A, Bt }, _, index) => ({
+      rank,
+      A: normal(index, A.length),
+      Bt: normal(50 + index, Bt.length).map((value) => value / 50),
+    }));
     const [task] = await projectAdapters(pack, [late], completeDtypes({ head: "int8" }));
     const file = encodeTaskFile(task!.entry, pack.basisId, task!.blob);
     await session.addTask("late", file);

@@ -56,10 +56,8 @@ const wordsOf = (text: string): number =>
 
 t.test(`a page has at most ${WORDS} words, all pages ${ALL_WORDS}; experiments are in docs/research`, async (t) => {
   const counted = docs.filter((page) => !LONG.test(page)).map((page) => ({ page, words: wordsOf(read(page)) }));
-  t.same(
-    counted.filter(({ words }) => words > WORDS),
-    [],
-  );
+  const long = counted.filter(({ words }) => words > WORDS);
+  t.same(long, []);
   const all = counted.reduce((sum, { words }) => sum + words, 0);
   t.ok(all <= ALL_WORDS, `${all} words`);
 });
@@ -75,16 +73,10 @@ t.test("README, the index and the site's first page lead to the three routes", a
 t.test("the map of the house in CONTRIBUTING.md has every folder, and no other", async (t) => {
   const folders = readdirSync(join(root, "src"), { withFileTypes: true }).filter((entry) => entry.isDirectory());
   const mapped = [...read("CONTRIBUTING.md").matchAll(/^\| `([\w/-]+\/)` /gm)].map(([, folder]) => folder!);
-  t.same(
-    folders.map(({ name }) => `src/${name}/`).filter((folder) => !mapped.includes(folder)),
-    [],
-    "not in the map",
-  );
-  t.same(
-    mapped.filter((folder) => !existsSync(join(root, folder))),
-    [],
-    "not there",
-  );
+  const unmapped = folders.map(({ name }) => `src/${name}/`).filter((folder) => !mapped.includes(folder));
+  t.same(unmapped, [], "not in the map");
+  const absent = mapped.filter((folder) => !existsSync(join(root, folder)));
+  t.same(absent, [], "not there");
 });
 
 t.test("paths of documents in sources, tests and examples exist", async (t) => {
@@ -142,10 +134,8 @@ t.test("commands of the documents exist, with their options", async (t) => {
 t.test("docs/README.md lists every page", async (t) => {
   const index = read("docs/README.md");
   const pages = docs.map((page) => relative("docs", page)).filter((page) => page !== "README.md");
-  t.same(
-    pages.filter((page) => !index.includes(`(${page})`)),
-    [],
-  );
+  const unlisted = pages.filter((page) => !index.includes(`(${page})`));
+  t.same(unlisted, []);
 });
 
 if (soak)
@@ -157,10 +147,7 @@ if (soak)
       cwd: root,
     });
     const pages = readdirSync(out, { recursive: true, encoding: "utf8" }).filter((file) => file.endsWith(".md"));
-    t.same(
-      pages.sort(),
-      ["README.md", ...subpaths().map(({ subpath }) => `${subpath}.md`)].sort(),
-      "an index, and a page for each subpath",
-    );
+    const expected = ["README.md", ...subpaths().map(({ subpath }) => `${subpath}.md`)];
+    t.same(pages.sort(), expected.sort(), "an index, and a page for each subpath");
     t.same(brokenLinks(pages, out), []);
   });

@@ -5,7 +5,6 @@
  */
 import { execFile, spawn } from "node:child_process";
 import { copyFile, cp, mkdir, readFile, writeFile } from "node:fs/promises";
-import { createServer as createHttpServer } from "node:http";
 import { createRequire } from "node:module";
 import { type AddressInfo, createServer } from "node:net";
 import { join } from "node:path";
@@ -233,48 +232,27 @@ for (const [name, { start, lacks, project: isProject, ranges, mjs, missing }] of
   });
 }
 
-/** Starts a host of packs on an origin of its own, with these headers on every answer. */
-async function packHost(t: Test, headers: Record<string, string>): Promise<{ url: string; methods: string[] }> {
-  const methods: string[] = [];
-  const server = createHttpServer(({ method, headers: { range = "" } }, response) => {
-    methods.push(method!);
-    const [start, end] = /^bytes=(\d+)-(\d+)$/.exec(range)?.slice(1).map(Number) ?? [0, pack.length - 1];
-    const bytes = pack.subarray(start, end! + 1);
-    const found = { "content-range": `bytes ${start}-${start! + bytes.length - 1}/${pack.length}`, etag: '"1"' };
-    response.writeHead(206, { ...found, ...headers }).end(bytes);
-  });
-  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
-  t.teardown(() => {
-    server.closeAllConnections();
-    return new Promise((resolve) => server.close(resolve));
-  });
-  return { url: `http://127.0.0.1:${(server.address() as AddressInfo).port}/tasks.eigen`, methods };
-}
-
 t.test("a pack of another origin", { skip: noChromium }, async (t) => {
   const eigenlora = await readFile(join(root, "dist/browser.js"));
-  const site = await serve(
-    new Map([
-      ["index.html", new Uint8Array()],
-      ["eigenlora.js", eigenlora],
-    ]),
-  );
-  t.teardown(() => site.close());
+  const site = await serve(new Map(Object.entries({ "index.html": new Uint8Array(), "eigenlora.js": eigenlora })));
+  const host = await serve(new Map([["tasks.eigen", pack]]));
+  t.teardown(() => Promise.all([site.close(), host.close()]));
   const page = await browser!.newPage();
   await page.goto(site.url("index.html"));
-  const open = (url: string): Promise<unknown> =>
-    page.evaluate(`import("/eigenlora.js")
-      .then(({ openPack }) => openPack("${url}", { retries: 0 }))
+  const open = (headers: Record<string, string>): Promise<unknown> => {
+    Object.assign(host, { headers, methods: [] });
+    return page.evaluate(`import("/eigenlora.js")
+      .then(({ openPack }) => openPack("${host.url("tasks.eigen")}?${Object.keys(headers).length}", { retries: 0 }))
       .then(async (pack) => { await pack.load("two"); return pack.reads; })
       .catch((error) => error.message)`);
+  };
   const allowed = { "access-control-allow-origin": "*" };
   for (const headers of [
     allowed,
     { ...allowed, "access-control-expose-headers": "Content-Range, Content-Length, ETag" },
   ]) {
-    const host = await packHost(t, headers);
-    t.match(await open(host.url), { requests: 3, whole: false }, Object.keys(headers).join());
+    t.match(await open(headers), { requests: 3, whole: false }, Object.keys(headers).join());
     t.same(host.methods, ["GET", "GET", "GET"], "no preflight");
   }
-  t.match(await open((await packHost(t, {})).url), /does not let .* read it \(header Access-Control-Allow-Origin\)/);
+  t.match(await open({}), /does not let .* read it \(header Access-Control-Allow-Origin\)/);
 });

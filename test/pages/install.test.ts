@@ -18,7 +18,7 @@ import { bundleWorker, metro, noProgram, outputOf, workerd } from "../support/en
 import { folderFor } from "../support/folder.ts";
 import { GLOBALS, MSGPACKR } from "../support/internals/cli.ts";
 import { data, LOSSLESS, packOf } from "../support/packs.ts";
-import { textOf } from "../support/page-llm.ts";
+import { generations, textOf } from "../support/pipelines.ts";
 import { MODULE } from "../support/readme.ts";
 import { packages, without } from "../support/required.ts";
 import { difference, golden, modelBytes, packBytes } from "../support/sessions.ts";
@@ -146,13 +146,20 @@ t.test(
     const local = (code: string): string =>
       code.replace(/"eigenlora(\/onnxruntime)?"/g, '"./eigenlora.js"').replace('"onnxruntime-web/wasm"', '"./ort.js"');
     await writeFile(join(site, "example.js"), local(MODULE));
-    await writeFile(join(site, "smoke.js"), local(await readFile(join(root, "test/support/smoke.js"), "utf8")));
     await writeFile(
       join(site, "page.js"),
-      `import { main } from "./example.js";
-import { smoke } from "./smoke.js";
+      `import { createRuntime, openPack } from "./eigenlora.js";
+import { main } from "./example.js";
+async function switching() {
+  const pack = await openPack("small.eigen");
+  const weight = ({ out, in: inputs }) => ({ dtype: "f32", shape: [out, inputs], data: new Float32Array(out * inputs).fill(0.5) });
+  const base = new Map(pack.modules.map((module) => [module.name + ".weight", weight(module)]));
+  const runtime = await createRuntime(pack, { base });
+  for (const task of [...pack.tasks.keys(), null]) await runtime.switchTask(task);
+  return { backend: runtime.backend, identical: [...base.values()].every(({ data }) => data.every((value) => value === 0.5)) };
+}
 const told = (error) => error.message;
-globalThis.answer = Promise.all([smoke("small.eigen", { backend: "auto" }), main("model.onnx").catch(told)]);`,
+globalThis.answer = Promise.all([switching(), main("model.onnx").catch(told)]);`,
     );
     await writeFile(join(site, "model.onnx"), modelBytes("torchscript"));
     await writeFile(join(site, "tasks.eigen"), await packBytes(["adapters"], "base"));
@@ -448,10 +455,11 @@ t.test("examples/llm, in the terminal and as a page", { skip: noTransformers || 
   const { bytes } = await packOf(["decoder/adapters/upper", "decoder/adapters/lower"], LOSSLESS);
   await writeFile(join(app, "public/tasks.eigen"), bytes);
   await writeFile(join(app, "public/prompts.json"), JSON.stringify({ upper: "{input}", lower: "{input}" }));
-  const goldens = JSON.parse(await readFile(data("decoder/goldens.json"), "utf8")) as Record<string, any>[];
+  const goldens = await generations("decoder/goldens.json");
   const prompt = "x = 3;";
   // The text goes on after the goldens' twelve tokens.
-  const begins = (skill: string): string => textOf(goldens.find((g) => g.task === skill && g.prompt === prompt)!.ids);
+  const begins = (skill: string): string =>
+    textOf(goldens.find((g) => g.task === skill && g.prompt === prompt)!.ids, 1);
   t.ok(run(app, process.execPath, "main.js", "lower", ...prompt.split(" ")).startsWith(begins("lower")));
   t.match(run(app, process.execPath, "main.js", "middle", "word"), /^The skills are lower, upper\.|upper, lower\./);
 

@@ -4,7 +4,7 @@ import { cp, mkdir, readFile, writeFile } from "node:fs/promises";
 import { join, posix } from "node:path";
 import { fileURLToPath } from "node:url";
 import { gzipSync } from "node:zlib";
-import { build } from "esbuild";
+import { build, type PluginBuild } from "esbuild";
 import t from "tap";
 import { WEBGPU } from "../support/internals/cli.ts";
 
@@ -37,8 +37,12 @@ const SESSION_BUDGET = 55_850;
 /** Budget of `eigenlora/cache`, with its shared part of the run time. */
 const CACHE_BUDGET = 4_100;
 
-/** Bundles one minified file for a browser; modules that `apart` matches are left out. */
-async function bundle(code: string, apart: RegExp): Promise<{ text: string; gzip: number }> {
+/** Bundles one minified file for a browser; modules that `apart` matches are left out. @param setup more of the bundler */
+async function bundle(
+  code: string,
+  apart: RegExp,
+  setup?: (build: PluginBuild) => void,
+): Promise<{ text: string; gzip: number }> {
   const { outputFiles } = await build({
     stdin: { contents: code, resolveDir: root },
     bundle: true,
@@ -48,7 +52,13 @@ async function bundle(code: string, apart: RegExp): Promise<{ text: string; gzip
     write: false,
     logLevel: "silent",
     plugins: [
-      { name: "apart", setup: (b) => b.onResolve({ filter: apart }, ({ path }) => ({ path, external: true })) },
+      {
+        name: "apart",
+        setup(build) {
+          build.onResolve({ filter: apart }, ({ path }) => ({ path, external: true }));
+          setup?.(build);
+        },
+      },
     ],
   });
   return { text: outputFiles[0]!.text, gzip: gzipSync(outputFiles[0]!.contents, { level: 9 }).length };
@@ -90,32 +100,18 @@ const HERMES_BUDGET = 30_240;
  */
 const HERMES_LAZY = /\/(open-base|mismatch|url-source|task-file|part|trust|kind|terms|progress)\.js$/;
 
-/** Code bundled with the exchanges that package.json's "react-native" asks for. @throws where an import has no export */
-async function bundleAsMetro(code: string, lazy: RegExp): Promise<{ text: string; gzip: number }> {
+/** Makes the exchanges that package.json's "react-native" asks for. */
+function asMetro(build: PluginBuild): void {
   const replaced = manifest["react-native"] as Record<string, string>;
-  const { outputFiles } = await build({
-    stdin: { contents: code, resolveDir: root },
-    ...{ bundle: true, minify: true, format: "esm", platform: "browser", write: false, logLevel: "silent" },
-    plugins: [
-      {
-        name: "as Metro",
-        setup: (b) => {
-          b.onResolve({ filter: lazy }, ({ path }) => ({ path, external: true }));
-          b.onResolve({ filter: /\/(wasm|webgpu|coded-wasm)\.js$/ }, ({ path, resolveDir }) => ({
-            path: posix.join(root, replaced[`./${posix.relative(root, posix.join(resolveDir, path))}`]!),
-          }));
-        },
-      },
-    ],
-  });
-  const [{ contents, text }] = outputFiles as [(typeof outputFiles)[0]];
-  return { text, gzip: gzipSync(contents, { level: 9 }).length };
+  build.onResolve({ filter: /\/(wasm|webgpu|coded-wasm)\.js$/ }, ({ path, resolveDir }) => ({
+    path: posix.join(root, replaced[`./${posix.relative(root, posix.join(resolveDir, path))}`]!),
+  }));
 }
 
 t.test("a bundle for Hermes keeps its budget", async (t) => {
   const code =
     'import { openPack, createRuntime } from "eigenlora"; import { fromBase64 } from "eigenlora/react-native"; globalThis.x = [fromBase64, openPack, createRuntime];';
-  const { text, gzip } = await bundleAsMetro(code, HERMES_LAZY);
+  const { text, gzip } = await bundle(code, HERMES_LAZY, asMetro);
   t.comment(`${gzip} B of ${HERMES_BUDGET}`);
   t.ok(gzip <= HERMES_BUDGET, `${gzip} B`);
   t.match(text, /decodes|expand/, "the js backend is in it");

@@ -15,9 +15,9 @@ import { decode } from "../../examples/page/llm/decode.js";
 import { type Answered, serveFolder } from "../../examples/page/serve.js";
 import { launch, noChromium as skip } from "../support/browser.ts";
 import { folderFor } from "../support/folder.ts";
-import { data } from "../support/packs.ts";
-import { complaintsOfAxe } from "../support/page-axe.ts";
-import { ask, PROMPTS, pick, settled, textOf, tinyMaterial, visit } from "../support/page-llm.ts";
+import { axeFindsNothing } from "../support/page-axe.ts";
+import { ask, PROMPTS, pick, settled, tinyMaterial, visit } from "../support/page-llm.ts";
+import { generations, textOf } from "../support/pipelines.ts";
 import { NODE, open } from "../support/sessions.ts";
 
 const folder = folderFor(t);
@@ -30,14 +30,10 @@ t.teardown(() => server.close());
 const browser = skip ? undefined! : await launch(t, ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]);
 const SKILLS = ["upper", "lower"] as const;
 
-const goldens = JSON.parse(await readFile(data("decoder/goldens.json"), "utf8")) as {
-  task: string;
-  prompt: string;
-  ids: number[];
-}[];
+const goldens = await generations("decoder/goldens.json");
 /** PEFT's answer; the page trims the spaces around it. */
 const golden = (task: string, prompt: string): string =>
-  textOf(goldens.find((one) => one.task === task && one.prompt === prompt)!.ids).trim();
+  textOf(goldens.find((one) => one.task === task && one.prompt === prompt)!.ids, 1).trim();
 const saidBy = (page: Page, id: string): Promise<string | null> =>
   page.locator(`.card[data-task="${id}"] .said b`).textContent();
 
@@ -52,7 +48,7 @@ async function inNode(t: Test, file: Uint8Array<ArrayBuffer>, prompt: string): P
   // The decoder has no arrow: the tokenizer leaves it out.
   const tokens = Array.from(prompt.replace("→", ""), (letter) => (letter === " " ? 95 : letter.charCodeAt(0) - 32));
   for await (const [token] of decode(NODE, session, [tokens], facts)) ids.push(token!);
-  return textOf(ids).trim();
+  return textOf(ids, 1).trim();
 }
 
 t.test("skills answer as PEFT does, token by token, alone and all at once", { skip }, async (t) => {
@@ -122,16 +118,7 @@ t.test("skills answer as PEFT does, token by token, alone and all at once", { sk
   });
 
   t.test("axe finds nothing, and nothing is wider than the screen", async (t) => {
-    for (const [width, height] of [
-      [1280, 900],
-      [390, 844],
-    ] as const) {
-      await page.setViewportSize({ width, height });
-      for (const colorScheme of ["light", "dark"] as const) {
-        await page.emulateMedia({ colorScheme, reducedMotion: "reduce" });
-        t.same(await complaintsOfAxe(page), [], `${colorScheme}, ${width} px`);
-      }
-    }
+    await axeFindsNothing(t, page);
     await page.setViewportSize({ width: 320, height: 640 });
     t.equal(await page.evaluate(() => document.documentElement.scrollWidth), 320);
   });

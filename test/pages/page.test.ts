@@ -6,7 +6,7 @@ import { buildPage } from "../../examples/page/build.js";
 import { type Answered, serveFolder } from "../../examples/page/serve.js";
 import { launch, noChromium, visitorOf } from "../support/browser.ts";
 import { folderFor } from "../support/folder.ts";
-import { complaintsOfAxe } from "../support/page-axe.ts";
+import { axeFindsNothing } from "../support/page-axe.ts";
 import { soak } from "../support/required.ts";
 
 /**
@@ -126,16 +126,7 @@ t.test("sentence, tasks and their cost", { skip }, async (t) => {
   });
 
   t.test("axe finds nothing", async (t) => {
-    for (const [width, height] of [
-      [1280, 800],
-      [390, 844],
-    ] as const) {
-      await page.setViewportSize({ width, height });
-      for (const colorScheme of ["light", "dark"] as const) {
-        await page.emulateMedia({ colorScheme, reducedMotion: "reduce" });
-        t.same(await complaintsOfAxe(page), [], `${colorScheme}, ${width} px`);
-      }
-    }
+    await axeFindsNothing(t, page);
     await page.setViewportSize({ width: 1280, height: 800 });
   });
 

@@ -17,7 +17,7 @@ import t, { type Test } from "tap";
 import { launch, noChromium, visitorOf } from "../support/browser.ts";
 import { json, run } from "../support/command-line.ts";
 import { concat, data, LOSSLESS, packOf } from "../support/packs.ts";
-import { complaintsOfAxe } from "../support/page-axe.ts";
+import { axeFindsNothing } from "../support/page-axe.ts";
 import { serve } from "../support/range-server.ts";
 
 const main = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
@@ -29,6 +29,7 @@ const home = fileURLToPath(new URL("../../docs/site/home.md", import.meta.url));
 await writeFile("large.eigen", (await packOf(["adapters/own-seed"], LOSSLESS)).bytes);
 await run("keygen", "-o", "me");
 await run("sign", "large.eigen", "--key", "me.pem");
+const inBrowser = { skip: noChromium };
 const browser = noChromium ? undefined! : await launch(t);
 
 /** Runs the command until the test ends. @returns the address that it prints, and its end by Ctrl-C */
@@ -111,7 +112,7 @@ t.test("what cannot be shown is said before a browser opens", async (t) => {
   }
 });
 
-t.test("a large pack is read by what is looked at", { skip: noChromium }, async (t) => {
+t.test("a large pack is read by what is looked at", inBrowser, async (t) => {
   const { url } = await view(t, "large.eigen");
   const pack = await openPack(await readFile("large.eigen"));
   const { page, complaints, asked } = await visit(t, url);
@@ -160,22 +161,15 @@ t.test("a large pack is read by what is looked at", { skip: noChromium }, async 
   t.same(complaints, []);
 });
 
-t.test("axe finds nothing, and phones need no scrolling sideways", { skip: noChromium }, async (t) => {
+t.test("axe finds nothing, and phones need no scrolling sideways", inBrowser, async (t) => {
   const { url } = await view(t, demo);
   const { page } = await visit(t, url);
   await page.locator("figure canvas").first().waitFor();
   await page.getByRole("button", { name: /^Compare the tasks/ }).click();
   await page.locator("rect").first().waitFor();
   await page.locator("summary").click();
-  for (const [width, colorScheme] of [
-    [1280, "light"],
-    [390, "dark"],
-  ] as const) {
-    await page.setViewportSize({ width, height: 844 });
-    await page.emulateMedia({ colorScheme });
-    t.equal(await page.evaluate("document.documentElement.scrollWidth"), width);
-    t.same(await complaintsOfAxe(page), [], `${colorScheme}, ${width} px`);
-  }
+  await axeFindsNothing(t, page);
+  t.equal(await page.evaluate("document.documentElement.scrollWidth"), 390);
 });
 
 /** A task with markup in all of its texts, and one whose bytes are damaged. */
@@ -191,58 +185,54 @@ async function hostilePack(): Promise<{ bytes: Uint8Array<ArrayBuffer>; id: stri
   return { bytes, id };
 }
 
-t.test(
-  "from a disk: files that are chosen, hostile and wrong ones, and a task file",
-  { skip: noChromium },
-  async (t) => {
-    const { page, complaints, asked } = await visit(t, pathToFileURL(viewer).href);
-    const { bytes, id } = await hostilePack();
-    const choose = async (...files: { name: string; bytes: Uint8Array }[]): Promise<void> => {
-      const given = files.map(({ name, bytes }) => ({ name, mimeType: "", buffer: Buffer.from(bytes) }));
-      await page.locator("#choice").setInputFiles(given);
-      await page.locator("#status:empty").waitFor();
-      await settled(page);
-    };
-    await choose({ name: "<b>hostile</b>.eigen", bytes });
-    await page.locator(".task h4", { hasText: id }).waitFor();
-    t.match(await page.locator(".task").textContent(), "\\u202egpj.exe", "the turn of direction is spelt out");
-    t.equal(await page.locator("article img, article b, article script").count(), 0);
-    t.match(await page.title(), "<b>hostile</b>.eigen");
-    await page.locator(".caption", { hasText: /^1 of 2 tasks read/ }).waitFor();
-    await page.getByRole("button", { name: /^Check every byte/ }).click();
-    await page.locator(".work .wrong", { hasText: /1 part wrong: .*task "sections-0": .*checksum/ }).waitFor();
+t.test("from a disk: files that are chosen, hostile and wrong ones, and a task file", inBrowser, async (t) => {
+  const { page, complaints, asked } = await visit(t, pathToFileURL(viewer).href);
+  const { bytes, id } = await hostilePack();
+  const choose = async (...files: { name: string; bytes: Uint8Array }[]): Promise<void> => {
+    const given = files.map(({ name, bytes }) => ({ name, mimeType: "", buffer: Buffer.from(bytes) }));
+    await page.locator("#choice").setInputFiles(given);
+    await page.locator("#status:empty").waitFor();
+    await settled(page);
+  };
+  await choose({ name: "<b>hostile</b>.eigen", bytes });
+  await page.locator(".task h4", { hasText: id }).waitFor();
+  t.match(await page.locator(".task").textContent(), "\\u202egpj.exe", "the turn of direction is spelt out");
+  t.equal(await page.locator("article img, article b, article script").count(), 0);
+  t.match(await page.title(), "<b>hostile</b>.eigen");
+  await page.locator(".caption", { hasText: /^1 of 2 tasks read/ }).waitFor();
+  await page.getByRole("button", { name: /^Check every byte/ }).click();
+  await page.locator(".work .wrong", { hasText: /1 part wrong: .*task "sections-0": .*checksum/ }).waitFor();
 
-    const failure = page.locator("#failure");
-    const safetensors = await readFile(data("adapters/own-seed/debtags-role/adapter_model.safetensors"));
-    await choose({ name: "tasks.eigen", bytes: safetensors });
-    t.match(await failure.textContent(), "tasks.eigen, window: this is a safetensors file, expected an EigenLoRA pack");
-    await choose({ name: "adapter_model.safetensors", bytes: safetensors });
-    t.match(await failure.textContent(), "give adapter_config.json with it");
-    await choose({ name: "tasks.eigen", bytes: (await readFile(demo)).subarray(0, 5000) });
-    t.match(await failure.textContent(), /ends at byte 5000|truncated/);
-    t.equal(await page.locator("article").count(), 1, "the page stays as it was");
+  const failure = page.locator("#failure");
+  const safetensors = await readFile(data("adapters/own-seed/debtags-role/adapter_model.safetensors"));
+  await choose({ name: "tasks.eigen", bytes: safetensors });
+  t.match(await failure.textContent(), "tasks.eigen, window: this is a safetensors file, expected an EigenLoRA pack");
+  await choose({ name: "adapter_model.safetensors", bytes: safetensors });
+  t.match(await failure.textContent(), "give adapter_config.json with it");
+  await choose({ name: "tasks.eigen", bytes: (await readFile(demo)).subarray(0, 5000) });
+  t.match(await failure.textContent(), /ends at byte 5000|truncated/);
+  t.equal(await page.locator("article").count(), 1, "the page stays as it was");
 
-    await page.getByRole("button", { name: "Close <b>hostile</b>.eigen" }).click();
-    const pack = await openPack(await readFile(demo));
-    const [blob, { metadata }] = [await pack.stored("debtags-use"), pack.tasks.get("debtags-use")!];
-    const file = encodeTaskFile({ id: "debtags-use", adapterBytes: 0, metadata }, pack.basisId, blob);
-    t.match(await readTaskFile(file), { id: "debtags-use", basisId: pack.basisId, metadata, blob });
-    await choose({ name: "mine.eigentask", bytes: file });
-    t.equal(await factOf(page, "basis").textContent(), pack.basisId);
-    await choose({ name: "tasks.eigen", bytes: await readFile(demo) });
-    t.equal(await page.locator("article").count(), 1, "its pack takes it");
-    await page.getByRole("button", { name: "debtags-use, of mine.eigentask", exact: true }).click();
-    await page.locator(".task h4", { hasText: "of mine.eigentask" }).waitFor();
-    t.same(complaints, []);
-    t.same(
-      asked.filter((one) => /^https?:/.test(one)),
-      [],
-      "no request at all",
-    );
-  },
-);
+  await page.getByRole("button", { name: "Close <b>hostile</b>.eigen" }).click();
+  const pack = await openPack(await readFile(demo));
+  const [blob, { metadata }] = [await pack.stored("debtags-use"), pack.tasks.get("debtags-use")!];
+  const file = encodeTaskFile({ id: "debtags-use", adapterBytes: 0, metadata }, pack.basisId, blob);
+  t.match(await readTaskFile(file), { id: "debtags-use", basisId: pack.basisId, metadata, blob });
+  await choose({ name: "mine.eigentask", bytes: file });
+  t.equal(await factOf(page, "basis").textContent(), pack.basisId);
+  await choose({ name: "tasks.eigen", bytes: await readFile(demo) });
+  t.equal(await page.locator("article").count(), 1, "its pack takes it");
+  await page.getByRole("button", { name: "debtags-use, of mine.eigentask", exact: true }).click();
+  await page.locator(".task h4", { hasText: "of mine.eigentask" }).waitFor();
+  t.same(complaints, []);
+  t.same(
+    asked.filter((one) => /^https?:/.test(one)),
+    [],
+    "no request at all",
+  );
+});
 
-t.test("an address: without permission, without ranges, without an answer", { skip: noChromium }, async (t) => {
+t.test("an address: without permission, without ranges, without an answer", inBrowser, async (t) => {
   const page = await readFile(viewer);
   const [here, there] = [
     await serve(
@@ -280,7 +270,7 @@ t.test("an address: without permission, without ranges, without an answer", { sk
   await whole.getByText("Read whole (102.7 kB), since its server has no ranges.").waitFor();
 });
 
-t.test("the site's first page shows a pack in a frame", { skip: noChromium }, async (t) => {
+t.test("the site's first page shows a pack in a frame", inBrowser, async (t) => {
   const [frame] = /<iframe[^>]*><\/iframe>/.exec(await readFile(home, "utf8"))!;
   const files = { "viewer.html": await readFile(viewer), "tasks.eigen": await readFile(demo) };
   const host = await serve(new Map(Object.entries({ ...files, "index.html": Buffer.from(`<!doctype html>${frame}`) })));

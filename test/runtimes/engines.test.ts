@@ -1,6 +1,6 @@
 /**
  * The engine table of docs/engines.md: one small case (test/support/engine-case.js) in every engine on this machine; folded weights must equal
- * those of Node's js backend to the bit. Firefox and WebKitGTK are in test/browsers/engines-browsers.test.ts. A missing engine is skipped by name,
+ * those of Node's js backend to the bit. Chromium, Firefox and WebKitGTK are in test/browsers/engines-browsers.test.ts. A missing engine is skipped by name,
  * and fails where EIGENLORA_REQUIRE lists it.
  */
 import { copyFile, mkdir, writeFile } from "node:fs/promises";
@@ -9,15 +9,32 @@ import t from "tap";
 import type { Outcome } from "../support/engine-case.js";
 import { caseCode, outcomesOf, prepareCase, WASM } from "../support/engine-material.ts";
 import { bundleWorker, metro, noProgram, outputOf, type Program, scriptOf, workerd } from "../support/engines.ts";
+import { serve } from "../support/range-server.ts";
 
 const { project, given, engineCase, check } = await prepareCase(t);
+const server = await serve(new Map([["tasks.eigen", new Uint8Array(Buffer.from(given.pack, "hex"))]]));
+t.teardown(() => server.close());
 
 t.test("node, every build of wasm", async (t) => {
   const variants = ["scalar", "simd"] as const;
   const found = [];
   for (const variant of variants) found.push(await engineCase(given, { backend: "wasm", wasm: { variant } }));
-  check(t, found, ["wasm (scalar)", "wasm (simd)"]);
+  found.push(await engineCase(given, { backend: "auto" }, 2, server.url("tasks.eigen")));
+  check(t, found, ["wasm (scalar)", "wasm (simd)", /^wasm/]);
 });
+
+const RUNTIMES: readonly [Program, args: string[]][] = [
+  ["node22", []],
+  ["deno", ["run", "--allow-all", "--node-modules-dir=manual"]],
+  ["bun", ["run"]],
+];
+for (const [program, args] of RUNTIMES) {
+  t.test(`${program}, by HTTP ranges`, { skip: noProgram(program) }, async (t) => {
+    const file = join(project, "main.js");
+    await writeFile(file, caseCode([{ backend: "js" }, { backend: "auto" }], "console.log", server.url("tasks.eigen")));
+    check(t, outcomesOf(await outputOf(program, ...args, file)), ["js", /^wasm/]);
+  });
+}
 
 /** Shells. WebAssembly in gjs compiles only synchronously, not as a promise: "auto" passes it over. */
 const SHELLS: readonly [Program, args: string[], wasm: boolean][] = [

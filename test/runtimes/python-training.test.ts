@@ -16,7 +16,7 @@ import { safetensorsOf } from "../../benchmarks/lib/adapters.js";
 import { baseEntries } from "../../benchmarks/lib/torch.js";
 import { createEncoder, readTask } from "../../examples/minilm.js";
 import { adapterOf } from "../support/adapters.ts";
-import { json, run } from "../support/command-line.ts";
+import { json, run, words } from "../support/command-line.ts";
 import { workIn } from "../support/folder.ts";
 import { normal, openSafetensors, openSource, uniform } from "../support/internals/base.ts";
 import { data } from "../support/packs.ts";
@@ -76,11 +76,8 @@ t.test("components of every kind of pack, as Python reads them", async (t) => {
     t.ok(off < 1e-6, `${name}: a task's rows are ${off} off`);
     const pack = await openPack(`${name}.eigen`);
     t.match(about, { "eigenlora.components": pack.basisId, base_model: "sentence-transformers/all-MiniLM-L6-v2" });
-    t.same(
-      JSON.parse(about.modules),
-      pack.modules.map((module) => module.name),
-      name,
-    );
+    const names = pack.modules.map((module) => module.name);
+    t.same(JSON.parse(about.modules), names, name);
     const K = pack.modules.find((module) => module.name === query)!.A[0]!.K;
     await pack.close();
     t.same(shapes[`${query}.A.components`], [K, 384], name);
@@ -94,35 +91,22 @@ t.test("components of every kind of pack, as Python reads them", async (t) => {
 t.test("sides that are not shared are left out, and a pack that shares nothing is refused", async (t) => {
   const { sides } = await json(0, "export", "sides.eigen", "--components", "-o", "sides.safetensors");
   t.ok(sides > 0 && sides < 24, `${sides} sides`);
-  t.match(
-    (await run("export", "sides.eigen", "--components", "-o", "again.safetensors")).stdout,
-    / on \d+ of 24 sides/,
-  );
+  const { stdout } = await run(...words`export sides.eigen --components -o again.safetensors`);
+  t.match(stdout, / on \d+ of 24 sides/);
   await json(0, "pack", ...own, "-o", "apart.eigen");
-  const refused = async (...args: string[]): Promise<string> => {
-    const { status, stderr } = await run("export", ...args);
-    t.equal(status, 2, args.join(" "));
-    return stderr;
-  };
-  t.match(await refused("apart.eigen", "--components", "-o", "x"), /tasks of apart\.eigen share none\. .* --k 32/);
-  t.match(await refused("column.eigen", "-o", "x"), /missing --task; or --components/);
-  t.match(
-    await refused("column.eigen", "--components", "--task", "sections-0", "-o", "x"),
-    /--components and --task exclude each other/,
-  );
-  t.match(
-    await refused("column.eigen", "--components", "--format", "kohya", "-o", "x"),
-    /--components and --format exclude each other/,
-  );
-  t.match(
-    await refused("sides.eigen", "--components", "-o", "sides.safetensors"),
-    /already exists; choose another name/,
-  );
   await cp(data("adapters/own-seed/sections-0/adapter_model.safetensors"), "mine.safetensors");
-  t.match(
-    await refused("sides.eigen", "--components", "-o", "mine.safetensors"),
-    /already exists; choose another name/,
-  );
+  for (const [given, message] of [
+    [words`apart.eigen --components -o x`, /tasks of apart\.eigen share none\. .* --k 32/],
+    [words`column.eigen -o x`, /missing --task; or --components/],
+    [words`column.eigen --components --task sections-0 -o x`, /--components and --task exclude each other/],
+    [words`column.eigen --components --format kohya -o x`, /--components and --format exclude each other/],
+    [words`sides.eigen --components -o sides.safetensors`, /already exists; choose another name/],
+    [words`sides.eigen --components -o mine.safetensors`, /already exists; choose another name/],
+  ] as const) {
+    const { status, stderr } = await run("export", ...given);
+    t.equal(status, 2, given.join(" "));
+    t.match(stderr, message);
+  }
 });
 
 t.test("rows made of the file's components are added without loss, in either gauge", async (t) => {

@@ -1,71 +1,38 @@
 /**
  * Packs on pipelines of transformers.js whose model has several sessions, compared with PEFT's answers: a tiny FLAN-T5
- * (test/data/seq2seq). Needs what `transformers.test.ts` needs.
+ * (test/data/seq2seq); and switches in the middle of a stream. Needs what `transformers.test.ts` needs.
  */
-import { cp, readFile, symlink } from "node:fs/promises";
+import { cp, symlink } from "node:fs/promises";
 import { join } from "node:path";
-import { pathToFileURL } from "node:url";
 import { openPack, type Pack } from "eigenlora";
-import { buildPack } from "eigenlora/build";
-import { readAdapters } from "eigenlora/node";
-import { type AttachedPack, type AttachOptions, attachPack, type TransformersPipeline } from "eigenlora/transformers";
+import { type AttachedPack, type AttachOptions, attachPack } from "eigenlora/transformers";
 import t from "tap";
 import { relativeDifference } from "../support/compare.ts";
 import { folderFor } from "../support/folder.ts";
-import { concat, data, LOSSLESS } from "../support/packs.ts";
-import { packages, without } from "../support/required.ts";
+import { data, LOSSLESS, packOf } from "../support/packs.ts";
+import {
+  type Generation,
+  generate,
+  generations,
+  type Pipe,
+  packOn,
+  pipelineOn,
+  skip,
+  textOf,
+  transformers,
+} from "../support/pipelines.ts";
 import { MODES, refusal } from "../support/sessions.ts";
-
-const folder = packages("@huggingface/transformers");
-const skip = without("transformers", folder);
-
-interface Own {
-  release(): Promise<void>;
-}
-interface Pipe {
-  (input: string | string[], options?: object): Promise<{ generated_text: string }[]>;
-  model: {
-    (inputs: object): Promise<Record<string, { data: ArrayLike<number> }>>;
-    generate(options: object): Promise<{ tolist(): bigint[][] }>;
-    sessions: Record<"model" | "decoder_model_merged", Own>;
-    config: object;
-  };
-  tokenizer(texts: string, options?: object): Record<string, object>;
-  dispose(): Promise<void>;
-}
-interface Transformers {
-  env: object;
-  pipeline(task: string, model: string, options?: object): Promise<Pipe>;
-  Tensor: new (type: string, data: unknown, dims: number[]) => object;
-}
-interface Generation {
-  task: string;
-  prompt: string;
-  ids: number[];
-  logits: number[];
-}
 
 const ENCODER = "model";
 const DECODER = "decoder_model_merged";
 const TASKS = ["answers", "titles", null] as const;
-const GENERATIONS = JSON.parse(await readFile(data("seq2seq/generations.json"), "utf8")) as Generation[];
+const GENERATIONS = await generations("seq2seq/generations.json");
 const PROMPTS = [...new Set(GENERATIONS.map(({ prompt }) => prompt))];
-const of = (task: string | null, prompt: string): Generation =>
+const of = (task: string | null, prompt: string): Generation<string> =>
   GENERATIONS.find((one) => one.task === (task ?? "base") && one.prompt === prompt)!;
-/** The tokenizer's ids from 2 on are printable ASCII; the last is the space. */
-const text = (ids: readonly number[]): string =>
-  ids.map((id) => (id === 96 ? " " : String.fromCharCode(31 + id))).join("");
 
-/** A lossless pack of the adapters, or of some of their modules. */
-async function packBytes(fingerprints: boolean, only: (module: string) => boolean): Promise<Uint8Array<ArrayBuffer>> {
-  const adapters = await readAdapters([data("seq2seq/adapters/answers"), data("seq2seq/adapters/titles")]);
-  const some = adapters.map((one) => ({ ...one, modules: new Map([...one.modules].filter(([name]) => only(name))) }));
-  const base = fingerprints ? data("seq2seq/base.safetensors") : undefined;
-  const { chunks } = await buildPack(some, { ...LOSSLESS, ...(base && { base }) });
-  for (const adapter of adapters) await adapter.close();
-  return concat(chunks);
-}
-const whole = await packBytes(true, () => true);
+const ADAPTERS = ["seq2seq/adapters"];
+const { bytes: whole } = await packOf(ADAPTERS, { ...LOSSLESS, base: data("seq2seq/base.safetensors") });
 async function opened(bytes = whole): Promise<Pack> {
   const pack = await openPack(bytes);
   t.teardown(() => pack.close());
@@ -75,22 +42,10 @@ async function opened(bytes = whole): Promise<Pack> {
 const models = folderFor(t);
 await symlink(data("seq2seq"), join(models, "seq2seq"));
 
-let loaded: Transformers | undefined;
-async function load(): Promise<Transformers> {
-  if (loaded) return loaded;
-  loaded = (await import(pathToFileURL(join(folder, "dist/transformers.node.mjs")).href)) as Transformers;
-  Object.assign(loaded.env, { localModelPath: models, allowRemoteModels: false });
-  return loaded;
-}
-const pipeOn = async (id = "seq2seq", options: object = {}): Promise<Pipe> =>
-  (await load()).pipeline("text2text-generation", id, { dtype: "fp32", ...options });
+const load = () => transformers(models);
+const pipeOn = async (): Promise<Pipe> => (await load()).pipeline("text2text-generation", "seq2seq", { dtype: "fp32" });
 const attach = (pipe: Pipe, pack: Pack, options: Partial<AttachOptions> = {}): Promise<AttachedPack> =>
-  attachPack(pipe as unknown as TransformersPipeline, pack, { model: "seq2seq", ...options });
-
-async function generate(pipe: Pipe, prompt: string): Promise<number[]> {
-  const ids = await pipe.model.generate({ ...pipe.tokenizer(prompt), max_new_tokens: 12 });
-  return ids.tolist()[0]!.map(Number).slice(1);
-}
+  attachPack(pipe, pack, { model: "seq2seq", ...options });
 
 /** Checks that tokens, texts one by one and in a batch, and logits are PEFT's. */
 async function holds(t: Tap, pipe: Pipe, task: string | null, how: string): Promise<void> {
@@ -103,14 +58,14 @@ async function holds(t: Tap, pipe: Pipe, task: string | null, how: string): Prom
     const off = relativeDifference(found["logits"]!.data, logits);
     t.ok(off < 2e-5, `${how}, ${task}: logits off by ${off}`);
   }
-  const expected = PROMPTS.map((prompt) => ({ generated_text: text(of(task, prompt).ids) }));
+  const expected = PROMPTS.map((prompt) => ({ generated_text: textOf(of(task, prompt).ids, 2) }));
   t.same(await pipe(PROMPTS, { max_new_tokens: 12 }), expected, `${how}, ${task}: texts of a padded batch`);
 }
 type Tap = Pick<typeof t, "same" | "ok">;
 
 t.test("encoder and decoder answer as PEFT's model does, in every mode", { skip }, async (t) => {
   const pipe = await pipeOn();
-  const constructor = pipe.model.sessions[ENCODER].constructor;
+  const { constructor } = pipe.model.sessions[ENCODER];
   await holds(t, pipe, null, "without a pack");
   for (const mode of [...MODES, undefined]) {
     const tasks = await attach(pipe, await opened(), { mode });
@@ -150,7 +105,10 @@ t.test("encoder and decoder answer as PEFT's model does, in every mode", { skip 
 
 t.test("a generation is wholly one task's", { skip }, async (t) => {
   const pipe = await pipeOn();
-  const tasks = await attach(pipe, await opened());
+  const attaching = attach(pipe, await opened());
+  const before = generate(pipe, PROMPTS[0]!);
+  const tasks = await attaching;
+  t.same(await before, of(null, PROMPTS[0]!).ids, "a call made meanwhile waits");
   await tasks.switchTask("answers");
   const order: string[] = [];
   let steps = 0;
@@ -193,7 +151,7 @@ t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, 
   t.match(await refused({ trainable: true }), { name: "TypeError", message: /trainable: .*\{ part \}/ });
   t.match(await refused({ mode: "fast" as never }), { name: "RangeError", message: /mode/ });
   t.match(await refused({ session: { executionProviders: ["nonsense"] } }), { tag: "backend", message: /nonsense/ });
-  const plain = await opened(await packBytes(false, () => true));
+  const plain = await opened((await packOf(ADAPTERS, LOSSLESS)).bytes);
   t.match(await refused({}, plain), {
     tag: "base",
     message: /"encoder\.block.*in none of the sessions.*no fingerprint confirms: make the pack with its base/,
@@ -208,8 +166,60 @@ t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, 
   const message = /decoder_model_merged: no module of .*, only "lm_head", which the option `ignore` leaves out/;
   t.match(await refused({ model: "copies" }), { tag: "base", message });
   t.same({ ...pipe.model.sessions }, own);
-  t.ok(Object.entries(own).every(([name, session]) => pipe.model.sessions[name as typeof ENCODER] === session));
+  t.ok(Object.entries(own).every(([name, session]) => pipe.model.sessions[name] === session));
   t.notOk(Object.hasOwn(pipe, "_call") || Object.hasOwn(pipe.model, "generate"));
   await holds(t, pipe, null, "after all of these");
   await pipe.dispose();
+});
+
+t.test("a pack that lives in no session is told what each of them said", { skip }, async (t) => {
+  const pipe = await pipelineOn("automatic-speech-recognition", "whisper");
+  const other = await packOn("marian");
+  t.match(await refusal(() => attachPack(pipe, other, { model: "whisper" })), {
+    tag: "base",
+    message:
+      /lives in none of the sessions \(model: .* is not in the base; .*; decoder_model_merged: .* is not the weight that .* was trained on/,
+  });
+  await other.close();
+  await pipe.dispose();
+  const clip = await pipelineOn("zero-shot-image-classification", "clip");
+  const wrong = await packOn("whisper");
+  const error = await refusal(() => attachPack(clip, wrong, { model: "clip" }));
+  t.match(error, { tag: "base", message: /^session "model": "model\.\w+\.layers.* is not in the base/ });
+  await wrong.close();
+  await clip.dispose();
+});
+
+t.test("a stream of a causal model is one task's; a switch asked for meanwhile waits", { skip }, async (t) => {
+  const all = await generations("decoder/goldens.json");
+  const { prompt } = all[0]!;
+  const said = (task: string): string => textOf(all.find((one) => one.task === task && one.prompt === prompt)!.ids, 1);
+  const { pipeline, TextStreamer } = await transformers(data("."));
+  const pipe = await pipeline("text-generation", "decoder", { dtype: "fp32" });
+  const pack = await openPack((await packOf(["decoder/adapters/upper", "decoder/adapters/lower"], LOSSLESS)).bytes);
+  const tasks = await attachPack(pipe, pack, { model: "decoder" });
+  await tasks.switchTask("upper");
+  const order: string[] = [];
+  const streamed = async (asked: () => void): Promise<string> => {
+    let text = "";
+    const callback_function = (piece: string): void => {
+      if (text === "") asked();
+      text += piece;
+    };
+    const streamer = new TextStreamer(pipe.tokenizer, { skip_prompt: true, callback_function });
+    await pipe(prompt, { max_new_tokens: 12, do_sample: false, streamer });
+    return text;
+  };
+  let switched: Promise<unknown> = Promise.resolve();
+  const first = await streamed(() => {
+    switched = tasks.switchTask("lower").then(() => order.push("switch"));
+  });
+  order.push("stream");
+  t.equal(first, said("upper"));
+  t.equal(await streamed(() => order.push("next")), said("lower"), "calls made after wait for the switch");
+  await switched;
+  t.same(order, ["stream", "switch", "next"]);
+  t.equal(tasks.task, "lower");
+  await pipe.dispose();
+  await pack.close();
 });

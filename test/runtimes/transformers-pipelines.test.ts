@@ -30,77 +30,121 @@ import {
   textOf,
   transformers,
 } from "../support/pipelines.ts";
-import { pictureOf, soundOf } from "../support/pipelines-inputs.js";
+import { inputOf } from "../support/pipelines-inputs.js";
 import { difference, MODES, refusal } from "../support/sessions.ts";
 
 const CLIP = await goldens("clip");
 const VIT = await goldens("vit");
+const HEARD = await generations<Sound>("pipelines/whisper/generations.json");
+const READ = await generations("pipelines/marian/generations.json");
 const TEXTS = CLIP.labels.map((label) => `This is a photo of ${label}`);
+const PICTURES = [{ picture: 0 }, { picture: 1 }];
+const OPTIONS = { max_new_tokens: 12 };
 
-/** The two pictures of the goldens. */
-async function pictures(): Promise<object[]> {
+const of = <One extends { task: string }>(all: readonly One[], task: string | null): One[] =>
+  all.filter((one) => one.task === (task ?? "base"));
+
+/** Pipelines by model: tasks, calls with descriptions of their inputs, modes, and how many modules each session leaves to the other. */
+const PIPELINES = {
+  vit: {
+    pipeline: "image-classification",
+    tasks: ["birds", "fish", null],
+    calls: [[PICTURES, { top_k: 4 }]],
+    modes: [...MODES, undefined],
+    leftOut: [0],
+  },
+  clip: {
+    pipeline: "zero-shot-image-classification",
+    tasks: ["animals", "weather", null],
+    calls: [[PICTURES, CLIP.labels]],
+    modes: [...MODES, undefined],
+    leftOut: [0],
+  },
+  whisper: {
+    pipeline: "automatic-speech-recognition",
+    tasks: ["clinic", "court", null],
+    calls: of(HEARD, null).map(({ prompt }) => [prompt, { ...OPTIONS, language: "en" }]),
+    modes: ["factors", "folded", undefined],
+    leftOut: [10, 6],
+  },
+  marian: {
+    pipeline: "translation",
+    tasks: ["formal", "slang", null],
+    calls: [[of(READ, null).map(({ prompt }) => prompt), OPTIONS]],
+    modes: ["factors", "folded", undefined],
+    leftOut: [10, 6],
+  },
+} as const;
+type Model = keyof typeof PIPELINES;
+const NAMES = Object.keys(PIPELINES) as Model[];
+
+/** Checks a pipeline's answers to its calls. Each token of a text is a character. */
+function agrees(t: Test, model: Model, task: string | null, answers: readonly unknown[], how: string): void {
+  const what = `${how}, ${model}, ${task}`;
+  const texts = (all: typeof HEARD | typeof READ, special: number): string[] =>
+    of<{ task: string; ids: number[] }>(all, task).map(({ ids }) => textOf(ids, special));
+  // A head that a task brings has no names.
+  const labels = [0, 1, 2, 3].map((i) => `${task === "birds" ? "LABEL_" : "base "}${i}`);
+  if (model === "whisper") {
+    const expected = texts(HEARD, 0).map((text) => ({ text }));
+    t.same(answers, expected, what);
+  } else if (model === "marian") {
+    const expected = texts(READ, 5).map((text) => ({ translation_text: text }));
+    t.same(answers, [expected], what);
+  } else {
+    const [golden, names] = model === "vit" ? [VIT, labels] : [CLIP, CLIP.labels];
+    sameAnswers(t, answers[0] as Answer[][], ranked(golden.answers[task ?? "base"]!.logits, names), what);
+  }
+}
+
+async function holds(t: Test, model: Model, pipe: Pipe, task: string | null, how: string): Promise<void> {
   const { RawImage } = await transformers();
-  return [0, 1].map((number) => {
-    return new RawImage(pictureOf(number), 8, 8, 3);
+  const answers: unknown[] = [];
+  for (const call of PIPELINES[model].calls)
+    answers.push(await pipe(...call.map((value: unknown) => inputOf(value, RawImage))));
+  agrees(t, model, task, answers, how);
+  if (model === "marian") await translates(t, pipe, task, how);
+}
+
+/** Checks tokens, with the four beams that Marian's own configuration asks for and without, and logits. */
+async function translates(t: Test, pipe: Pipe, task: string | null, how: string): Promise<void> {
+  const { Tensor } = await transformers();
+  for (const { prompt, ids, logits } of of(READ, task)) {
+    const inputs = pipe.tokenizer(prompt);
+    for (const options of [OPTIONS, { ...OPTIONS, num_beams: 1 }]) {
+      const found = await pipe.model.generate({ ...inputs, ...options });
+      t.same(found.tolist()[0]!.map(Number).slice(1), ids, `${how}, ${task}: ${prompt}`);
+    }
+    const first = await pipe.model({ ...inputs, decoder_input_ids: new Tensor("int64", [2n], [1, 1]) });
+    t.ok(difference(first["logits"]!.data, logits) < 5e-5, `${how}, ${task}: logits`);
+  }
+}
+
+for (const name of NAMES) {
+  const { pipeline, tasks, modes, leftOut } = PIPELINES[name];
+  t.test(`${pipeline}: ${name} answers as PEFT's model does`, { skip }, async (t) => {
+    const pipe = await pipelineOn(pipeline, name);
+    await holds(t, name, pipe, null, "without a pack");
+    for (const mode of modes) {
+      const pack = await packOn(name);
+      const attached: AttachedPack = await attachPack(pipe, pack, { model: name, mode });
+      const left = Object.values(attached.sessions).map(({ leftOut }) => leftOut.length);
+      t.same(left, leftOut);
+      for (const task of [...tasks, tasks[0]]) {
+        await attached.switchTask(task);
+        await holds(t, name, pipe, task, String(mode));
+      }
+      await attached.close();
+      await pack.close();
+      await holds(t, name, pipe, null, `${mode}, closed`);
+    }
+    await pipe.dispose();
   });
 }
 
-async function classifies(t: Test, pipe: Pipe, task: string | null, labels: string[], how: string): Promise<void> {
-  const found = (await pipe(await pictures(), { top_k: 4 })) as Answer[][];
-  sameAnswers(t, found, ranked(VIT.answers[task ?? "base"]!.logits, labels), `${how}, ${task}`);
-}
-
-async function compares(t: Test, pipe: Pipe, task: string | null, how: string): Promise<void> {
-  const found = (await pipe(await pictures(), CLIP.labels)) as Answer[][];
-  sameAnswers(t, found, ranked(CLIP.answers[task ?? "base"]!.logits, CLIP.labels), `${how}, ${task}`);
-}
-
-const names = (what: string): string[] => [0, 1, 2, 3].map((i) => `${what}${i}`);
-
-t.test("image-classification: a ViT answers as PEFT's model does", { skip }, async (t) => {
-  const pipe = await pipelineOn("image-classification", "vit");
-  await classifies(t, pipe, null, names("base "), "without a pack");
-  for (const mode of [...MODES, undefined]) {
-    const pack = await packOn("vit");
-    // Nothing shows onnxruntime's tensors if there is no tokenizer.
-    const tasks = await attachPack(pipe, pack, { model: "vit", mode });
-    // A head without names.
-    await tasks.switchTask("birds");
-    await classifies(t, pipe, "birds", names("LABEL_"), String(mode));
-    await tasks.switchTask("fish");
-    await classifies(t, pipe, "fish", names("base "), String(mode));
-    await tasks.switchTask(null);
-    await classifies(t, pipe, null, names("base "), String(mode));
-    await tasks.switchTask("birds");
-    await tasks.close();
-    await pack.close();
-    await classifies(t, pipe, null, names("base "), `${mode}, closed`);
-  }
-  await pipe.dispose();
-});
-
-t.test("zero-shot-image-classification: CLIP in one file answers as PEFT's model does", { skip }, async (t) => {
-  const pipe = await pipelineOn("zero-shot-image-classification", "clip");
-  await compares(t, pipe, null, "without a pack");
-  for (const mode of [...MODES, undefined]) {
-    const pack = await packOn("clip");
-    const tasks = await attachPack(pipe, pack, { model: "clip", mode });
-    t.same(tasks.session.leftOut, []);
-    for (const task of ["animals", "weather", null] as const) {
-      await tasks.switchTask(task);
-      await compares(t, pipe, task, String(mode));
-    }
-    await tasks.switchTask("animals");
-    await tasks.close();
-    await pack.close();
-    await compares(t, pipe, null, `${mode}, closed`);
-  }
-  await pipe.dispose();
-});
-
 /** Models for embeddings; a model may be attached to as a pipeline is. */
 async function towers(): Promise<{ text: Embedder; image: Embedder }> {
-  const { AutoTokenizer, AutoProcessor, CLIPTextModelWithProjection, CLIPVisionModelWithProjection } =
+  const { AutoTokenizer, AutoProcessor, CLIPTextModelWithProjection, CLIPVisionModelWithProjection, RawImage } =
     await transformers();
   const options = { dtype: "fp32" };
   const tokenizer = await AutoTokenizer.from_pretrained("clip");
@@ -108,7 +152,8 @@ async function towers(): Promise<{ text: Embedder; image: Embedder }> {
   const text = await CLIPTextModelWithProjection.from_pretrained("clip", options);
   const image = await CLIPVisionModelWithProjection.from_pretrained("clip", options);
   const said = async (): Promise<Tensor> => (await text(tokenizer(TEXTS, { padding: true })))["text_embeds"]!;
-  const seen = async (): Promise<Tensor> => (await image(await processor(await pictures())))["image_embeds"]!;
+  const seen = async (): Promise<Tensor> =>
+    (await image(await processor(inputOf(PICTURES, RawImage))))["image_embeds"]!;
   return { text: { model: text, tokenizer, embed: said }, image: { model: image, embed: seen } };
 }
 interface Embedder {
@@ -151,94 +196,13 @@ t.test("CLIP's towers as models of their own, each with its part of one pack", {
   }
 });
 
-const TASKS = { whisper: ["clinic", "court", null], marian: ["formal", "slang", null] } as const;
-const OPTIONS = { max_new_tokens: 12 };
-
-async function transcribes(t: Test, pipe: Pipe, task: string | null, how: string): Promise<void> {
-  // Each token is a character.
-  for (const { prompt, ids } of (await generations<Sound>("whisper")).filter((one) => one.task === (task ?? "base")))
-    t.same(await pipe(soundOf(prompt), { ...OPTIONS, language: "en" }), { text: textOf(ids, 0) }, `${how}, ${task}`);
-}
-
-async function translates(t: Test, pipe: Pipe, task: string | null, how: string): Promise<void> {
-  const { Tensor } = await transformers();
-  const all = (await generations<string>("marian")).filter((one) => one.task === (task ?? "base"));
-  for (const { prompt, ids, logits } of all) {
-    const inputs = pipe.tokenizer(prompt);
-    // The model's own configuration asks for four beams.
-    for (const options of [OPTIONS, { ...OPTIONS, num_beams: 1 }]) {
-      const found = await pipe.model.generate({ ...inputs, ...options });
-      t.same(found.tolist()[0]!.map(Number).slice(1), ids, `${how}, ${task}: ${prompt}`);
-    }
-    const first = await pipe.model({ ...inputs, decoder_input_ids: new Tensor("int64", [2n], [1, 1]) });
-    t.ok(difference(first["logits"]!.data, logits) < 5e-5, `${how}, ${task}: logits`);
-  }
-  const expected = all.map(({ ids }) => ({ translation_text: textOf(ids, 5) }));
-  t.same(
-    await pipe(
-      all.map(({ prompt }) => prompt),
-      OPTIONS,
-    ),
-    expected,
-    `${how}, ${task}: texts of a padded batch`,
-  );
-}
-
-for (const [name, pipeline, holds, left] of [
-  ["whisper", "automatic-speech-recognition", transcribes, [10, 6]],
-  ["marian", "translation", translates, [10, 6]],
-] as const) {
-  t.test(`${name}: encoder and decoder answer as PEFT's model does`, { skip }, async (t) => {
-    const pipe = await pipelineOn(pipeline, name);
-    await holds(t, pipe, null, "without a pack");
-    for (const mode of ["factors", "folded", undefined] as const) {
-      const pack = await packOn(name);
-      const tasks: AttachedPack = await attachPack(pipe, pack, { model: name, mode });
-      t.same(
-        Object.values(tasks.sessions).map(({ leftOut }) => leftOut.length),
-        left,
-      );
-      for (const task of TASKS[name]) {
-        await tasks.switchTask(task);
-        await holds(t, pipe, task, String(mode));
-      }
-      await tasks.close();
-      await pack.close();
-      await holds(t, pipe, null, `${mode}, closed`);
-    }
-    await pipe.dispose();
-  });
-}
-
-const HEARD = await generations<Sound>("whisper");
-const READ = await generations<string>("marian");
-const prompts = <Prompt>(all: readonly { task: string; prompt: Prompt }[]): Prompt[] =>
-  all.filter(({ task }) => task === "base").map(({ prompt }) => prompt);
-const PICTURES = [{ picture: 0 }, { picture: 1 }];
-const RUNS = [
-  {
-    pipeline: "automatic-speech-recognition",
-    model: "whisper",
-    tasks: ["clinic", "court", null],
-    calls: prompts(HEARD).map((sound) => [sound, { ...OPTIONS, language: "en" }]),
-  },
-  { pipeline: "translation", model: "marian", tasks: ["formal", "slang", null], calls: [[prompts(READ), OPTIONS]] },
-  {
-    pipeline: "zero-shot-image-classification",
-    model: "clip",
-    tasks: ["animals", "weather", null],
-    calls: [[PICTURES, CLIP.labels]],
-  },
-  { pipeline: "image-classification", model: "vit", tasks: ["fish", null], calls: [[PICTURES, { top_k: 4 }]] },
-];
-
 t.test("onnxruntime-web answers as PEFT does", { skip }, async (t) => {
   const folder = folderFor(t);
   const runs: object[] = [];
-  for (const run of RUNS) {
-    const pack = join(folder, `${run.model}.eigen`);
-    await writeFile(pack, await packBytes(run.model));
-    runs.push({ ...run, pack });
+  for (const model of NAMES) {
+    const pack = join(folder, `${model}.eigen`);
+    await writeFile(pack, await packBytes(model));
+    runs.push({ ...PIPELINES[model], model, pack });
   }
   const plan = join(folder, "plan.json");
   await writeFile(plan, JSON.stringify({ models: MODELS, runs }));
@@ -247,30 +211,13 @@ t.test("onnxruntime-web answers as PEFT does", { skip }, async (t) => {
   const said = JSON.parse(stdout.slice(stdout.lastIndexOf("\n") + 1)) as {
     model: string;
     task: string | null;
-    answer: never;
+    answer: unknown;
   }[];
-  const of = (model: string): typeof said => said.filter((one) => one.model === model);
-  for (const model of ["whisper", "marian"]) t.equal(of(model).length, model === "whisper" ? 6 : 3);
-  const texts = (task: string | null, all: { task: string; ids: number[] }[], special: number): string[] =>
-    all.filter((one) => one.task === (task ?? "base")).map(({ ids }) => textOf(ids, special));
-  for (const task of ["clinic", "court", null]) {
-    const found = of("whisper").filter((one) => one.task === task);
-    t.same(
-      found.map(({ answer: { text } }) => text),
-      texts(task, HEARD, 0),
-      `whisper, ${task}`,
-    );
+  for (const model of NAMES) {
+    for (const task of PIPELINES[model].tasks) {
+      const own = said.filter((one) => one.model === model && one.task === task);
+      const answers = own.map(({ answer }) => answer);
+      agrees(t, model, task, answers, "onnxruntime-web");
+    }
   }
-  for (const { task, answer } of of("marian"))
-    t.same(
-      (answer as { translation_text: string }[]).map(({ translation_text: text }) => text),
-      texts(task, READ, 5),
-      `marian, ${task}`,
-    );
-  t.same([of("clip").length, of("vit").length], [3, 2]);
-  const labels = [0, 1, 2, 3].map((i) => `base ${i}`);
-  for (const { task, answer } of of("clip"))
-    sameAnswers(t, answer as Answer[][], ranked(CLIP.answers[task ?? "base"]!.logits, CLIP.labels), `clip, ${task}`);
-  for (const { task, answer } of of("vit"))
-    sameAnswers(t, answer as Answer[][], ranked(VIT.answers[task ?? "base"]!.logits, labels), `vit, ${task}`);
 });

@@ -7,61 +7,31 @@ import { mkdir, readdir, readFile, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 import { openPack } from "eigenlora";
-import { buildPack } from "eigenlora/build";
-import { readAdapters } from "eigenlora/node";
 import { type AttachedPack, type AttachOptions, attachPack } from "eigenlora/transformers";
 import t, { type Test } from "tap";
 import { answerOf, bundle, noChromium, openPage } from "../support/browser.ts";
 import { folderFor } from "../support/folder.ts";
-import { fromBinary, ModelProtoSchema, toBinary } from "../support/internals/models.ts";
-import { concat, data, LOSSLESS, packOf } from "../support/packs.ts";
-import { packages, without } from "../support/required.ts";
+import { fromBinary, toBinary } from "../support/internals/models.ts";
+import { data, LOSSLESS, packOf } from "../support/packs.ts";
+import {
+  type Answer,
+  PACKAGE as folder,
+  generate,
+  generations,
+  type Pipe,
+  sameAnswers,
+  skip,
+  type Tensor,
+  transformers,
+} from "../support/pipelines.ts";
+import { packages } from "../support/required.ts";
 import { difference, GOLDENS, golden, goldenRow, model, modelBytes, packBytes, refusal } from "../support/sessions.ts";
-
-const folder = packages("@huggingface/transformers");
-const skip = without("transformers", folder);
-
-/** The parts of transformers.js' tokens that are used here. */
-interface Tokens {
-  dims: number[];
-  data: ArrayLike<number>;
-  ort_tensor: object;
-  tolist(): (number | bigint)[][];
-  normalize(power: number, dimension: number): Tokens;
-}
-interface Answer {
-  label: string;
-  score: number;
-}
-interface Pipe {
-  (input: string | string[], options?: object): Promise<never>;
-  model: {
-    (inputs: object): Promise<Record<string, Tokens>>;
-    generate(options: object): Promise<Tokens>;
-    sessions: Record<string, object>;
-    config: { id2label?: Record<number, string>; label2id?: Record<string, number>; num_labels?: number };
-  };
-  tokenizer(texts: string | string[], options?: object): Record<string, Tokens>;
-  dispose(): Promise<void>;
-}
-interface Transformers {
-  env: { localModelPath: string; allowRemoteModels: boolean; logLevel: number };
-  pipeline(task: string, model: string, options?: object): Promise<Pipe>;
-  Tensor: new (type: string, data: unknown, dims: number[]) => Tokens;
-  mean_pooling(states: Tokens, mask: Tokens): Tokens;
-}
-interface Generation {
-  task: string;
-  prompt: string;
-  ids: number[];
-  logits: number[];
-}
 
 const [ROLE, GAME] = ["debtags-role", "debtags-game"] as const;
 const json = async (path: string): Promise<unknown> => JSON.parse(await readFile(data(path), "utf8"));
-const GENERATIONS = (await json("decoder/goldens.json")) as Generation[];
+const GENERATIONS = await generations("decoder/goldens.json");
 const PROMPTS = [...new Set(GENERATIONS.map(({ prompt }) => prompt))];
-const ANSWERS = (await json("seq2seq/generations.json")) as Generation[];
+const ANSWERS = await generations("seq2seq/generations.json");
 const QUESTIONS = [...new Set(ANSWERS.map(({ prompt }) => prompt))];
 const REFERENCE = (
   (await json("reference/predictions.json")) as Record<string, Record<string, { predictions: number[] }>>
@@ -136,37 +106,22 @@ async function makeModels(): Promise<void> {
     JSON.stringify({ ...config, "transformers.js_config": { use_external_data_format: true } }),
   );
   // transformers.js prescribes the second file's name.
-  const proto = fromBinary(ModelProtoSchema, modelBytes("external"));
+  const proto = fromBinary("ModelProto", modelBytes("external"));
   for (const { externalData } of proto.graph!.initializer) {
     for (const entry of externalData) if (entry.key === "location") entry.value = "model.onnx_data";
   }
-  await write("external/onnx/model.onnx", toBinary(ModelProtoSchema, proto));
+  await write("external/onnx/model.onnx", toBinary("ModelProto", proto));
   await write("external/onnx/model.onnx_data", await readFile(data("sessions/external.onnx.data")));
   await write("decoder.eigen", (await packOf(["decoder/adapters/upper", "decoder/adapters/lower"], LOSSLESS)).bytes);
-  await write(
-    "minilm.eigen",
-    (
-      await packOf(
-        [ROLE, GAME].map((task) => `adapters/own-seed/${task}`),
-        LOSSLESS,
-      )
-    ).bytes,
-  );
+  const topics = [ROLE, GAME].map((task) => `adapters/own-seed/${task}`);
+  await write("minilm.eigen", (await packOf(topics, LOSSLESS)).bytes);
   await write("tiny.eigen", await packBytes(["adapters"], "base"));
   await symlink(data("seq2seq"), join(models, "seq2seq"));
-  const skills = await readAdapters([data("seq2seq/adapters")]);
   const base = data("seq2seq/base.safetensors");
-  await write("seq2seq.eigen", concat((await buildPack(skills, { ...LOSSLESS, base })).chunks));
-  for (const skill of skills) await skill.close();
+  await write("seq2seq.eigen", (await packOf(["seq2seq/adapters"], { ...LOSSLESS, base })).bytes);
 }
 
-let loaded: Transformers | undefined;
-async function load(): Promise<Transformers> {
-  if (loaded) return loaded;
-  const transformers = (await import(pathToFileURL(join(folder, "dist/transformers.node.mjs")).href)) as Transformers;
-  Object.assign(transformers.env, { localModelPath: models, allowRemoteModels: false });
-  return (loaded = transformers);
-}
+const load = () => transformers(models);
 
 const pack = async (name: string) => openPack(await readFile(join(models, `${name}.eigen`)));
 async function attach(
@@ -188,6 +143,7 @@ const rows = (task: typeof ROLE | typeof GAME, count: number): string[] =>
   SUITES.get(task)!
     .test.slice(0, count)
     .map(([text]) => text);
+const labelsOf = (answers: readonly Answer[]): string[] => answers.map(({ label }) => label);
 const expected = (task: typeof ROLE | typeof GAME, count: number): string[] =>
   REFERENCE[task]!.predictions.slice(0, count).map((label) => SUITES.get(task)!.labels[label]!);
 
@@ -210,17 +166,11 @@ t.test("text-classification answers as PEFT does, with each task's labels", { sk
     t.equal(pipe.model.config.label2id![labels[1]!], 1);
     const texts = rows(task, 20);
     const found = (await pipe(texts)) as Answer[];
-    t.same(
-      found.map(({ label }) => label),
-      expected(task, 20),
-    );
+    t.same(labelsOf(found), expected(task, 20));
     const all = (await pipe(texts, { top_k: null })) as Answer[][];
-    t.same(
-      all.map(([first]) => first!.label),
-      expected(task, 20),
-    );
+    t.same(labelsOf(all.map(([first]) => first!)), expected(task, 20));
     for (const answers of all) {
-      t.same(answers.map(({ label }) => label).sort(), [...labels].sort(), "every label once");
+      t.same(labelsOf(answers).sort(), [...labels].sort(), "every label once");
       t.ok(Math.abs(answers.reduce((sum, { score }) => sum + score, 0) - 1) < 1e-5);
     }
   }
@@ -234,25 +184,12 @@ t.test("text-classification answers as PEFT does, with each task's labels", { sk
   t.equal(pipe.model.sessions["model"]!.constructor.name, "InferenceSession");
   t.notOk(Object.hasOwn(pipe, "_call") || Object.hasOwn(pipe.model, "_call") || Object.hasOwn(pipe.model, "generate"));
   const after = (await pipe(rows(ROLE, 3), { top_k: null })) as Answer[][];
-  t.same(
-    after.map((a) => a.map(({ label }) => label)),
-    before.map((b) => b.map(({ label }) => label)),
-  );
-  t.ok(
-    difference(
-      after.flat().map(({ score }) => score),
-      before.flat().map(({ score }) => score),
-    ) < 1e-6,
-  );
+  sameAnswers(t, after, before, "the base's answers");
   t.match(await refusal(() => tasks.switchTask(ROLE)), { tag: "backend", message: /closed/ });
   await tasks.close();
   const again = await attachPack(pipe, await pack("minilm"), { model: "minilm" });
   await again.switchTask(ROLE);
-  t.same(
-    ((await pipe(rows(ROLE, 5))) as Answer[]).map(({ label }) => label),
-    expected(ROLE, 5),
-    "attached again",
-  );
+  t.same(labelsOf(await pipe(rows(ROLE, 5))), expected(ROLE, 5), "attached again");
   await pipe.dispose();
   t.match(await refusal(() => again.switchTask(ROLE)), { tag: "backend", message: /closed/ });
 });
@@ -331,19 +268,14 @@ t.test("feature-extraction", { skip }, async (t) => {
     t.ok(difference(hidden!.data, golden("encoder", task)) < 1e-5, `${task}: all rows`);
     // Row 1 of the goldens is two words between their marks, padded to 7 tokens of 32 features.
     const row = goldenRow("encoder", task, 1).slice(0, 4 * 32);
-    const found = (await pipe("w1 w58")) as Tokens;
+    const found = (await pipe("w1 w58")) as Tensor;
     t.same(found.dims, [1, 4, 32]);
     t.ok(difference(found.data, row) < 1e-5, `${task}: by its tokenizer`);
     const mean = Array.from({ length: 32 }, (_, n) => (row[n]! + row[32 + n]! + row[64 + n]! + row[96 + n]!) / 4);
     const length = Math.hypot(...mean);
-    const pooled = (await pipe("w1 w58", { pooling: "mean", normalize: true })) as Tokens;
-    t.ok(
-      difference(
-        pooled.data,
-        mean.map((v) => v / length),
-      ) < 1e-5,
-      `${task}: pooled`,
-    );
+    const pooled = (await pipe("w1 w58", { pooling: "mean", normalize: true })) as Tensor;
+    const unit = mean.map((v) => v / length);
+    t.ok(difference(pooled.data, unit) < 1e-5, `${task}: pooled`);
   }
   // Sentence embeddings of one batch, each row on a task of its own, pooled as the pipeline does it.
   const texts = ["w1 w58", "w17 w5 w40 w9", "w1 w58", "w17 w5 w40 w9"];
@@ -355,7 +287,7 @@ t.test("feature-extraction", { skip }, async (t) => {
   const found = pooled.normalize(2, -1).tolist() as number[][];
   for (const [i, task] of rows.entries()) {
     await tasks.switchTask(task);
-    const alone = (await pipe(texts[i]!, { pooling: "mean", normalize: true })) as Tokens;
+    const alone = (await pipe(texts[i]!, { pooling: "mean", normalize: true })) as Tensor;
     t.ok(difference(found[i]!, alone.data) < 1e-5, `row ${i}: ${task}`);
   }
   t.equal(pipe.model.config.id2label, undefined, "an ignored head brings no names");
@@ -366,16 +298,13 @@ t.test("the model handed over, and what becomes of the pipeline's own session", 
   const { pipeline } = await load();
   const answers = async (pipe: Pipe, tasks: AttachedPack): Promise<void> => {
     await tasks.switchTask("upper");
-    const tokens = pipe.tokenizer(PROMPTS[1]!);
-    const ids = (await pipe.model.generate({ ...tokens, max_new_tokens: 12, do_sample: false }))
-      .tolist()[0]!
-      .map(Number);
-    t.same(ids.slice(6), GENERATIONS.find((g) => g.task === "upper" && g.prompt === PROMPTS[1])!.ids);
+    const ids = await generate(pipe, PROMPTS[1]!);
+    t.same(ids.slice(5), GENERATIONS.find((g) => g.task === "upper" && g.prompt === PROMPTS[1])!.ids);
   };
   const path = join(models, "decoder/onnx/model.onnx");
   for (const given of [path, pathToFileURL(path).href, await readFile(path), new Blob([await readFile(path)])]) {
     const pipe = await pipeline("text-generation", "decoder", { dtype: "fp32" });
-    const own = pipe.model.sessions["model"] as { release(): Promise<void> };
+    const own = pipe.model.sessions["model"]!;
     const tasks = await attachPack(pipe, await pack("decoder"), { model: given });
     await answers(pipe, tasks);
     t.match(await refusal(() => own.release()), { message: /disposed/ }, "released");
@@ -415,11 +344,8 @@ t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, 
     file: "decodr",
     message: /does not find the model again.*Pass \{ model \}/s,
   });
-  t.match(
-    await refused({ model: "minilm", pretrained: { dtype: "fp16" } }),
-    { tag: "base" },
-    "a model that the adapters do not fit",
-  );
+  const unfit = await refused({ model: "minilm", pretrained: { dtype: "fp16" } });
+  t.match(unfit, { tag: "base" }, "a model that the adapters do not fit");
   t.match(await refused({ model: join(models, "nothing.onnx") }), { tag: "source" });
   t.match(await refused({ model: "decoder", session: { executionProviders: ["nonsense"] } }), {
     tag: "backend",
@@ -456,10 +382,8 @@ t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, 
   }
   await wordless.dispose();
   t.equal(pipe.model.sessions["model"], own);
-  t.equal(
-    ((await pipe(PROMPTS[1]!, { max_new_tokens: 3, do_sample: false })) as { generated_text: string }[]).length,
-    1,
-  );
+  const answered: unknown[] = await pipe(PROMPTS[1]!, { max_new_tokens: 3, do_sample: false });
+  t.equal(answered.length, 1);
   const [, second] = await Promise.all([
     attachPack(pipe, some, { model: "decoder" }),
     refused({ model: "decoder" }),

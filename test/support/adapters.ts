@@ -1,70 +1,8 @@
-/** Shared by tests of adapter readers: files made from a few shapes, and an adapter's weights by the definitions. */
+/** Shared by tests of adapters: files made from a few shapes, and adapters in memory. */
 import type { Term } from "eigenlora";
-import type { Adapter, AdapterModule } from "eigenlora/build";
+import type { Adapter, AdapterModule, SavedTensor } from "eigenlora/build";
 import { f32ToBf16, f32ToF16, type SafetensorsEntry, writeSafetensors } from "./internals/base.ts";
-
-export interface Tensor {
-  shape: readonly number[];
-  data: ArrayLike<number>;
-}
-
-/** The golden base's name for a parameter of an adapter. */
-function baseName(parameter: string, base: ReadonlyMap<string, Tensor>): string {
-  const endsWith = (long: string, short: string): boolean => `.${long}`.endsWith(`.${short}`);
-  const names = [...base.keys()].filter((name) => endsWith(name, parameter) || endsWith(parameter, name));
-  if (names.length !== 1) throw new Error(`${parameter} is ${names.length} parameters of the base`);
-  return names[0]!;
-}
-
-/**
- * Computes W0 + B·A with everything an adapter can carry, by the definitions and in f64. Returns only tensors that the adapter changes.
- */
-export async function apply(adapter: Adapter, base: ReadonlyMap<string, Tensor>): Promise<Map<string, number[]>> {
-  const merged = new Map<string, number[]>();
-  for (const { name, role, indices, read } of adapter.saved) {
-    const parameter = baseName(name, base);
-    const before = Array.from(base.get(parameter)!.data);
-    const values = Array.from(await read());
-    if (role === "bias-delta")
-      merged.set(
-        parameter,
-        before.map((value, i) => value + values[i]!),
-      );
-    else if (role === "rows") {
-      const width = base.get(parameter)!.shape[1]!;
-      indices!.forEach((row, i) => before.splice(row * width, width, ...values.slice(i * width, (i + 1) * width)));
-      merged.set(parameter, before);
-    } else merged.set(parameter, values);
-  }
-  for (const module of adapter.modules.values()) {
-    const parameter = baseName(`${module.name}.weight`, base);
-    merged.set(parameter, await applyModule(module, base.get(parameter)!));
-  }
-  return merged;
-}
-
-async function applyModule(module: AdapterModule, { shape, data }: Tensor): Promise<number[]> {
-  const { out, in: width, rank, layout, kernel } = module;
-  const { A, Bt, magnitude } = await module.read();
-  if (A.length !== rank * width || Bt.length !== rank * out) throw new Error(`${module.name}: wrong sizes`);
-  const transposed = layout === "in-out" || layout === "embedding";
-  const expected = transposed ? [width, out] : [out, width];
-  const found = layout === "conv" ? [shape[0]!, shape.slice(1).reduce((a, b) => a * b, 1)] : shape;
-  if (expected.join() !== found.join() || (layout === "conv" && kernel!.join() !== shape.slice(2).join())) {
-    throw new Error(`${module.name}: ${layout} [${expected.join()}] does not fit [${shape.join()}]`);
-  }
-  const at = (i: number, j: number): number => (transposed ? j * out + i : i * width + j);
-  const weight = Array.from(data);
-  for (let i = 0; i < out; i++) {
-    let square = 0;
-    for (let j = 0; j < width; j++) {
-      for (let k = 0; k < rank; k++) weight[at(i, j)]! += Bt[k * out + i]! * A[k * width + j]!;
-      square += weight[at(i, j)]! ** 2;
-    }
-    if (magnitude) for (let j = 0; j < width; j++) weight[at(i, j)]! *= magnitude[i]! / Math.sqrt(square);
-  }
-  return weight;
-}
+import { allOf } from "./internals/pack.ts";
 
 /** An adapter made in memory. */
 export function adapterOf(id: string, modules: Iterable<AdapterModule>, more: Partial<Adapter> = {}): Adapter {
@@ -78,6 +16,48 @@ export function adapterOf(id: string, modules: Iterable<AdapterModule>, more: Pa
 /** A linear module [out, in] with these factors. */
 export function linear(name: string, out: number, inputs: number, term: Term): AdapterModule {
   return { name, out, in: inputs, layout: "out-in", rank: term.rank, read: async () => term };
+}
+
+/** Seeded values of a length. */
+type Values = (count: number) => Float32Array;
+
+/** A module of rank 2 with values of its own. */
+export function lora(
+  values: Values,
+  name: string,
+  out: number,
+  inputs: number,
+  { layout = "out-in", magnitude = false }: { layout?: AdapterModule["layout"]; magnitude?: boolean } = {},
+): AdapterModule {
+  const term = { rank: 2, A: values(2 * inputs), Bt: values(2 * out) };
+  const scales = magnitude && { magnitude: values(out).map((value) => 1 + Math.abs(value)) };
+  return { ...linear(name, out, inputs, { ...term, ...scales }), layout };
+}
+
+/** A parameter that a task stores. @param indices of rows */
+export function save(
+  values: Values,
+  name: string,
+  role: SavedTensor["role"],
+  shape: readonly number[],
+  indices?: readonly number[],
+): SavedTensor {
+  const value = values(shape.reduce((a, b) => a * b, 1));
+  return { name, role, shape, indices, read: async () => value };
+}
+
+/** The adapter with other factors. */
+export function withTerms(adapter: Adapter, change: (term: Term, name: string, index: number) => Term): Adapter {
+  const modules = [...adapter.modules].map(([name, module], index) => {
+    const read = async (): Promise<Term> => change(await module.read(), name, index);
+    return [name, { ...module, read }] as const;
+  });
+  return { ...adapter, modules: new Map(modules) };
+}
+
+/** The adapter with its first modules alone. */
+export function firstModules(adapter: Adapter, count: number): Adapter {
+  return { ...adapter, modules: new Map([...adapter.modules].slice(0, count)) };
 }
 
 export async function readAll(adapter: Adapter): Promise<void> {
@@ -108,7 +88,5 @@ export async function bytesOf(
   entries: SafetensorsEntry[],
   metadata: ReadonlyMap<string, string> = new Map([["format", "pt"]]),
 ): Promise<Uint8Array> {
-  const chunks: Uint8Array[] = [];
-  for await (const chunk of writeSafetensors(entries, metadata)) chunks.push(chunk);
-  return new Uint8Array(Buffer.concat(chunks));
+  return new Uint8Array(Buffer.concat(await allOf(writeSafetensors(entries, metadata))));
 }

@@ -11,12 +11,9 @@ export function seededTensors(modules: Modules, dtype: FloatDtype): Map<string, 
   const random = uniform(77);
   const tensors = new Map<string, Tensor>();
   for (const { name, out, in: inputs } of modules) {
-    const data = encodeTensor(dtype, values(out * inputs, random), out, inputs);
-    tensors.set(`${name.replace("bert.", "")}.weight`, {
-      dtype,
-      shape: [out, inputs],
-      data: data.slice(0, out * inputs * (dtype === "f32" ? 4 : 2)),
-    });
+    const { buffer } = encodeTensor(dtype, values(out * inputs, random), out, inputs).slice();
+    const data = dtype === "f32" ? new Float32Array(buffer) : new Uint16Array(buffer, 0, out * inputs);
+    tensors.set(`${name.replace("bert.", "")}.weight`, { dtype, shape: [out, inputs], data });
   }
   return tensors;
 }
@@ -25,6 +22,6 @@ export function seededTensors(modules: Modules, dtype: FloatDtype): Map<string, 
 export function seededBase(modules: Modules): Promise<Uint8Array> {
   const tensors = [...seededTensors(modules, "f32")];
   return bytesOf(
-    tensors.map(([name, { shape, data }]) => ({ name, dtype: "F32", shape, read: () => data as Uint8Array })),
+    tensors.map(([name, { shape, data }]) => ({ name, dtype: "F32", shape, read: () => new Uint8Array(data.buffer) })),
   );
 }

@@ -76,19 +76,22 @@ export interface Golden {
   task: string;
   /** Weights that PEFT's merge changes. */
   changed: readonly string[];
+  /** Allowed difference, relative to the largest value of a weight. Default: 1e-6. */
+  tolerance?: number;
 }
 
-/** Folds the golden's task into its base, and takes it out again. */
+/** Folds the golden's task into its base, which changes exactly what it should, and takes it out again. */
 export async function checkGolden(t: SuiteTest, golden: Golden, options: BackendOptions): Promise<void> {
-  const { name, folder, pack, task, changed } = golden;
+  const { name, folder, pack, task, changed, tolerance = 1e-6 } = golden;
   const base = `${folder}/base.safetensors`;
   const runtime = await createRuntime(await openPack(pack), { ...options, base });
   const source = await openSource(`${folder}/merged.safetensors`);
   const merged = await openSafetensors(source);
   await runtime.switchTask(task);
+  t.strictSame([...runtime.changes().keys()].sort(), [...changed].sort(), `${name}, ${runtime.backend}: what changes`);
   for (const weight of changed) {
     const difference = relativeDifference(floats(await runtime.readWeight(weight)), await merged.readF32(weight));
-    t.ok(difference <= 1e-6, `${name}, ${runtime.backend}, ${weight}: off by ${difference}`);
+    t.ok(difference <= tolerance, `${name}, ${runtime.backend}, ${weight}: off by ${difference}`);
   }
   await runtime.switchTask(null);
   const pristine = await openHost(base);

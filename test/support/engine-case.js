@@ -1,13 +1,13 @@
 /**
- * The case that every engine must pass, in code without a platform: open a pack from bytes, switch and blend, be refused, switch 500
- * times, and restore every bit. test/runtimes/engines.test.ts runs it in every engine that it finds.
+ * The case that every engine must pass, in code without a platform: open a pack from bytes or by HTTP ranges, switch and blend, be refused,
+ * switch 500 times, and restore every bit. test/runtimes/engines.test.ts runs it in every engine that it finds.
  */
 import { createRuntime, openPack } from "eigenlora";
 
 /** @typedef {{ name: string, shape: number[], hex: string }} BaseTensor */
 /** @typedef {{ pack: string, base: BaseTensor[], safetensors: string, tasks: [string, string] }} Material bytes as hexadecimal */
 /** @typedef {Record<string, string>} State weights by name, as hexadecimal */
-/** @typedef {{ backend: string, states: State[], refused: string, back: boolean, fromFile: boolean }} Outcome */
+/** @typedef {{ backend: string, states: State[], requests?: number, refused: string, back: boolean, fromFile: boolean }} Outcome `requests` by URL */
 
 /** @param {string} hex */
 const bytesOf = (hex) => Uint8Array.from(hex.match(/../g) ?? [], (pair) => parseInt(pair, 16));
@@ -20,14 +20,16 @@ const hexOf = ({ buffer, byteOffset, byteLength }) =>
  * @param {Material} material
  * @param {import("eigenlora").RuntimeOptions} options
  * @param {number} switches that follow the first three, an even number
+ * @param {string} [url] of the pack; it is opened from its bytes otherwise
  * @returns {Promise<Outcome>} `states`: after the first task, the second, a blend, and many switches
  */
 export async function engineCase(
   { pack: hex, base: tensors, safetensors, tasks: [first, second] },
   options,
   switches = 500,
+  url = undefined,
 ) {
-  const pack = await openPack(bytesOf(hex));
+  const pack = await openPack(url ?? bytesOf(hex));
   /** @type {Map<string, import("eigenlora").Tensor>} */
   const base = new Map();
   for (const { name, shape, hex } of tensors)
@@ -43,6 +45,7 @@ export async function engineCase(
     if (!(report.milliseconds.total >= 0)) throw new Error(`a switch took ${report.milliseconds.total} ms`);
     states.push(now());
   }
+  const requests = url === undefined ? undefined : pack.reads.requests;
   const refused = await runtime.switchTask("no such task").then(
     () => "",
     (/** @type {Error} */ error) => `${error.name}: ${error.message}`,
@@ -65,5 +68,5 @@ export async function engineCase(
     fromFile &&= hexOf(data.subarray(byteOffset, byteOffset + length)) === states[1]?.[name];
   }
   await other.close();
-  return { backend, states, refused, back, fromFile };
+  return { backend, states, requests, refused, back, fromFile };
 }

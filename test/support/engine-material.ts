@@ -66,10 +66,11 @@ export async function prepareCase(t: Test): Promise<{
       backends,
     );
     t.equal(found.length, backends.length);
-    for (const { backend, states, refused, back, fromFile } of found) {
+    for (const { backend, states, requests = 4, refused, back, fromFile } of found) {
       const most = NEAR.test(backend) ? 1e-6 : 0;
       const how = most > 0 ? "within 1e-6" : "to the bit";
       t.same(differing(js, states, most), [], `${backend}: equal to Node's js ${how}`);
+      t.equal(requests, 4, "window, directory with bases, one per task");
       t.match(refused, /^TaskError: no task "no such task"/);
       t.ok(back, `${backend}: back to the bit`);
       t.ok(fromFile, `${backend}: the same from a file`);
@@ -78,13 +79,14 @@ export async function prepareCase(t: Test): Promise<{
   return { project, given, engineCase, check };
 }
 
-/** Code that prints the case's outcomes on these backends as one line. */
-export const caseCode = (options: readonly object[], print: string): string => `
+/** Code that prints the case's outcomes on these backends as one line. @param url of the pack, if it is not to be opened from its bytes */
+export const caseCode = (options: readonly object[], print: string, url?: string): string => `
 import { engineCase } from "./engine-case.js";
 import material from "./material.js";
 const run = async () => {
   const found = [];
-  for (const options of ${JSON.stringify(options)}) found.push(await engineCase(material, options, /auto|webgpu/.test(options.backend) ? 2 : 500));
+  for (const options of ${JSON.stringify(options)})
+    found.push(await engineCase(material, options, /auto|webgpu/.test(options.backend) ? 2 : 500, ${JSON.stringify(url)}));
   return JSON.stringify(found);
 };
 run().then(${print}, (error) => ${print}("failed: " + error + "\\n" + error.stack));

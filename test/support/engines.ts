@@ -1,10 +1,10 @@
 /**
- * Engines other than browsers and Node: where each is, and how it runs test/support/engine-case.js. EIGENLORA_RUNTIMES names a folder whose
- * `node_modules` may have hermes-engine-cli, hermes-compiler, metro with React Native's preset, and workerd; the shells are Debian's.
+ * Engines other than browsers and this Node: where each is, and how it runs test/support/engine-case.js. EIGENLORA_RUNTIMES names a folder
+ * whose `node_modules` may have deno, bun, node@22, hermes-engine-cli, hermes-compiler, metro with React Native's preset, and workerd; the shells are Debian's.
  */
 import { execFile, spawn } from "node:child_process";
 import { cp, mkdir, writeFile } from "node:fs/promises";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { build } from "esbuild";
@@ -18,6 +18,9 @@ const root = fileURLToPath(new URL("../..", import.meta.url));
 
 /** Programs by the name of EIGENLORA_REQUIRE. */
 export const PROGRAMS = {
+  node22: packages(".bin/node"),
+  deno: packages(".bin/deno"),
+  bun: packages(".bin/bun"),
   hermes: packages("hermes-engine-cli/linux64-bin/hermes"),
   hermesc: packages("hermes-compiler/hermesc/linux64-bin/hermesc"),
   metro: packages("@react-native/metro-babel-transformer/package.json"),
@@ -57,10 +60,11 @@ export async function scriptOf(project: string, code: string): Promise<string> {
   return outputFiles[0]!.text;
 }
 
-/** Output of a program. @throws Error with its output when it fails, or prints nothing for a minute */
+/** Output of a program, in the folder of the file that is its last argument. @throws Error with its output when it fails, or prints nothing for a minute */
 export async function outputOf(program: Program, ...args: string[]): Promise<string> {
   try {
-    const { stdout } = await execute(PROGRAMS[program], args, { maxBuffer: 2 ** 26, timeout: 60_000 });
+    const how = { maxBuffer: 2 ** 26, timeout: 60_000, cwd: dirname(args.at(-1)!) };
+    const { stdout } = await execute(PROGRAMS[program], args, how);
     return stdout;
   } catch (error) {
     const { message, stdout = "" } = error as Error & { stdout?: string };

@@ -2,7 +2,7 @@
 import type { Test } from "tap";
 import { bundle, openPage } from "./browser.ts";
 import { packages } from "./required.ts";
-import type { Finding } from "./stand-in.ts";
+import { type Finding, report } from "./stand-in.ts";
 
 /**
  * Runs a suite once for each of `backends`, on software adapters where there is no GPU.
@@ -18,11 +18,7 @@ export async function inChromium(t: Test, script: string, backends: readonly str
         (backend) => (globalThis as unknown as { run(backend: string): Promise<Finding[]> }).run(backend),
         backend,
       );
-      for (const { kind, name, fault } of findings) {
-        if (fault !== undefined) t.fail(`${name}: ${fault}`);
-        else if (kind === "comment") t.comment(name);
-      }
-      const good = findings.filter(({ kind, fault }) => kind === "assertion" && fault === undefined).length;
+      const good = report(t, findings);
       t.ok(good > 0, `${good} assertions`);
     });
   }

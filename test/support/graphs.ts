@@ -1,19 +1,11 @@
 /** Shared by tests that make ONNX models, or change those of test/data. */
-import {
-  create,
-  fromBinary,
-  type GraphProto,
-  GraphProtoSchema,
-  type ModelProto,
-  ModelProtoSchema,
-  toBinary,
-} from "./internals/models.ts";
+import { create, fromBinary, type GraphProto, type ModelProto, toBinary } from "./internals/models.ts";
 
 /** The model after a change to its graph. */
 export function changed(bytes: Uint8Array, change: (graph: GraphProto, model: ModelProto) => void): Uint8Array {
-  const model = fromBinary(ModelProtoSchema, bytes);
+  const model = fromBinary("ModelProto", bytes);
   change(model.graph!, model);
-  return toBinary(ModelProtoSchema, model);
+  return toBinary("ModelProto", model);
 }
 
 /** A model of a graph, with the operators of ONNX and of com.microsoft. */
@@ -23,6 +15,6 @@ export function modelOf(graph: Partial<GraphProto>, { opset = 17 } = {}): Uint8A
     { domain: "com.microsoft", version: 1n },
   ];
   const irVersion = opset > 20 ? 10n : 8n;
-  const whole = create(GraphProtoSchema, { name: "made", ...graph });
-  return toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion, opsetImport, graph: whole })).slice();
+  const whole = create("GraphProto", { name: "made", ...graph });
+  return toBinary("ModelProto", create("ModelProto", { irVersion, opsetImport, graph: whole })).slice();
 }

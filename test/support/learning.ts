@@ -90,7 +90,7 @@ export function probeOf(ort: Ort): ShapeProbe & { runs: number } {
 
 /** A session of the training graph, the weights beside it. */
 export async function sessionOf(ort: Ort, file: ModelFile, level: Level): Promise<common.InferenceSession> {
-  const { bytes, files } = await detachWeights(file, []);
+  const { bytes, files } = await detachWeights(file);
   return ort.InferenceSession.create(bytes, { externalData: [...files], graphOptimizationLevel: level });
 }
 
@@ -174,7 +174,7 @@ async function headOf(
   if (!weight) throw new Error(`${module} is not in the model`);
   const [rows, columns] = weight.shape as [number, number];
   const [out, inputs] = weight.layout === "in-out" ? [columns, rows] : [rows, columns];
-  const { at } = await readLinearWeight(file, weight);
+  const at = await readLinearWeight(file, weight);
   const values = Float32Array.from({ length: out * inputs }, (_, i) => at(Math.floor(i / inputs), i % inputs));
   return { weight: values, bias: bias ? await readVector(file, bias) : new Float32Array(out), out, in: inputs };
 }

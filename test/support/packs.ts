@@ -1,13 +1,13 @@
 /** Shared by the tests: the repository's real data, and packs made of it. */
 import { readdir, readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
-import type { Pack, Runtime, TensorRef, Term } from "eigenlora";
+import { openPack, type Pack, type Runtime, type TensorRef, type Term } from "eigenlora";
 import { type Adapter, type BuildOptions, type BuildReport, buildPack, taskAdapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { deltaOf, type Golden, relativeDifference } from "./compare.ts";
 import { decodeTensor } from "./internals/base.ts";
-import { placeOf, type Sign, streamFresh, type TaskToWrite } from "./internals/format.ts";
-import { deltaError, relative } from "./internals/pack.ts";
+import { type layoutAppend, placeOf, type Sign, streamFresh, type TaskToWrite } from "./internals/format.ts";
+import { allOf, deltaError, relative } from "./internals/pack.ts";
 
 /** Options that store everything an adapter has without loss. */
 export const LOSSLESS = {
@@ -34,10 +34,22 @@ export async function freshChunks(
   { tasks, ...basis }: Parameters<typeof streamFresh>[0] & { readonly tasks: readonly TaskToWrite[] },
   sign?: Sign,
 ): Promise<Uint8Array[]> {
-  const found: Uint8Array[] = [];
-  const { chunks } = await streamFresh(basis, await Promise.all(tasks.map(placeOf)), sign);
-  for await (const chunk of chunks) found.push(chunk);
-  return found;
+  return allOf((await streamFresh(basis, await Promise.all(tasks.map(placeOf)), sign)).chunks);
+}
+
+/** A pack with the written bytes of an append. */
+export function applied(
+  bytes: Uint8Array,
+  { body, superblock, superblockOffset, offset }: Awaited<ReturnType<typeof layoutAppend>>,
+): Uint8Array<ArrayBuffer> {
+  const grown = concat([bytes.subarray(0, offset), ...body]);
+  grown.set(superblock, superblockOffset);
+  return grown;
+}
+
+/** A pack of adapters, open. */
+export async function packed(adapters: readonly Adapter[], options: BuildOptions = LOSSLESS): Promise<Pack> {
+  return openPack(concat((await buildPack(adapters, options)).chunks));
 }
 
 /** A pack of some adapters of a suite, or of some of their modules, in memory. */

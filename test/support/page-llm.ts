@@ -32,11 +32,6 @@ export async function tinyMaterial(): Promise<Material> {
   };
 }
 
-/** Text of the decoder's tokens, each a character; the first ends a text, the last is the space. */
-export function textOf(ids: readonly number[]): string {
-  return ids.map((id) => (id === 0 ? "" : id === 95 ? " " : String.fromCharCode(32 + id))).join("");
-}
-
 /** Opens the page in a window of its own. @returns it with its complaints */
 export async function visit(
   browser: Browser,

@@ -9,7 +9,7 @@ import { pathToFileURL } from "node:url";
 import { openPack } from "eigenlora";
 import { attachPack } from "eigenlora/transformers";
 import * as ort from "onnxruntime-web";
-import { pictureOf, soundOf } from "./pipelines-inputs.js";
+import { inputOf } from "./pipelines-inputs.js";
 
 const [, , folder = "", planFile = ""] = process.argv;
 // A path that Node can import from; without one, transformers.js would name a host.
@@ -24,12 +24,6 @@ const { env, pipeline, RawImage } = await import(pathToFileURL(join(folder, "dis
 const { models, runs } = JSON.parse(await readFile(planFile, "utf8"));
 Object.assign(env, { localModelPath: models, allowRemoteModels: false });
 
-/** Sounds and pictures from their descriptions. @returns {unknown} */
-function input(/** @type {any} */ value) {
-  if (Array.isArray(value)) return value.map(input);
-  if (value?.waves) return soundOf(value);
-  return value?.picture === undefined ? value : new RawImage(pictureOf(value.picture), 8, 8, 3);
-}
 const answers = [];
 for (const { pipeline: task, model, pack, tasks, calls } of runs) {
   const pipe = await pipeline(task, model, { dtype: "fp32", device: "auto" });
@@ -37,7 +31,8 @@ for (const { pipeline: task, model, pack, tasks, calls } of runs) {
   const attached = await attachPack(pipe, file, { model });
   for (const task of tasks) {
     await attached.switchTask(task);
-    for (const call of calls) answers.push({ model, task, answer: await pipe(...call.map(input)) });
+    for (const call of calls)
+      answers.push({ model, task, answer: await pipe(...call.map((value) => inputOf(value, RawImage))) });
   }
   await pipe.dispose();
   await file.close();

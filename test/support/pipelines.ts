@@ -21,13 +21,16 @@ export interface Tensor {
   data: ArrayLike<number>;
   ort_tensor: object;
   tolist(): never[];
+  normalize(power: number, dimension: number): Tensor;
 }
 export interface Pipe {
-  (...inputs: unknown[]): Promise<unknown>;
+  (...inputs: unknown[]): Promise<never>;
   model: PipelineModel & {
     (inputs: object): Promise<Record<string, Tensor>>;
     generate(options: object): Promise<{ tolist(): bigint[][] }>;
     dispose(): Promise<unknown>;
+    sessions: Record<string, { release(): Promise<void> }>;
+    config: { id2label?: Record<number, string>; label2id?: Record<string, number> };
   };
   tokenizer(texts: string | string[], options?: object): Record<string, Tensor>;
   processor(input: unknown): Promise<Record<string, Tensor>>;
@@ -38,6 +41,7 @@ export interface Transformers {
   pipeline(task: string, model: string, options?: object): Promise<Pipe>;
   Tensor: new (type: string, data: unknown, dims: number[]) => Tensor;
   RawImage: new (data: Uint8ClampedArray, width: number, height: number, channels: number) => object;
+  mean_pooling(states: Tensor, mask: Tensor): Tensor;
   TextStreamer: new (tokenizer: unknown, options: object) => { put(value: unknown): void; end(): void };
   AutoTokenizer: Loader<Pipe["tokenizer"]>;
   AutoProcessor: Loader<Pipe["processor"]>;
@@ -61,17 +65,14 @@ export async function transformers(models: string = MODELS): Promise<Transformer
   return loaded;
 }
 
-/** A lossless pack of a model's adapters, or of some of their modules. */
-export async function packBytes(
-  model: string,
-  only: (module: string) => boolean = () => true,
-): Promise<Uint8Array<ArrayBuffer>> {
+/** A lossless pack of a model's adapters. */
+export async function packBytes(model: string): Promise<Uint8Array<ArrayBuffer>> {
   const base = data(`pipelines/${model}/base.safetensors`);
-  return (await packOf([`pipelines/${model}/adapters`], { ...LOSSLESS, base }, only)).bytes;
+  return (await packOf([`pipelines/${model}/adapters`], { ...LOSSLESS, base })).bytes;
 }
 
-export async function packOn(model: string, only?: (module: string) => boolean): Promise<Pack> {
-  return openPack(await packBytes(model, only));
+export async function packOn(model: string): Promise<Pack> {
+  return openPack(await packBytes(model));
 }
 
 export async function pipelineOn(task: string, model: string, options: object = {}): Promise<Pipe> {
@@ -90,17 +91,24 @@ export interface Generation<Prompt> {
   logits: number[];
 }
 
-/** Generations by PEFT. */
-export async function generations<Prompt>(model: string): Promise<Generation<Prompt>[]> {
-  return JSON.parse(await readFile(data(`pipelines/${model}/generations.json`), "utf8")) as Generation<Prompt>[];
+/** Generations by PEFT. @param path under test/data */
+export async function generations<Prompt = string>(path: string): Promise<Generation<Prompt>[]> {
+  return JSON.parse(await readFile(data(path), "utf8")) as Generation<Prompt>[];
+}
+
+/** Tokens that the model generates for a prompt, without the first, at which it starts. */
+export async function generate(pipe: Pipe, prompt: string): Promise<number[]> {
+  const ids = await pipe.model.generate({ ...pipe.tokenizer(prompt), max_new_tokens: 12 });
+  return ids.tolist()[0]!.map(Number).slice(1);
 }
 
 /**
  * Text of tokens, which are printable ASCII in order, the space last.
- * @param special tokens before them
+ * @param special number of tokens before them, which have no text
  */
 export function textOf(ids: readonly number[], special: number): string {
-  return ids.map((id) => (id - special === 94 ? " " : String.fromCharCode(33 + id - special))).join("");
+  const letter = (at: number): string => (at < 0 ? "" : at === 94 ? " " : String.fromCharCode(33 + at));
+  return ids.map((id) => letter(id - special)).join("");
 }
 
 interface Goldens {

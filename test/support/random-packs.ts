@@ -1,7 +1,7 @@
 /** Seeded packs with every kind of task, including tasks that bring whole what others adapt; a base for them; selections of them. */
 import type { FloatDtype, Selection, Tensor } from "eigenlora";
 import { type Adapter, type AdapterModule, buildPack, type ModuleShape, type SavedTensor } from "eigenlora/build";
-import { adapterOf } from "./adapters.ts";
+import { adapterOf, save } from "./adapters.ts";
 import { encodeTensor, shuffle, uniform } from "./internals/base.ts";
 import { concat } from "./packs.ts";
 
@@ -54,21 +54,14 @@ function randomTask(id: string, chance: Chance): Adapter {
   const { of, values } = chance;
   const modules = new Map<string, AdapterModule>();
   const saved: SavedTensor[] = [];
-  const save = (
-    name: string,
-    role: SavedTensor["role"],
-    shape: readonly number[],
-    indices?: readonly number[],
-  ): void => {
-    const value = values(sizeOf(shape));
-    saved.push({ name, role, shape, indices, read: async () => value });
-  };
+  const add = (name: string, role: SavedTensor["role"], shape: readonly number[], indices?: readonly number[]) =>
+    void saved.push(save(values, name, role, shape, indices));
   for (const module of MODULES) {
     const { name, out, in: inputs, shape, layout } = module;
     const does = of(["adapts", "adapts", "adapts", "dora", "replaces", "nothing"]);
     if (does === "replaces") {
-      if (layout !== "embedding" || of([true, false])) save(`${name}.weight`, "saved", shape);
-      else save(`${name}.weight`, "rows", [2, 4], [of([0, 1, 2]), of([3, 8])]);
+      if (layout !== "embedding" || of([true, false])) add(`${name}.weight`, "saved", shape);
+      else add(`${name}.weight`, "rows", [2, 4], [of([0, 1, 2]), of([3, 8])]);
     } else if (does !== "nothing") {
       const rank = of([1, 2, 3]);
       const term = { rank, A: values(rank * inputs), Bt: values(rank * out) };
@@ -80,15 +73,15 @@ function randomTask(id: string, chance: Chance): Adapter {
   if (modules.size === 0) return randomTask(id, chance);
   for (const name of BIASES) {
     const role = of(["saved", "bias", "bias-delta", undefined, undefined] as const);
-    if (role) save(`${name}.bias`, role, [name === "model.head" ? 3 : WIDTH]);
+    if (role) add(`${name}.bias`, role, [name === "model.head" ? 3 : WIDTH]);
   }
-  if (of([true, false])) save("model.norm.weight", "saved", [WIDTH]);
+  if (of([true, false])) add("model.norm.weight", "saved", [WIDTH]);
   const labels = of([
     ["a", "b"],
     ["a", "b"],
     ["a", "b", "c", "d"],
   ]);
-  if (of([true, false])) save("model.classifier.weight", "saved", [labels.length, WIDTH]);
+  if (of([true, false])) add("model.classifier.weight", "saved", [labels.length, WIDTH]);
   return adapterOf(id, modules.values(), { saved, metadata: { labels } });
 }
 

@@ -15,6 +15,8 @@ export interface RangeServer {
   readonly methods: string[];
   /** ETag; undefined: none is sent. */
   etag: string | undefined;
+  /** Headers of ranges, in addition. */
+  headers: Record<string, string>;
   /** A method to answer with 403. */
   refuse: string | undefined;
   /** Faults of the next answers, first one first; undefined entries are correct answers. */
@@ -29,6 +31,7 @@ export async function serve(files: Map<string, Uint8Array>): Promise<RangeServer
     ranges,
     methods: [],
     etag: '"first"',
+    headers: {},
     refuse: undefined,
     faults: [],
     close: () =>
@@ -58,6 +61,7 @@ export async function serve(files: Map<string, Uint8Array>): Promise<RangeServer
       "content-range": `bytes ${start}-${end - 1}/${bytes.length}`,
       "content-length": end - start,
       ...etag,
+      ...handle.headers,
     });
     answer(response, bytes.subarray(start, end), fault);
   });

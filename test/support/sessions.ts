@@ -131,6 +131,17 @@ export function feeds(
   return made;
 }
 
+/** The golden feeds as JSON for a page. */
+export const JSON_FEEDS: Readonly<Record<string, { type: string; dims: number[]; data: number[] }>> =
+  Object.fromEntries(
+    Object.entries(GOLDENS.feeds as Record<string, number[][]>)
+      .filter(([name]) => name !== "deep")
+      .map(([name, rows]) => [
+        name,
+        { type: name === "x" ? "float32" : "int64", dims: [rows.length, rows[0]!.length], data: rows.flat() },
+      ]),
+  );
+
 /** Rows of integers. */
 export function int64({ Tensor }: Pick<Ort, "Tensor">, rows: readonly (readonly number[])[]): common.Tensor {
   return new Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0]!.length]);

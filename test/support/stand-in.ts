@@ -31,6 +31,15 @@ export interface Finding {
   fault: string | undefined;
 }
 
+/** Hands findings on to a test. @returns the number of assertions that hold */
+export function report(t: Pick<SuiteTest, "fail" | "comment">, findings: readonly Finding[]): number {
+  for (const { kind, name, fault } of findings) {
+    if (fault !== undefined) t.fail(`${name}: ${fault}`);
+    else if (kind === "comment") t.comment(name);
+  }
+  return findings.filter(({ kind, fault }) => kind === "assertion" && fault === undefined).length;
+}
+
 /** Runs a test with its subtests. */
 export async function record(name: string, run: (t: SuiteTest) => Promise<void> | void): Promise<Finding[]> {
   const findings: Finding[] = [];

@@ -6,7 +6,7 @@ import t from "tap";
 import { dawnMissing } from "../support/backend-list.ts";
 import { backendSuite, values } from "../support/backend-suite.ts";
 import { encodeTensor, uniform } from "../support/internals/base.ts";
-import { createWasmProducts, PLAIN, symmetricEigen, transposeMatrix as transpose } from "../support/internals/pack.ts";
+import { createWasmProducts, PLAIN, transposeMatrix as transpose } from "../support/internals/pack.ts";
 import {
   type Backend,
   createJsBackend,
@@ -178,36 +178,5 @@ for (const variant of ["plain", "scalar", "simd"] as const) {
     }
     if (variant !== "plain")
       t.throws(() => products.multiplyTransposed(new Float64Array(5), new Float64Array(9), 2, 3, 3), RangeError);
-  });
-
-  if (variant === "plain") continue;
-  t.test(`${variant}: tridiagonal forms have the eigenpairs of the matrix`, async (t) => {
-    const { tridiagonalize } = await createWasmProducts({ variant });
-    for (const n of [1, 2, 3, 4, 5, 8, 17, 64, 101]) {
-      const random = uniform(n);
-      const kinds: [string, Float64Array][] = [
-        ["full", Float64Array.from(values(n * n, random))],
-        ["ones", new Float64Array(n * n).fill(1)],
-        ["diagonal", Float64Array.from({ length: n * n }, (_, i) => (i % (n + 1) === 0 ? i : 0))],
-        ["zero", new Float64Array(n * n)],
-      ];
-      for (const [name, a] of kinds) {
-        for (let i = 0; i < n; i++) for (let j = 0; j < i; j++) a[i * n + j] = a[j * n + i]!;
-        const size = Math.hypot(...a);
-        const eigen = symmetricEigen(a.slice(), n, tridiagonalize);
-        const plain = symmetricEigen(a.slice(), n);
-        const v = eigen.vectors(n);
-        for (let k = 0; k < n; k++) {
-          t.ok(Math.abs(eigen.values[k]! - plain.values[k]!) <= 1e-14 * size * n, `${name} ${n}: value ${k}`);
-          for (let i = 0; i < n; i++) {
-            let image = 0;
-            for (let j = 0; j < n; j++) image += a[i * n + j]! * v[k * n + j]!;
-            if (!(Math.abs(image - eigen.values[k]! * v[k * n + i]!) <= 1e-13 * size))
-              t.fail(`${name} ${n}: vector ${k}`);
-          }
-        }
-      }
-    }
-    t.throws(() => symmetricEigen(Float64Array.from([1, NaN, NaN, 1]), 2, tridiagonalize), RangeError);
   });
 }

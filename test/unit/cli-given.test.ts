@@ -2,7 +2,7 @@
  * Arguments that people give to the command line: folders of models, archives, pointers, whole models, other spellings of sizes, formats and
  * shares. Each is taken, or named as what it is.
  */
-import { cp, mkdir, readFile, writeFile } from "node:fs/promises";
+import { cp, mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
 import t, { type Test } from "tap";
@@ -139,21 +139,6 @@ t.test("a folder stands for the model in it, or in its folder onnx", async (t) =
   t.equal(await refused("plain"), "plain: holds several models; name one of plain/m.onnx, plain/n.onnx");
   await cp(data("sessions/base.safetensors"), "bare/model.safetensors");
   await json(0, "fold", "p.eigen", "--task", "two", "--base", "bare", "-o", "folded.safetensors");
-});
-
-t.test("adapters of two base models: a warning, and a card that names none", async (t) => {
-  for (const [id, base] of [
-    ["two", "org/one"],
-    ["five", "org/other"],
-  ]) {
-    await cp(data(`sessions/adapters/${id}`), id!, { recursive: true });
-    const path = join(id!, "adapter_config.json");
-    const config = JSON.parse(await readFile(path, "utf8"));
-    await writeFile(path, JSON.stringify({ ...config, base_model_name_or_path: base }));
-  }
-  const { stderr } = await run("pack", "two", "five", "-o", "p.eigen", "--any-base");
-  t.match(stderr, /^warning: the adapters name different base models, so the pack names none: org\/other, org\/one$/m);
-  t.equal((await json(0, "inspect", "p.eigen"))["baseModel"], null);
 });
 
 t.test("files that are downloaded together are one sum of bytes", async (t) => {

@@ -52,6 +52,7 @@ t.test("what is there already is replaced by --force alone, by every command tha
   for (const command of commands) {
     const name = command.slice(0, command[0] === "hub" ? 2 : 1);
     t.match(await refusal(...command, "-o", at("mine")), /mine: already exists; .*--force/, name.join(" "));
+    t.match(await refusal(...command, "-o", at("nowhere", "x")), /there is no folder .*nowhere; make it first/);
     t.match((await run(...name, "--help")).stdout, /--force/);
   }
   t.equal(await readFile(at("mine"), "utf8"), "work of hours");
@@ -65,6 +66,7 @@ t.test("what is there already is replaced by --force alone, by every command tha
     true,
     "a part made of the same is left alone",
   );
+  t.match(await refusal("keygen", "-o", at("nowhere", "x")), /there is no folder .*nowhere/);
   await writeFile(at("key.pub.pem"), "a key");
   t.match(await refusal("keygen", "-o", at("key")), /key\.pub\.pem already exists/);
   t.notOk((await readdir(folder)).includes("key.pem"), "neither of the two");
@@ -99,7 +101,7 @@ t.test("folders, devices, pipes, links and what the command reads", async (t) =>
   const weights = join(role, "adapter_model.safetensors");
   t.match(await refusal(...pack, weights, "--force"), /would overwrite what it is made of/);
   t.ok((await stat("/dev/null")).isCharacterDevice() && (await stat(at("pipe"))).isFIFO());
-  t.match(await refusal(...pack, at("no", "such", "x")), /there is no folder .*such; make it first/);
+  t.match(await refusal(...pack, join(weights, "x")), /adapter_model\.safetensors is not a folder/);
   t.match(await refusal(...pack, at("link")), /already exists/);
   await json(0, ...pack, at("link"), "--force");
   t.equal((await json(0, "inspect", at("p.eigen")))["tasks"].length, 2, "through the link, which stays");
@@ -249,7 +251,9 @@ t.test("adapters of different base models are refused, with who names which", as
   await json(0, "hub", "merge", at("0.part"), "-o", at("bert-basis.eigen"), "--k", "2");
   t.match(await refusal("hub", "project", at("bert-basis.eigen"), gpt, "-o", at("x")), /\(the pack\); gpt2 \(z\)/);
   t.notOk((await readdir(folder)).includes("x"));
-  t.equal((await json(0, "pack", ...all, gpt, "-o", at("any.eigen"), "--k", "2", "--any-base"))["tasks"], 6);
+  const any = await run("pack", ...all, gpt, "-o", at("any.eigen"), "--k", "2", "--any-base");
+  t.match(any.stderr, /the adapters name different base models, so the pack names none: .*google\/bert-base, .*gpt2/s);
+  t.equal((await json(0, "inspect", at("any.eigen")))["baseModel"], null);
   await json(0, "add", at("bert.eigen"), gpt, "--any-base");
 });
 

@@ -9,7 +9,6 @@ import t from "tap";
 import { json, run, words } from "../support/command-line.ts";
 import { relativeDifference, tensorsOf } from "../support/compare.ts";
 import { workIn } from "../support/folder.ts";
-import { openSafetensors, openSource } from "../support/internals/base.ts";
 import { FILES, type Files } from "../support/internals/cli.ts";
 import { layoutAppend } from "../support/internals/format.ts";
 import { data } from "../support/packs.ts";
@@ -34,13 +33,8 @@ t.test("pack to a size, to an error, with less rank; auto says what it tried", a
   t.match(sized, { gauge: "balanced" });
   t.ok((await json(0, "pack", ...some, "-o", "sized.eigen", "--force", "--bytes", "300kB"))["bytes"] <= 300_000);
   const owned = await json(0, "pack", ...some, "-o", "owned.eigen", "--rank", "4", "--k", "4");
-  const verified = await json(
-    0,
-    "verify",
-    "owned.eigen",
-    "--against",
-    ...some.flatMap((path, i) => (i ? ["--against", path] : [path])),
-  );
+  const against = some.flatMap((path) => ["--against", path]);
+  const verified = await json(0, "verify", "owned.eigen", ...against);
   for (const task of verified["tasks"])
     t.ok(Math.abs(task.error.max - owned["errors"].find(({ id }: any) => id === task.id).max) < 1e-4);
 
@@ -48,9 +42,14 @@ t.test("pack to a size, to an error, with less rank; auto says what it tried", a
   t.ok(auto["bytes"] <= 70_000 && auto["tried"].length >= 1);
   const safe = await json(0, "pack", ...some, "-o", "safe.eigen");
   for (const { id, total } of safe["errors"]) t.ok(total <= 0.15 && total > 0.1, `${id}: ${total}`);
-  const checked = await json(0, "verify", "safe.eigen", ...some.flatMap((path) => ["--against", path]));
+  const checked = await json(0, "verify", "safe.eigen", ...against);
   for (const [i, task] of checked["tasks"].entries())
     t.ok(Math.abs(task.error.total - safe["errors"][i].total) < 1e-4, `${task.error.total}`);
+  const limited = await json(0, "pack", ...some, "-o", "e.eigen", "--error", "0.1");
+  for (const { total } of limited["errors"]) t.ok(total <= 0.1 && total > 0.05, `${total}`);
+  const lossless = await json(0, "pack", ...some, "-o", "l.eigen", "--energy", "1", "--dtype", "f32");
+  t.ok(lossless["error"].max < 1e-6, `${lossless["error"].max}`);
+  t.ok(lossless["ratio"] < 1.2, "below break-even a lossless pack is about as large as the adapters");
   const text = (await run("pack", ...some, "-o", "safe.eigen", "--force")).stdout;
   t.match(text, /ΔW error of a task, mean \/ largest +0 +1[45]\.\d % \/ 1[45]\.\d %/);
   t.match(text, /one task, on average +\d+\.\d kB +\d+\.\d kB/);
@@ -80,8 +79,8 @@ t.test("pack to a size, to an error, with less rank; auto says what it tried", a
 t.test("pack, inspect, verify: the keys of the contract, and figures that agree", async (t) => {
   const packed = await json(0, "pack", own, "-o", "own.eigen", "--k", "16");
   t.ok(
-    keys(packed, "file", "bytes", "tasks", "modules", "gauge", "centering", "dtype", "components", "adapterBytes") &&
-      keys(packed, "ratio", "breakEvenTasks", "error", "seconds", "peakMemoryBytes", "warnings"),
+    keys(packed, ...words`file bytes tasks modules gauge centering dtype components adapterBytes`) &&
+      keys(packed, ...words`ratio breakEvenTasks error seconds peakMemoryBytes warnings`),
   );
   t.match(packed, {
     tasks: 20,
@@ -95,20 +94,7 @@ t.test("pack, inspect, verify: the keys of the contract, and figures that agree"
   t.same(packed["warnings"], []);
   t.match(packed["notes"], [/pass --base to store fingerprints/], "packed without a base");
   const inspected = await json(0, "inspect", "own.eigen");
-  t.ok(
-    keys(
-      inspected,
-      "version",
-      "bytes",
-      "mode",
-      "dtype",
-      "basisBytes",
-      "tasks",
-      "modules",
-      "sections",
-      "breakEvenTasks",
-    ),
-  );
+  t.ok(keys(inspected, ...words`version bytes mode dtype basisBytes tasks modules sections breakEvenTasks`));
   t.equal(inspected["bytes"], size);
   t.equal(inspected["breakEvenTasks"], packed["breakEvenTasks"]);
   t.match(inspected["modules"][0], { out: 384, in: 384, componentsA: 16, componentsB: 16 });
@@ -131,15 +117,6 @@ t.test("pack, inspect, verify: the keys of the contract, and figures that agree"
   );
   for (const { detail } of bad) t.match(detail, /checksum does not match/);
   for (const command of ["inspect", "verify"]) t.match((await run(command, "own.eigen")).stdout, /debtags-role/);
-});
-
-t.test("--error is kept by every task; --energy 1 with f32 is lossless", async (t) => {
-  const some = ["debtags-role", "sections-0", "sections-1"].map((n) => join(own, n));
-  const limited = await json(0, "pack", ...some, "-o", "e.eigen", "--error", "0.1");
-  for (const { total } of limited["errors"]) t.ok(total <= 0.1 && total > 0.05, `${total}`);
-  const lossless = await json(0, "pack", ...some, "-o", "l.eigen", "--energy", "1", "--dtype", "f32");
-  t.ok(lossless["error"].max < 1e-6, `${lossless["error"].max}`);
-  t.ok(lossless["ratio"] < 1.2, "below break-even a lossless pack is about as large as the adapters");
 });
 
 t.test("every number format can be packed", async (t) => {
@@ -312,13 +289,6 @@ t.test("a full disk leaves the pack as it was, wherever it strikes", async (t) =
   room = Infinity;
   files.append(path, plan);
   t.equal((await json(0, "verify", "full.eigen"))["tasks"].length, 5);
-  await writeFile(`${path}.lock`, "");
-  t.match(await json(1, "add", "full.eigen", join(own, "debtags-game"), ...LOSSY), {
-    error: {
-      tag: "source",
-      message: /a lock that names no process; if nothing is writing it, delete .*full.eigen.lock/,
-    },
-  });
 });
 
 t.test("fold and export give PEFT's weights back", async (t) => {
@@ -343,24 +313,10 @@ t.test("fold and export give PEFT's weights back", async (t) => {
     for (const [weight, { data }] of merged)
       t.ok(relativeDifference(again.get(weight)!.data, data) <= 1e-6, `${name}-back: ${weight}`);
   }
-  t.match(
-    await json(
-      1,
-      "fold",
-      "one.eigen",
-      "--task",
-      "task",
-      "--base",
-      data("goldens/peft/all-linear/base.safetensors"),
-      "-o",
-      "x",
-    ),
-    {
-      error: { tag: "base", message: /is not in the base/ },
-    },
-  );
-  const file = await openSafetensors(await openSource(join(folder, "plain.safetensors")));
-  t.ok(file.tensors.size > 0);
+  const other = data("goldens/peft/all-linear/base.safetensors");
+  t.match(await json(1, ...words`fold one.eigen --task task --base ${other} -o x`), {
+    error: { tag: "base", message: /is not in the base/ },
+  });
 });
 
 t.test("bad input: what, where, and what to do; exit 1, or 2 for usage", async (t) => {
@@ -387,19 +343,12 @@ t.test("bad input: what, where, and what to do; exit 1, or 2 for usage", async (
   ];
   for (const [args, error] of failures) t.match(await json(1, ...args), { error }, args.join(" "));
   const usage: [string[], RegExp][] = [
-    [["pack", own], /pack: missing --output/],
-    [["pack", "-o", "x"], /pack: missing ADAPTER_OR_FOLDER/],
     [["pack", own, "-o", "x", "--k", "3", "--energy", "0.5"], /exclude each other/],
-    [["pack", own, "-o", "x", "--k", "0"], /whole number/],
     [["pack", own, "-o", "x", "--error", "2"], /between 0 and 1/],
     [["pack", own, "-o", "x", "--dtype", "f8"], /f8/],
     [["pack", own, "-o", "x", "--bytes", "1/0"], /expected a size such as 300000, 300kB, 1.5MB or 1\/60/],
-    [["pack", own, "-o", "x", "--rnk", "4"], /unknown option .--rnk.; did you mean --rank\?/],
-    [["inspekt", "own.eigen"], /did you mean inspect/],
-    [["remove", "own.eigen"], /remove: missing TASK/],
     [["export", "own.eigen", "sst2", "-o", "x"], /too many arguments .* A task is named with --task ID/],
     [["view", "own.eigen", "--port", "65536"], /--port 65536: expected a whole number from 0 to 65535/],
-    [["pack", own, "-o", "no/such/folder/x"], /there is no folder no.such.folder; make it first/],
   ];
   for (const [args, message] of usage)
     t.match(await json(2, ...args), { error: { tag: "usage", message } }, args.join(" "));

@@ -4,7 +4,7 @@
  */
 import { fileURLToPath } from "node:url";
 import type { TensorRef } from "eigenlora";
-import { createRuntime, openPack, type Pack } from "eigenlora";
+import { openPack } from "eigenlora";
 import { buildPack, planAppend, projectAdapters } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
@@ -23,6 +23,7 @@ import {
   type wasmWork,
 } from "../support/internals/format.ts";
 import { freshPack } from "../support/internals/pack.ts";
+import { concat } from "../support/packs.ts";
 import { runs } from "../support/required.ts";
 
 /** Numbers of tables, as `coded.ts` has them behind those of integers. */
@@ -320,37 +321,16 @@ t.test("sections that are decoded at the same time", async (t) => {
   others.forEach((found, i) => t.ok(!found || Buffer.from(found).equals(sections[i]!.section)));
 });
 
-t.test("packs made with a step", async (t) => {
-  const adapters = await readAdapters([OWN_SEED]);
-  t.teardown(async () => Promise.all(adapters.map((adapter) => adapter.close())));
-  const open = async (chunks: readonly Uint8Array[]): Promise<Pack> => openPack(new Uint8Array(Buffer.concat(chunks)));
-  const some = adapters.slice(0, 12);
-  const how = { gauge: "balanced", rank: 3, select: { kind: "k", k: 16 } } as const;
-  const coded = await buildPack(some, { ...how, step: 0.025 });
+t.test(
+  "a copy of a pack made with a step is the same, and a task that comes later is coded with that step",
+  async (t) => {
+    const adapters = await readAdapters([OWN_SEED]);
+    t.teardown(async () => Promise.all(adapters.map((adapter) => adapter.close())));
+    const some = adapters.slice(0, 12);
+    const how = { gauge: "balanced", rank: 3, select: { kind: "k", k: 16 } } as const;
+    const coded = await buildPack(some, { ...how, step: 0.025 });
 
-  await t.test("a finer step takes more bytes and loses less", async (t) => {
-    const fine = await buildPack(some, { ...how, step: 0.01 });
-    t.ok(fine.report.bytes > coded.report.bytes && fine.report.error.mean < coded.report.error.mean);
-  });
-
-  await t.test("every backend reads them", async (t) => {
-    const views: Record<string, Float32Array> = {};
-    for (const backend of ["js", "wasm"] as const) {
-      const pack = await open(coded.chunks);
-      const runtime = await createRuntime(pack, { backend });
-      await runtime.switchTask(some[3]!.id);
-      const term = (await runtime.term(pack.modules[0]!.name))!;
-      views[backend] = Float32Array.from([...term.A, ...term.Bt]);
-      await runtime.close();
-    }
-    t.ok(views["js"]!.length > 0);
-    views["js"]!.forEach((value, i) => {
-      if (Math.abs(value - views["wasm"]![i]!) > 1e-6) t.fail(`${i}: ${value}, ${views["wasm"]![i]}`);
-    });
-  });
-
-  await t.test("a copy is the same, and a task that comes later is coded with the pack's step", async (t) => {
-    const pack = await open(coded.chunks);
+    const pack = await openPack(concat(coded.chunks));
     t.ok(
       pack.directory.sections.every(({ coded }) => coded),
       "all sections are coded",
@@ -369,11 +349,8 @@ t.test("packs made with a step", async (t) => {
     t.equal(blob.terms.length, pack.modules.length);
     const mean = [...grown.tasks.values()].slice(0, 12).reduce((sum, task) => sum + task.bytes / 12, 0);
     t.ok(grown.tasks.get(adapters[15]!.id)!.bytes < 2 * mean, "about as large as the others");
-  });
-
-  await t.test("what does not go together is refused", async (t) => {
     const make = (options: object): Promise<unknown> => buildPack(some, options);
     for (const step of [0, -1, NaN, 17]) await t.rejects(make({ step }), /step must be above 0 and at most 16/);
     await t.rejects(make({ step: 0.1, headStep: -1 }), /headStep must be above 0/);
-  });
-});
+  },
+);

@@ -8,8 +8,8 @@ import { AdapterError } from "eigenlora";
 import { type Adapter, buildPack, readDiffusers } from "eigenlora/build";
 import { findAdapters, readAdapters } from "eigenlora/node";
 import t, { type Test } from "tap";
-import { apply, bytesOf, entries, readAll, type Spec } from "../support/adapters.ts";
-import { checkGolden, relativeDifference, tensorsOf } from "../support/compare.ts";
+import { bytesOf, entries, readAll, type Spec } from "../support/adapters.ts";
+import { checkGolden } from "../support/compare.ts";
 import { concat, data, LOSSLESS } from "../support/packs.ts";
 
 const goldens = data("goldens/formats");
@@ -34,14 +34,6 @@ for (const name of cases) {
     t.same([adapter.id, adapter.warnings], ["adapter", []]);
     t.equal(adapter.byteLength, statSync(golden(name)).size);
     t.same([...adapter.modules.keys()], [...adapter.modules.keys()].sort(), "modules are sorted");
-    const base = await tensorsOf(join(goldens, name, "base.safetensors"));
-    const expected = await tensorsOf(join(goldens, name, "merged.safetensors"));
-    const merged = await apply(adapter, base);
-    t.same([...merged.keys()].sort(), changed, "reaches exactly what diffusers changes");
-    for (const [key, { data }] of expected) {
-      const error = relativeDifference(merged.get(key)!, data);
-      t.ok(error <= 1e-6, `${key}: ${error}`);
-    }
     const host = join(goldens, name, "base.safetensors");
     const pack = concat((await buildPack([adapter], { ...LOSSLESS, base: host })).chunks);
     await adapter.close();

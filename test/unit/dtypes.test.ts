@@ -1,17 +1,8 @@
 import { readFile } from "node:fs/promises";
-import { readAdapters } from "eigenlora/node";
 import fc from "fast-check";
 import t from "tap";
 import { noise } from "../support/compare.ts";
-import {
-  dtypes as d,
-  decodeIntegers,
-  decodeScales,
-  encodeTensor,
-  openSafetensors,
-  openSource,
-  uniform,
-} from "../support/internals/base.ts";
+import { dtypes as d, encodeTensor, openSafetensors, openSource, uniform } from "../support/internals/base.ts";
 import { createWasmProducts } from "../support/internals/pack.ts";
 import { data } from "../support/packs.ts";
 import { runs } from "../support/required.ts";
@@ -119,23 +110,6 @@ t.test("of few bits the scale is the one that loses least, not the one that clip
   t.end();
 });
 
-t.test("integers and scales of every packed type are those that values are made of", (t) => {
-  for (const type of ["int8", "int4", "int3"] as const) {
-    for (const [rows, width] of [
-      [1, 1],
-      [3, 7],
-      [2, 16],
-    ] as const) {
-      const values = Float32Array.from({ length: rows * width }, (_, i) => Math.sin(1 + 3.1 * i));
-      const bytes = encodeTensor(type, values, rows, width);
-      const [integers, scales] = [decodeIntegers(type, bytes, rows, width), decodeScales(bytes, rows)];
-      const product = Float32Array.from(integers, (integer, i) => integer * scales[Math.floor(i / width)]!);
-      t.strictSame(product, d.decodeTensor(type, bytes, rows, width), `${type} [${rows}, ${width}]`);
-    }
-  }
-  t.end();
-});
-
 t.test("rows put to their places, in either direction, are what is decoded, times the factor", async (t) => {
   t.doesNotThrow(() =>
     fc.assert(
@@ -166,11 +140,6 @@ t.test("rows put to their places, in either direction, are what is decoded, time
     ),
   );
 });
-
-/** Measures that make packing fast and small in memory change no byte of a pack. */
-const names = ["debtags-role", "debtags-use", "debtags-interface"];
-const adapters = await readAdapters(names.map((name) => data(`adapters/own-seed/${name}`)));
-t.teardown(() => Promise.all(adapters.map((adapter) => adapter.close())));
 
 t.test("WebAssembly finds the scales that the plain loop finds", async (t) => {
   const rows: [string, Float64Array][] = [

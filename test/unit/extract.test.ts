@@ -11,7 +11,6 @@ import { deltaOf, tensorsOf } from "../support/compare.ts";
 import { decodeTensor, uniform } from "../support/internals/base.ts";
 import {
   balance,
-  deltaError,
   type ExtractOptions,
   extractModule,
   type ModuleExtraction,
@@ -155,8 +154,19 @@ const stacks = fc
     ranks: fc.array(fc.integer({ min: 1, max: 5 }), { minLength: 1, maxLength: 5 }),
     outputs: fc.integer({ min: 2, max: 24 }),
     inputs: fc.integer({ min: 2, max: 24 }),
+    lean: fc.constantFrom("none", "none", "row of A", "all of A", "row of B", "zero"),
   })
-  .map(({ seed, ranks, outputs, inputs }) => makeStack(seed, ranks, outputs, inputs));
+  .map(({ seed, ranks, outputs, inputs, lean }) => leaning(makeStack(seed, ranks, outputs, inputs), lean));
+
+/** The stack with rows of its first adapter that depend on each other, or with factors of 0. */
+function leaning(stack: ModuleStack, lean: string): ModuleStack {
+  const { A, Bt } = stack.members[0]!;
+  if (lean === "row of A") A.fill(0, 0, stack.in);
+  if (lean === "all of A") for (let i = stack.in; i < A.length; i++) A[i] = A[i % stack.in]!;
+  if (lean === "row of B") Bt.fill(0, 0, stack.out);
+  if (lean === "zero") Bt.fill(0);
+  return stack;
+}
 
 const gauges = fc.constantFrom("as-trained" as const, "balanced" as const);
 const centerings = fc.constantFrom("keep" as const, "none" as const);
@@ -255,15 +265,6 @@ function sum(x: Iterable<number>): number {
 t.test("real adapters: all 20, three ways to choose K", async () => {
   const tasks = readdirSync(data("adapters/own-seed")).sort();
   const [stack] = (await readStacks(tasks)) as [ModuleStack];
-  for (const gauge of ["as-trained", "balanced"] as const) {
-    const lossless = extractModule(stack, { ...F32, gauge });
-    for (const member of stack.members) {
-      const { error } = lossless.tasks.find(({ id }) => id === member.id)!;
-      const measured = storedError(lossless, member, "f32");
-      t.ok(error <= 1e-6 && measured <= 1e-6, `${gauge} ${member.id}: reported ${error}, measured ${measured}`);
-    }
-    t.ok(orthonormality(lossless.A) <= 1e-6 && orthonormality(lossless.B) <= 1e-6);
-  }
   for (const type of ["f16", "bf16", "int8", "int4", "int3"] as const) {
     const options = {
       ...F32,
@@ -351,10 +352,8 @@ t.test("ΔW does not depend on the gauge, nor the balanced pack on the gauge it 
   for (const stack of real.slice(0, 2)) {
     for (const member of stack.members) {
       const pair = balance(toPair(member), stack.out, stack.in);
-      const { difference: lost, norm: length } = deltaError(toPair(member), pair);
-      t.ok(lost <= 1e-6 * length, "balancing keeps ΔW");
-      const formed = norm(difference(deltaOf(member), deltaOf(pair)));
-      t.ok(formed <= 1e-6 * length, "formed");
+      const exact = deltaOf(member);
+      t.ok(norm(difference(exact, deltaOf(pair))) <= 1e-6 * norm(exact), "balancing keeps ΔW");
       const rows = multiplyTransposed(pair.A, pair.A, pair.rank, pair.rank, stack.in);
       const columns = multiplyTransposed(pair.Bt, pair.Bt, pair.rank, pair.rank, stack.out);
       t.ok(largest(rows, columns) <= 1e-12 * rows[0]!, "A·Aᵀ = Bᵀ·B");
@@ -364,26 +363,4 @@ t.test("ΔW does not depend on the gauge, nor the balanced pack on the gauge it 
       );
     }
   }
-});
-
-// ---- hard cases
-// -------------------------------------------------------------------------------------------------------
-
-t.test("wrong input is refused", async () => {
-  const stack = makeStack(18, [2, 2], 6, 8);
-  const large = {
-    ...stack,
-    members: stack.members.map((member) => ({ ...member, A: member.A.map((value) => 1e9 * (value + 1)) })),
-  };
-  const half = { ...F32, basisDtype: "f16", coefficientDtype: "f16" } as const;
-  t.throws(() => extractModule(large, { ...half, centering: "keep" }), {
-    message: new RegExp(
-      `^basis A of "${stack.name}" cannot be stored: value .* is .*, too large for f16; scale the adapter down$`,
-    ),
-  });
-  t.throws(() => extractModule(large, { ...half, centering: "none" }), {
-    message: new RegExp(
-      `^coefficients of "${stack.name}" cannot be stored: value .* is .*, too large for f16; scale the adapter down$`,
-    ),
-  });
 });

@@ -8,7 +8,7 @@ import { AdapterError, FormatError } from "eigenlora";
 import { type Adapter, buildPack, readKohya } from "eigenlora/build";
 import { describeBase, findAdapters, readAdapters } from "eigenlora/node";
 import t from "tap";
-import { apply, bytesOf, entries, type Spec } from "../support/adapters.ts";
+import { bytesOf, entries, type Spec } from "../support/adapters.ts";
 import { checkGolden, relativeDifference, tensorsOf } from "../support/compare.ts";
 import { openGguf } from "../support/internals/base.ts";
 import { openOnnxAdapter, unflatten } from "../support/internals/pack.ts";
@@ -53,36 +53,12 @@ for (const [name, file, format, tolerance] of CASES) {
     const changed = [...expected.keys()].filter(
       (key) => relativeDifference(expected.get(key)!.data, base.get(key)!.data) > 0,
     );
-    const merged = await apply(adapter, base);
-    t.same([...merged.keys()].sort(), changed.sort(), "reaches exactly what the tool changes");
-    for (const [key, values] of merged) {
-      const error = relativeDifference(values, expected.get(key)!.data);
-      t.ok(error <= tolerance, `${key}: ${error}`);
-    }
     const host = join(folder, "base.safetensors");
     const pack = concat((await buildPack([adapter], { ...LOSSLESS, base: host })).chunks);
     await adapter.close();
-    if (tolerance === 1e-6) await checkGolden(t, { name, folder, pack, task: adapter.id, changed }, { backend: "js" });
+    await checkGolden(t, { name, folder, pack, task: adapter.id, changed, tolerance }, { backend: "js" });
   });
 }
-
-t.test("q8_0 is decoded as gguf-py does: a scale and 32 integers", async (t) => {
-  const [exact, coded] = await Promise.all(
-    ["f32", "q8_0"].map((kind) => openGguf(sourceOf(readFileSync(join(goldens, "gguf", `adapter-${kind}.gguf`))))),
-  );
-  let [blocks, worst] = [0, 0];
-  for (const [name, { dtype }] of coded!.tensors) {
-    if (dtype !== "Q8_0") continue;
-    const [values, rounded] = [await exact!.readF32(name), await coded!.readF32(name)];
-    for (let at = 0; at < values.length; at += 32, blocks++) {
-      const most = Math.max(...values.subarray(at, at + 32).map(Math.abs));
-      for (let i = at; i < at + 32; i++) worst = Math.max(worst, Math.abs(values[i]! - rounded[i]!) / (most / 127));
-    }
-  }
-  t.ok(blocks > 50, `${blocks} blocks`);
-  // Half a step, plus the rounding of the f16 scale over 127 steps.
-  t.ok(worst > 0.3 && worst < 0.5 + 127 * 2 ** -11, `off by ${worst} steps`);
-});
 
 function sourceOf(bytes: Uint8Array, name = "memory") {
   const read = async (offset: number, length: number): Promise<Uint8Array> => bytes.slice(offset, offset + length);

@@ -20,7 +20,6 @@ import {
   principalComponents,
   ROUNDING,
   rowSquares,
-  svd,
   symmetricEigen,
   transposeMatrix as transpose,
 } from "../support/internals/pack.ts";
@@ -50,10 +49,21 @@ function rotation(n: number, seed: number): Float64Array {
   return lq(noise(n * n, seed), n, n).Q;
 }
 
-function checkEigen(name: string, a: Float64Array, n: number, expected: readonly number[]): void {
+/** Tridiagonal forms in plain JavaScript, and by WebAssembly. */
+const FORMS = new Map<string, Products["tridiagonalize"]>([["js", PLAIN.tridiagonalize]]);
+for (const variant of ["scalar", "simd"] as const)
+  FORMS.set(variant, (await createWasmProducts({ variant })).tridiagonalize);
+
+function checkEigen(
+  name: string,
+  a: Float64Array,
+  n: number,
+  expected: readonly number[],
+  form: Products["tridiagonalize"],
+): void {
   const norm = Math.max(...expected.map(Math.abs), Number.MIN_VALUE);
   const sorted = [...expected].sort((x, y) => y - x);
-  const eigen = symmetricEigen(a.slice(), n);
+  const eigen = symmetricEigen(a.slice(), n, form);
   const tolerance = 1e-14 * norm * Math.sqrt(n) * 4;
   t.ok(largest(eigen.values, Float64Array.from(sorted)) <= tolerance, `${name}: values`);
   for (const count of new Set([1, Math.ceil(n / 3), n])) {
@@ -66,25 +76,30 @@ function checkEigen(name: string, a: Float64Array, n: number, expected: readonly
   }
 }
 
-t.test("eigenvalues known in closed form", async () => {
-  for (const n of [1, 2, 3, 4, 5, 8, 13, 21, 50, 100, 151, 200]) {
-    const second = new Float64Array(n * n);
-    for (let i = 0; i < n; i++) {
-      second[i * n + i] = 2;
-      if (i > 0) second[i * n + i - 1] = second[(i - 1) * n + i] = -1;
+for (const [name, form] of FORMS)
+  t.test(`${name}: eigenvalues known in closed form`, async (t) => {
+    for (const n of [1, 2, 3, 4, 5, 8, 13, 21, 50, 100, 151, 200]) {
+      const second = new Float64Array(n * n);
+      for (let i = 0; i < n; i++) {
+        second[i * n + i] = 2;
+        if (i > 0) second[i * n + i - 1] = second[(i - 1) * n + i] = -1;
+      }
+      const cosines = Array.from({ length: n }, (_, k) => 2 - 2 * Math.cos(((k + 1) * Math.PI) / (n + 1)));
+      checkEigen(`second difference ${n}`, second, n, cosines, form);
+      checkEigen(`ones ${n}`, new Float64Array(n * n).fill(1), n, [n, ...new Array<number>(n - 1).fill(0)], form);
+      checkEigen(`zero ${n}`, new Float64Array(n * n), n, new Array<number>(n).fill(0), form);
     }
-    const cosines = Array.from({ length: n }, (_, k) => 2 - 2 * Math.cos(((k + 1) * Math.PI) / (n + 1)));
-    checkEigen(`second difference ${n}`, second, n, cosines);
-    checkEigen(`ones ${n}`, new Float64Array(n * n).fill(1), n, [n, ...new Array<number>(n - 1).fill(0)]);
-  }
-});
+    t.throws(() => symmetricEigen(Float64Array.from([1, NaN, NaN, 1]), 2, form), RangeError);
+  });
 
 t.test("any symmetric matrix", async () => {
+  const size = fc.integer({ min: 1, max: 40 });
+  const forms = fc.constantFrom(...FORMS.values());
   fc.assert(
-    fc.property(fc.integer({ min: 1, max: 40 }), fc.integer({ min: 1, max: 12 }), fc.nat(), (n, rank, seed) => {
+    fc.property(size, fc.integer({ min: 1, max: 12 }), fc.nat(), forms, (n, rank, seed, form) => {
       const x = noise(n * rank, seed).map((value) => (Math.abs(value) < 0.3 ? 0 : value));
       const a = gram(x, n, rank);
-      const { values, vectors } = symmetricEigen(a.slice(), n);
+      const { values, vectors } = symmetricEigen(a.slice(), n, form);
       const v = vectors(n);
       const columns = transpose(v, n, n);
       const rebuilt = product(
@@ -103,83 +118,6 @@ t.test("any symmetric matrix", async () => {
     }),
     { seed: 3, numRuns: runs(150) },
   );
-});
-
-t.test("LQ", async () => {
-  const shapes = [
-    [1, 1],
-    [1, 5],
-    [5, 1],
-    [3, 8],
-    [8, 3],
-    [8, 8],
-    [16, 384],
-  ] as const;
-  for (const [rows, width] of shapes) {
-    for (const kind of ["full", "equal rows", "zero", "zero row"]) {
-      const x = noise(rows * width, rows + width);
-      if (kind === "equal rows") for (let i = width; i < x.length; i++) x[i] = x[i % width]!;
-      if (kind === "zero") x.fill(0);
-      if (kind === "zero row") x.fill(0, 0, width);
-      const { L, Q, size } = lq(x.slice(), rows, width);
-      t.equal(size, Math.min(rows, width));
-      const rebuilt = product(L, transpose(Q, size, width), rows, width, size);
-      t.ok(largest(rebuilt, x) <= 1e-14 * Math.sqrt(width) * 4, `${kind} [${rows}, ${width}]: L·Q`);
-      t.ok(largest(product(Q, Q, size, size, width), identity(size)) <= 1e-14, `${kind} [${rows}, ${width}]: Q·Qᵀ`);
-      t.ok(
-        L.every((value, i) => i % size <= Math.floor(i / size) || value === 0),
-        "L is lower",
-      );
-    }
-  }
-});
-
-t.test("SVD", async () => {
-  const shapes = [
-    [1, 1],
-    [2, 5],
-    [5, 2],
-    [8, 8],
-    [32, 32],
-  ] as const;
-  for (const [m, n] of shapes) {
-    const k = Math.min(m, n);
-    const kinds: [string, (i: number) => number][] = [
-      ["plain", (i) => k - i],
-      ["equal", () => 2],
-      ["rank 1", (i) => (i === 0 ? 3 : 0)],
-      ["zero", () => 0],
-      ["graded", (i) => 10 ** (-2 * i)],
-    ];
-    for (const [name, value] of kinds) {
-      const S = Array.from({ length: m }, (_, i) => (i < k ? value(i) : 0));
-      const u = rotation(m, 5);
-      const v = rotation(n, 6);
-      const c = product(
-        transpose(u, m, m).map((entry, i) => entry * S[i % m]!),
-        transpose(
-          Float64Array.from({ length: m * n }, (_, i) => (i < k * n ? v[i]! : 0)),
-          m,
-          n,
-        ),
-        m,
-        n,
-        m,
-      );
-      const found = svd(c, m, n);
-      t.ok(largest(found.S, Float64Array.from(S)) <= 1e-14 * S[0]! * m, `${name} [${m}, ${n}]: values`);
-      const scaled = transpose(found.U, m, m).map((entry, i) => entry * found.S[i % m]!);
-      const rebuilt = product(scaled, transpose(found.V, m, n), m, n, m);
-      t.ok(largest(rebuilt, c) <= 1e-14 * Math.max(S[0]!, 1) * m, `${name} [${m}, ${n}]: U·S·V`);
-      t.ok(largest(product(found.U, found.U, m, m, m), identity(m)) <= 1e-14 * m, `${name} [${m}, ${n}]: U`);
-    }
-  }
-  // Rows of very different length: a Gram matrix would miss the last two. The values are the lengths of each row without its projection
-  // on those before: √2, √1.5·1e-12, and the rest of the determinant.
-  const graded = svd(Float64Array.from([1, 1, 0, 0, 1e-12, 1e-12, 0, 0, 1e-30]), 3, 3);
-  [Math.SQRT2, Math.sqrt(1.5) * 1e-12, 1e-30 / Math.sqrt(3)].forEach((value, i) => {
-    t.ok(Math.abs(graded.S[i]! / value - 1) <= 1e-14, `small values accurate relative to themselves: ${graded.S[i]}`);
-  });
 });
 
 t.test("Cholesky", async () => {

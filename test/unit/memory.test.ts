@@ -6,7 +6,7 @@ import t from "tap";
 import { dawnMissing } from "../support/backend-list.ts";
 import { folderFor } from "../support/folder.ts";
 import { modelOf } from "../support/graphs.ts";
-import { create, makeNode, makeValue, TensorProtoSchema } from "../support/internals/models.ts";
+import { create, makeNode, makeValue } from "../support/internals/models.ts";
 
 const child = fileURLToPath(new URL("../support/memory-child.js", import.meta.url));
 
@@ -29,7 +29,7 @@ for (const backend of ["js", "wasm", "webgpu"]) {
   });
 }
 
-/** Sizes of session-memory-child.js. */
+/** Sizes of a session in memory-child.js. */
 const [SIZE, LAYERS] = [1024, 13];
 
 /** y = x · W₀ · W₁ · … */
@@ -40,7 +40,7 @@ const model = join(folderFor(t), "model.onnx");
     const rawData = new Uint8Array(
       Float32Array.from({ length: SIZE * SIZE }, (_, k) => ((k * (i + 7)) % 97) / 5000).buffer,
     );
-    return create(TensorProtoSchema, {
+    return create("TensorProto", {
       name: `${name}.weight`,
       dataType: 1,
       dims: [BigInt(SIZE), BigInt(SIZE)],
@@ -60,7 +60,6 @@ const ALLOWANCE = 3e6;
 
 for (const mode of ["core", "factors", "folded"]) {
   t.test(`${mode}: a session keeps what memory() says, and not the model's file`, async (t) => {
-    const child = fileURLToPath(new URL("../support/session-memory-child.js", import.meta.url));
     const args = ["--expose-gc", child, mode, model];
     const { stdout, stderr } = spawnSync(process.execPath, args, { encoding: "utf8" });
     if (stdout === "") throw new Error(stderr);

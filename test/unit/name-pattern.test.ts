@@ -1,13 +1,13 @@
 /** Patterns of adapter_config.json: they match what Python's `re` matches, in time that no pattern makes exponential. */
 import { execFileSync } from "node:child_process";
-import { createRuntime, openPack } from "eigenlora";
-import { buildPack, readPeft } from "eigenlora/build";
+import { createRuntime } from "eigenlora";
+import { readPeft } from "eigenlora/build";
 import fc from "fast-check";
 import t from "tap";
-import { writeSafetensors } from "../support/internals/base.ts";
+import { bytesOf, entries, type Spec } from "../support/adapters.ts";
 import { NamePatterns } from "../support/internals/pack.ts";
 import { NameMatcher } from "../support/internals/runtime.ts";
-import { concat, LOSSLESS } from "../support/packs.ts";
+import { LOSSLESS, packed } from "../support/packs.ts";
 import { python, runs, skip } from "../support/required.ts";
 
 const refuse = (pattern: string, why: string): Error => new SyntaxError(`${pattern} ${why}`);
@@ -213,7 +213,6 @@ t.test("names of many modules, each a pattern, are found; more work than that is
   );
 });
 
-/** Modules with different names in different versions of transformers: which names match, and which must not. */
 /** Names in newer and older checkpoints, as transformers 5.24 maps them when it loads a checkpoint. */
 const PAIRS = [
   ["vit.layers.3.attention.q_proj", "vit.encoder.layer.3.attention.attention.query"],
@@ -269,16 +268,12 @@ t.test("its own name comes first; another layer is never found; several are ambi
 
 /** An adapter of one layer of width 4 and rank 1: ΔW = alpha · b aᵀ. */
 async function adapterOf(module: string) {
-  const entry = (side: "A" | "B", shape: number[]) => ({
-    name: `base_model.model.${module}.lora_${side}.weight`,
-    dtype: "F32",
-    shape,
-    read: () => new Uint8Array(Float32Array.of(1, 2, 3, 4).buffer),
+  const lora = (side: "A" | "B", shape: number[]): Spec => ({
+    [`base_model.model.${module}.lora_${side}.weight`]: [shape],
   });
-  const chunks: Uint8Array[] = [];
-  for await (const chunk of writeSafetensors([entry("A", [1, 4]), entry("B", [4, 1])])) chunks.push(chunk);
+  const tensors = await bytesOf(entries({ ...lora("A", [1, 4]), ...lora("B", [4, 1]) }));
   const config = { peft_type: "LORA", r: 1, lora_alpha: 2, target_modules: ["q_proj"] };
-  return readPeft({ id: "task", file: "task", config, tensors: concat(chunks) });
+  return readPeft({ id: "task", file: "task", config, tensors });
 }
 
 t.test("a pack of an adapter by version 5, on a checkpoint by version 4", async (t) => {
@@ -287,8 +282,7 @@ t.test("a pack of an adapter by version 5, on a checkpoint by version 4", async 
   const baseOf = (data: Float32Array<ArrayBuffer>) =>
     new Map([[`${former}.weight`, { dtype: "f32" as const, shape: [4, 4], data }]]);
   const adapter = await adapterOf(now);
-  const { chunks } = await buildPack([adapter], { ...LOSSLESS, base: baseOf(weights.slice()) });
-  const pack = await openPack(concat(chunks));
+  const pack = await packed([adapter], { ...LOSSLESS, base: baseOf(weights.slice()) });
   t.teardown(() => pack.close());
   const folded = weights.slice();
   const runtime = await createRuntime(pack, { base: baseOf(folded) });

@@ -1,53 +1,33 @@
 /**
  * Weights that one task brings whole, or in rows, and another adapts: their values, in a blend too, and refusals by name.
  */
-import { createRuntime, openPack, type Pack, type Runtime, type RuntimeOptions, type Tensor } from "eigenlora";
-import { type Adapter, type AdapterModule, buildPack, type SavedTensor } from "eigenlora/build";
+import { createRuntime, type Runtime, type RuntimeOptions, type Tensor } from "eigenlora";
+import type { Adapter, AdapterModule, SavedTensor } from "eigenlora/build";
 import t from "tap";
-import { adapterOf } from "../support/adapters.ts";
+import { adapterOf, lora, save } from "../support/adapters.ts";
 import { relativeDifference } from "../support/compare.ts";
-import { concat, LOSSLESS } from "../support/packs.ts";
+import { packed } from "../support/packs.ts";
 import { chance } from "../support/random-packs.ts";
 
 const random = chance(5);
 const [OUT, IN, VOCABULARY] = [6, 6, 9];
 
-function lora(name: string, out: number, inputs: number, more: Partial<AdapterModule> & { magnitude?: boolean } = {}) {
-  const [A, Bt] = [random.values(2 * inputs), random.values(2 * out)];
-  const magnitude = more.magnitude ? { magnitude: random.values(out).map((v) => 1 + Math.abs(v)) } : {};
-  const module = {
-    name,
-    out,
-    in: inputs,
-    layout: "out-in",
-    rank: 2,
-    read: async () => ({ rank: 2, A, Bt, ...magnitude }),
-  };
-  return { ...module, ...more } as AdapterModule;
-}
-
-function save(
-  name: string,
-  role: SavedTensor["role"],
-  shape: readonly number[],
-  indices?: readonly number[],
-): SavedTensor {
-  const values = random.values(shape.reduce((a, b) => a * b, 1));
-  return { name, role, shape, indices, read: async () => values };
-}
-
 const task = (id: string, modules: readonly AdapterModule[], saved: readonly SavedTensor[]): Adapter =>
   adapterOf(id, modules, { saved });
 
-const other = lora("other", OUT, IN);
-const whole = task("whole", [other], [save("layer.weight", "saved", [OUT, IN]), save("layer.bias", "saved", [OUT])]);
-const rows = task("rows", [other], [save("emb.weight", "rows", [2, 4], [1, 7])]);
+const other = lora(random.values, "other", OUT, IN);
+const whole = task(
+  "whole",
+  [other],
+  [save(random.values, "layer.weight", "saved", [OUT, IN]), save(random.values, "layer.bias", "saved", [OUT])],
+);
+const rows = task("rows", [other], [save(random.values, "emb.weight", "rows", [2, 4], [1, 7])]);
 const adapts = task(
   "adapts",
-  [lora("layer", OUT, IN), lora("emb", 4, VOCABULARY, { layout: "embedding" })],
-  [save("layer.bias", "bias-delta", [OUT])],
+  [lora(random.values, "layer", OUT, IN), lora(random.values, "emb", 4, VOCABULARY, { layout: "embedding" })],
+  [save(random.values, "layer.bias", "bias-delta", [OUT])],
 );
-const dora = task("dora", [lora("layer", OUT, IN, { magnitude: true })], []);
+const dora = task("dora", [lora(random.values, "layer", OUT, IN, { magnitude: true })], []);
 const ALL = [whole, rows, adapts, dora];
 
 function baseOf(): Map<string, Tensor> {
@@ -63,10 +43,6 @@ function baseOf(): Map<string, Tensor> {
     ["other.weight", tensor(OUT, IN)],
     ["emb.weight", tensor(VOCABULARY, 4)],
   ]);
-}
-
-async function packOf(...adapters: Adapter[]): Promise<Pack> {
-  return openPack(concat((await buildPack(adapters, LOSSLESS)).chunks));
 }
 
 const values = async ({ saved }: Adapter, name: string): Promise<Float32Array> =>
@@ -93,7 +69,7 @@ t.test("weights that are replaced here and adapted there, in numbers", async (t)
   const base = baseOf();
   const pristine = new Map([...base].map(([name, { data }]) => [name, Float32Array.from(data as Float32Array)]));
   const W = pristine.get("layer.weight")!;
-  const runtime = await createRuntime(await packOf(...ALL), { backend: "js", base });
+  const runtime = await createRuntime(await packed(ALL), { backend: "js", base });
   const is = (name: string, expected: ArrayLike<number>, what: string): void => {
     const off = relativeDifference(base.get(name)!.data as Float32Array, expected);
     t.ok(off < 1e-6, `${what}: ${name} is off by ${off}`);
@@ -142,11 +118,11 @@ t.test("weights that are replaced here and adapted there, in numbers", async (t)
 
 t.test("what cannot be is refused by name, and changes nothing", async (t) => {
   const open = async (adapters: Adapter[], more: RuntimeOptions = {}): Promise<Runtime> => {
-    const runtime = await createRuntime(await packOf(...adapters), { backend: "js", base: baseOf(), ...more });
+    const runtime = await createRuntime(await packed(adapters), { backend: "js", base: baseOf(), ...more });
     t.teardown(() => runtime.close());
     return runtime;
   };
-  const wide = task("wide", [other], [save("layer.weight", "saved", [OUT + 1, IN])]);
+  const wide = task("wide", [other], [save(random.values, "layer.weight", "saved", [OUT + 1, IN])]);
   const message =
     'task "wide" brings "layer.weight", which other tasks adapt as the module "layer": it is [7, 6], the base\'s [6, 6]; ' +
     "leave it out with `ignore`";
@@ -156,12 +132,12 @@ t.test("what cannot be is refused by name, and changes nothing", async (t) => {
   t.equal(runtime.task, "adapts");
   await (await open([wide, adapts], { ignore: ["layer.weight"] })).switchTask("wide");
 
-  const alias = task("alias", [other], [save("model.layer.weight", "saved", [OUT, IN])]);
+  const alias = task("alias", [other], [save(random.values, "model.layer.weight", "saved", [OUT, IN])]);
   await t.rejects((await open([alias, adapts])).switchTask("alias"), {
     tag: "base",
     message: /it calls it "model\.layer\.weight"; pack the adapters under one name/,
   });
-  const biased = task("biased", [other], [save("model.layer.bias", "saved", [OUT])]);
+  const biased = task("biased", [other], [save(random.values, "model.layer.bias", "saved", [OUT])]);
   await t.rejects((await open([biased, adapts])).switchTask({ biased: 1, adapts: 1 }), {
     tag: "base",
     message: /task "biased" calls it "model\.layer\.bias", task "adapts" calls it "layer\.bias"/,
@@ -169,8 +145,8 @@ t.test("what cannot be is refused by name, and changes nothing", async (t) => {
 
   const tied = baseOf();
   tied.set("other.weight", { ...tied.get("layer.weight")! });
-  const both = task("both", [lora("layer", OUT, IN), other], []);
-  const one = await createRuntime(await packOf(both, dora), { backend: "js", base: tied });
+  const both = task("both", [lora(random.values, "layer", OUT, IN), other], []);
+  const one = await createRuntime(await packed([both, dora]), { backend: "js", base: tied });
   const before = Float32Array.from(tied.get("layer.weight")!.data as Float32Array);
   for (const [id, which] of [
     ["dora", "alone is"],

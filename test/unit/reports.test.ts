@@ -202,27 +202,3 @@ t.test("a file of another kind is called what it is", async (t) => {
     t.notMatch(said.stderr, /begins with|[0-9a-f]{16}|\d{12}/, "no bytes, no numbers made of them");
   }
 });
-
-t.test("a folder that is not there is refused by every command that writes a file", async (t) => {
-  const missing = at("nowhere", "x");
-  const commands = [
-    ["pack", one],
-    ["hub", "shard", one],
-    ["hub", "merge", at("0.part")],
-    ["hub", "project", at("b.eigen"), one],
-    ["hub", "assemble", at("b.eigen"), at("0.part")],
-    ["fold", at("k.eigen"), "--task", "one", "--base", data("sessions/base.safetensors")],
-    ["attach", data("sessions/gemm.onnx"), at("k.eigen")],
-    ["learn", at("k.eigen"), at("rows.jsonl"), "--model", data("sessions/gemm.onnx")],
-    ["distill", at("k.eigen"), one, "--text", at("rows.jsonl"), "--model", data("sessions/gemm.onnx")],
-    ["keygen"],
-  ];
-  for (const command of commands)
-    t.match(
-      await run(...command, "-o", missing),
-      { status: 2, stderr: /there is no folder .*nowhere; make it first/ },
-      command[0],
-    );
-  const below = await run("pack", one, "-o", join(at("text.json"), "x"));
-  t.match(below, { status: 2, stderr: /text\.json is not a folder/ });
-});

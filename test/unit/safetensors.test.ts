@@ -3,6 +3,7 @@ import { readFileSync } from "node:fs";
 import { type ByteSource, FormatError, SourceError } from "eigenlora";
 import fc from "fast-check";
 import t from "tap";
+import { bytesOf } from "../support/adapters.ts";
 import { openSafetensors, type SafetensorsEntry, writeSafetensors } from "../support/internals/base.ts";
 import { runs } from "../support/required.ts";
 
@@ -36,12 +37,6 @@ const f32 = (begin: number, end: number, shape: unknown = [(end - begin) / 4]): 
   shape,
   data_offsets: [begin, end],
 });
-
-async function joined(entries: SafetensorsEntry[], metadata?: ReadonlyMap<string, string>): Promise<Uint8Array> {
-  const chunks: Uint8Array[] = [];
-  for await (const chunk of writeSafetensors(entries, metadata)) chunks.push(chunk);
-  return new Uint8Array(Buffer.concat(chunks));
-}
 
 t.test("a file of the reference implementation", async (t) => {
   const opened = await openSafetensors(source(golden));
@@ -277,7 +272,7 @@ t.test("what is written is read back, aligned", async (t) => {
           }),
         );
         const entries = specs.map((spec) => ({ ...spec, read: () => contents.get(spec.name)! }));
-        const bytes = await joined(entries, notes && new Map(Object.entries(notes)));
+        const bytes = await bytesOf(entries, new Map(Object.entries(notes ?? {})));
         const headerLength = new DataView(bytes.buffer).getUint32(0, true);
         const file = await openSafetensors(source(bytes));
         const { tensors, metadata } = file;
@@ -313,10 +308,10 @@ t.test("the writer holds one tensor at a time and refuses what it could not read
   t.equal((await chunks.next()).value!.length, 4);
   t.same(reads, ["a"]);
   const twins = [entry("a", "F32", [1], 4), entry("a", "F32", [1], 4)];
-  await t.rejects(joined(twins), { name: "RangeError", message: /called a/ });
-  await t.rejects(joined([entry("__metadata__", "F32", [1], 4)]), { name: "RangeError" });
-  await t.rejects(joined([entry("a", "F33", [1], 4)]), { name: "RangeError", message: /a cannot be F33/ });
-  await t.rejects(joined([entry("a", "F32", [-1], 4)]), { name: "RangeError" });
-  await t.rejects(joined([entry("a", "F32", [2 ** 40, 2 ** 40], 4)]), { name: "RangeError" });
-  await t.rejects(joined([entry("a", "F32", [2], 4)]), { name: "RangeError", message: /a takes 8 bytes, got 4/ });
+  await t.rejects(bytesOf(twins), { name: "RangeError", message: /called a/ });
+  await t.rejects(bytesOf([entry("__metadata__", "F32", [1], 4)]), { name: "RangeError" });
+  await t.rejects(bytesOf([entry("a", "F33", [1], 4)]), { name: "RangeError", message: /a cannot be F33/ });
+  await t.rejects(bytesOf([entry("a", "F32", [-1], 4)]), { name: "RangeError" });
+  await t.rejects(bytesOf([entry("a", "F32", [2 ** 40, 2 ** 40], 4)]), { name: "RangeError" });
+  await t.rejects(bytesOf([entry("a", "F32", [2], 4)]), { name: "RangeError", message: /a takes 8 bytes, got 4/ });
 });

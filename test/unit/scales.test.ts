@@ -125,6 +125,7 @@ function agree(t: Test, said: Omit<TaskLoss, "id">, found: Omit<TaskLoss, "id">,
 }
 
 const F32 = LOSSLESS.dtype;
+const INT4 = { basis: "int4", coefficients: "int4", head: "int8" } as const;
 const WAYS: Readonly<Record<string, BuildOptions>> = {
   default: {},
   "k 4": { select: { kind: "k", k: 4 } },
@@ -137,6 +138,8 @@ const WAYS: Readonly<Record<string, BuildOptions>> = {
   "lossless, no mean": { ...LOSSLESS, centering: "none" },
   "lossless, balanced": { ...LOSSLESS, gauge: "balanced" },
   "lossless, all alike": { ...LOSSLESS, normalize: true },
+  "rank 3, balanced, int4": { select: { kind: "k", k: 12 }, gauge: "balanced", rank: 3, dtype: INT4 },
+  "rank 2, all alike": { select: { kind: "k", k: 12 }, gauge: "balanced", rank: 2, normalize: true },
   "alone, f32": { select: { kind: "k", k: 0 }, dtype: F32 },
   "alone, rank 2": { select: { kind: "k", k: 0 }, rank: 2 },
   "steps, k 4": { step: 0.01, select: { kind: "k", k: 4 } },

@@ -3,10 +3,21 @@ import { randomInt } from "node:crypto";
 import { readdir, readFile } from "node:fs/promises";
 import { basename } from "node:path";
 import { fileURLToPath } from "node:url";
-import { EigenLoraError, type OpenOptions, openPack, type Pack } from "eigenlora";
+import {
+  createRuntime,
+  EigenLoraError,
+  type FloatDtype,
+  type OpenOptions,
+  openPack,
+  type Pack,
+  type Runtime,
+  type Tensor,
+  type View,
+} from "eigenlora";
 import { readTaskFile } from "eigenlora/build";
 import t from "tap";
 import { run } from "../support/command-line.ts";
+import { floats } from "../support/compare.ts";
 import { decodeTensor, openSafetensors, openSource } from "../support/internals/base.ts";
 import { decodeSection, isCoded } from "../support/internals/format.ts";
 import { expandTerm } from "../support/internals/pack.ts";
@@ -218,6 +229,80 @@ t.test("verify says of each file what SPEC.md says, of a task file with its pack
     if (pack) t.equal(await verify(), valid || step === "task", `${file} without its pack: ${why}`);
   }
 });
+
+/** Tasks on bases by the runtime, SPEC.md, section 6.3: values that its code had no part in. */
+interface Application {
+  readonly pack: string;
+  readonly base: string;
+  readonly why: string;
+  /** Parameters under each of `tasks`. */
+  readonly values?: string;
+  readonly tasks?: readonly string[];
+  /** Reasons by task. */
+  readonly refused?: Readonly<Record<string, string>>;
+}
+
+const applications: Application[] = JSON.parse(await readFile(at("apply.json"), "utf8"));
+
+/** Parameters in memory of their own. */
+async function baseOf(path: string): Promise<Map<string, Tensor>> {
+  const file = await openSafetensors(await openSource(await bytesOf(path)));
+  const base = new Map<string, Tensor>();
+  for (const [name, { dtype, shape }] of file.tensors)
+    base.set(name, { dtype: dtype.toLowerCase() as FloatDtype, shape, data: (await file.read(name)).slice() });
+  return base;
+}
+
+const viewOf = ({ dtype, shape, data }: Tensor): View => ({
+  ...{ dtype, shape, byteOffset: 0 },
+  data: new Uint8Array(data.buffer, data.byteOffset, data.byteLength),
+});
+
+const bitsOf = (base: ReadonlyMap<string, Tensor>): string[] =>
+  [...base].map(([name, { shape, data }]) => {
+    return `${name} ${shape}: ${Buffer.from(data.buffer, data.byteOffset, data.byteLength).toString("hex")}`;
+  });
+
+for (const backend of ["js", "wasm"] as const) {
+  for (const { pack: path, base: basePath, why, values, tasks = [], refused = {} } of applications) {
+    t.test(`${backend}: ${why} (${basePath})`, async (t) => {
+      const base = await baseOf(basePath);
+      const pristine = bitsOf(base);
+      const pack = await openPack(await bytesOf(path));
+      const expected = values === undefined ? new Map() : await valuesOf(values);
+      // Where a module of the pack does not fit, no task is taken.
+      let runtime: Runtime | undefined;
+      const error = await failure(createRuntime(pack, { base, backend }).then((made) => (runtime = made)));
+      t.ok(runtime !== undefined || (error instanceof EigenLoraError && tasks.length === 0), `opens: ${error}`);
+      let compared = 0;
+      for (const id of tasks) {
+        await runtime!.switchTask(id);
+        for (const [name, tensor] of base) {
+          const { shape, values } = expected.get(`${id}/${name}`)!;
+          const bound = expected.get(`${id}/${name}/bound`);
+          t.same(tensor.shape, shape, name);
+          const found = floats(viewOf(tensor));
+          const off = found.findIndex((value, i) => !(Math.abs(value - values[i]!) <= (bound?.values[i] ?? 0)));
+          t.equal(
+            off,
+            -1,
+            `${id}: ${name.slice(-40)}[${off}] is ${found[off]}, expected ${values[off]} ± ${bound?.values[off] ?? 0}`,
+          );
+          compared += bound ? 2 : 1;
+        }
+      }
+      t.equal(compared, expected.size, "every value was reached");
+      await runtime?.switchTask(null);
+      t.same(bitsOf(base), pristine, "the base, bit for bit");
+      for (const [id, why] of runtime ? Object.entries(refused) : []) {
+        const error = await failure(runtime!.switchTask(id));
+        t.ok(error instanceof EigenLoraError, `${id}: ${why}: ${error}`);
+        t.same(bitsOf(base), pristine, "a refused task changes nothing");
+      }
+      await runtime?.close();
+    });
+  }
+}
 
 const spec = await readFile(new URL("../../SPEC.md", import.meta.url), "utf8");
 const [, appendix] = spec.split("## Appendix A");

@@ -283,6 +283,20 @@ async function outcomeOf(rig: Rig, { selection, head }: Wanted): Promise<Outcome
   return { state: await rig.state(), error: undefined };
 }
 
+/** Outcome of a selection on a runtime that has done nothing else. */
+async function alone(
+  make: Make,
+  pack: Uint8Array,
+  base: Map<string, Tensor>,
+  options: BackendOptions,
+  wanted: Wanted,
+): Promise<Outcome> {
+  const rig = await make(pack, base, options);
+  const outcome = await outcomeOf(rig, wanted);
+  await rig.runtime.close();
+  return outcome;
+}
+
 /** The differences, in short. */
 function differing(found: State, expected: State): string[] {
   return [...new Set([...found.keys(), ...expected.keys()])].filter((name) => found.get(name) !== expected.get(name));
@@ -300,17 +314,14 @@ async function walk(make: Make, options: BackendOptions, seed: number, steps: nu
   const known = new Map<string, Outcome>();
   const fresh = async (wanted: Wanted): Promise<Outcome> => {
     const key = JSON.stringify(wanted);
-    const found = known.get(key);
-    if (found) return found;
-    const other = await make(bytes, base, options);
-    const outcome = await outcomeOf(other, wanted);
-    await other.runtime.close();
+    const outcome = known.get(key) ?? (await alone(make, bytes, base, options, wanted));
     known.set(key, outcome);
     return outcome;
   };
   const counts = { made: 0, refused: 0, failed: 0, torn: 0 };
   let last: Wanted = { selection: null };
   const check = async (state: State, what: string): Promise<void> => {
+    t.strictSame(rig.runtime.task, last.selection);
     const off = differing(state, (await fresh(last)).state!);
     if (off.length > 0) throw new Error(`seed ${seed}, ${what}, at ${JSON.stringify(last)}: ${off.join(", ")} differ`);
   };
@@ -380,21 +391,6 @@ for (const options of await backends()) {
   });
 }
 
-/** The outcome of a selection alone. */
-async function alone(
-  make: Make,
-  pack: Uint8Array,
-  base: Map<string, Tensor>,
-  options: BackendOptions,
-  wanted: Wanted,
-): Promise<State> {
-  const rig = await make(pack, base, options);
-  const { state, error } = await outcomeOf(rig, wanted);
-  await rig.runtime.close();
-  if (!state) throw new Error(error);
-  return state;
-}
-
 for (const [host, make] of Object.entries({ ...HOSTS, ...(gpu && { "buffers of a device": onDevice }) }))
   t.test(
     `${host}: a switch that takes long has pauses, in which nobody sees half of it and it can be aborted`,
@@ -448,7 +444,8 @@ for (const [host, make] of Object.entries({ ...HOSTS, ...(gpu && { "buffers of a
           }
           counts[result as "made" | "aborted"]++;
           if (rig.runtime.task !== last.selection) throw new Error(`${host}: the task is ${rig.runtime.task}`);
-          const off = differing(await rig.state(), await alone(make, bytes, base, options, last));
+          const { state: expected } = await alone(make, bytes, base, options, last);
+          const off = differing(await rig.state(), expected!);
           if (off.length > 0)
             throw new Error(`${host}, seed ${seed}, step ${step}, ${result}: ${off.join(", ")} differ`);
         }

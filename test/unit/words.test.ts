@@ -1,9 +1,6 @@
-/**
- * Words and English of the source: one declaration for each name, file names that say what a file holds, and comments that begin with a
- * noun or a verb.
- */
+/** Words and English of the source: one declaration for each exported type, and comments that begin with a noun or a verb. */
 import { readdirSync, readFileSync } from "node:fs";
-import { basename, join } from "node:path";
+import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import t from "tap";
 import ts from "typescript";
@@ -11,16 +8,7 @@ import { PAGES } from "../support/blocks.ts";
 
 const root = fileURLToPath(new URL("../..", import.meta.url));
 
-/** Names of types that several files have used for different things: one declaration each, exported or not. */
-const WORDS = ["Place", "Part", "Prepared", "Terms", "Score"];
-
-/** File names that several folders have used for different things: one file each. */
-const FILES = ["fold.ts", "parts.ts", "project.ts", "steps.ts"];
-
-/** File names that do not say what a file holds. */
-const VAGUE = ["fill.ts", "lessons.ts", "limits.ts", "machine.ts", "subject.ts"];
-
-/** Names and file names that still have several declarations, with the reason. */
+/** Names that still have several declarations, with the reason. */
 const SEVERAL: Readonly<Record<string, string>> = {
   Slice: "core and sessions: a range of a block, a part of a packed layer",
   Target: "packing and CLI",
@@ -55,8 +43,8 @@ function parse(file: string): ts.SourceFile {
 
 const sources = ["src", "bindings"].flatMap((folder) => filesIn(folder, /\.ts$/)).map(parse);
 
-/** Types, classes, interfaces and enums that a file declares. */
-function declared(source: ts.SourceFile): { name: string; exported: boolean }[] {
+/** Types, classes, interfaces and enums that a file exports. */
+function exportedTypes(source: ts.SourceFile): string[] {
   return source.statements.flatMap((statement) => {
     if (
       !ts.isTypeAliasDeclaration(statement) &&
@@ -65,53 +53,23 @@ function declared(source: ts.SourceFile): { name: string; exported: boolean }[] 
       !ts.isEnumDeclaration(statement)
     )
       return [];
-    const exported = statement.modifiers?.some(({ kind }) => kind === ts.SyntaxKind.ExportKeyword) ?? false;
-    return statement.name ? [{ name: statement.name.text, exported }] : [];
+    const exported = statement.modifiers?.some(({ kind }) => kind === ts.SyntaxKind.ExportKeyword);
+    return exported && statement.name ? [statement.name.text] : [];
   });
 }
 
-const excused = new Set<string>();
-
-/** Names that more than one file has, with the files; names with a reason are left out. */
-function repeated(names: Iterable<readonly [name: string, file: string]>): string[] {
-  const files = new Map<string, Set<string>>();
-  for (const [name, file] of names) files.set(name, (files.get(name) ?? new Set()).add(file));
-  const several = [...files].filter(([, all]) => all.size > 1);
-  for (const [name] of several) if (name in SEVERAL) excused.add(name);
-  return several.flatMap(([name, all]) => (excused.has(name) ? [] : [`${name}: ${[...all].sort().join(", ")}`]));
-}
-
 t.test("an exported type has a name of its own", async (t) => {
-  const names = sources.flatMap((source) =>
-    declared(source).flatMap(({ name, exported }) => (exported ? [[name, source.fileName] as const] : [])),
-  );
-  t.same(repeated(names), []);
-});
-
-t.test("words with one meaning are declared once", async (t) => {
-  const names = sources.flatMap((source) =>
-    declared(source).flatMap(({ name }) => (WORDS.includes(name) ? [[name, source.fileName] as const] : [])),
-  );
-  t.same(repeated(names), []);
-});
-
-t.test("a file's name says what it holds", async (t) => {
-  const files = sources.map(({ fileName }) => fileName);
+  const files = new Map<string, Set<string>>();
+  for (const source of sources)
+    for (const name of exportedTypes(source)) files.set(name, (files.get(name) ?? new Set()).add(source.fileName));
+  const several = new Map([...files].filter(([, all]) => all.size > 1));
+  const wrong = [...several].filter(([name]) => !(name in SEVERAL));
   t.same(
-    repeated(files.flatMap((file) => (FILES.includes(basename(file)) ? [[basename(file), file] as const] : []))),
+    wrong.map(([name, all]) => `${name}: ${[...all].join(", ")}`),
     [],
   );
-  t.same(
-    files.filter((file) => VAGUE.includes(basename(file))),
-    [],
-  );
-});
-
-t.test("no exception is left over", async (t) => {
-  t.same(
-    Object.keys(SEVERAL).filter((name) => !excused.has(name)),
-    [],
-  );
+  const left = Object.keys(SEVERAL).filter((name) => !several.has(name));
+  t.same(left, [], "no exception is left over");
 });
 
 /** Comments of a file: blocks, and lines that follow each other as one. */

@@ -2,6 +2,7 @@
 import { type Adapter, type BuildOptions, buildPack, type WorkProgress } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
+import { withTerms } from "../support/adapters.ts";
 import { openThread } from "../support/internals/pack.ts";
 import { concat, data } from "../support/packs.ts";
 import { checkWork } from "../support/work.ts";
@@ -16,14 +17,12 @@ const module = [...first.modules.keys()][1]!;
 const running = (): number => process.getActiveResourcesInfo().filter((name) => name === "MessagePort").length;
 
 /** The adapter with other values in one module. */
-function changed(adapter: Adapter, change: (value: number) => number): Adapter {
-  const source = adapter.modules.get(module)!;
-  const read: typeof source.read = async () => {
-    const term = await source.read();
-    return { ...term, A: term.A.map(change) };
-  };
-  return { ...adapter, modules: new Map([...adapter.modules, [module, { ...source, read }]]) };
-}
+const changed = (adapter: Adapter, change: (value: number) => number): Adapter =>
+  withTerms(adapter, (term, name) => (name === module ? { ...term, A: term.A.map(change) } : term));
+
+const gone = (): never => {
+  throw new Error("gone");
+};
 
 t.test("a pack is the same, whoever extracts", async (t) => {
   const ways: Record<string, BuildOptions> = {
@@ -60,20 +59,7 @@ t.test("an error says the same, wherever it happens", async (t) => {
       { select: { kind: "k", k: 3 } },
       { name: "RangeError", message: new RegExp(`adapter ${second.id}: value 0 of A is NaN`) },
     ],
-    [
-      "a reader's error",
-      [
-        first,
-        {
-          ...second,
-          modules: new Map([
-            [module, { ...second.modules.get(module)!, read: () => Promise.reject(new Error("gone")) }],
-          ]),
-        },
-      ],
-      {},
-      { message: "gone" },
-    ],
+    ["a reader's error", [first, withTerms(second, gone)], {}, { message: "gone" }],
   ];
   for (const [name, all, options, expected] of cases) {
     const said = (workers: number): Promise<Error> =>
@@ -91,12 +77,7 @@ t.test("an error says the same, wherever it happens", async (t) => {
 
 t.test("an abort ends the threads, and nothing more is read", async (t) => {
   let reads = 0;
-  const counted = adapters.map((adapter) => ({
-    ...adapter,
-    modules: new Map(
-      [...adapter.modules].map(([name, one]) => [name, { ...one, read: () => (reads++, one.read()) }] as const),
-    ),
-  }));
+  const counted = adapters.map((adapter) => withTerms(adapter, (term) => (reads++, term)));
   const stop = new AbortController();
   const stopped = buildPack(counted, {
     select: { kind: "k", k: 3 },

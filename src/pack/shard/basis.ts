@@ -43,15 +43,22 @@ import {
   type TaskLoss,
 } from "../report.ts";
 import { freshPack, newPack, tasksOf } from "../write.ts";
-import { factorsOf, gramComponents, oneOf, readPart, type Statistics, type Summary, writePart } from "./statistics.ts";
+import {
+  byId,
+  factorsOf,
+  gramComponents,
+  oneOf,
+  readPart,
+  type Statistics,
+  type Summary,
+  writePart,
+} from "./statistics.ts";
 
-/** Options of a basis. */
 export interface BasisOptions extends Pick<BuildOptions, "select" | "centering" | "base" | "onProgress"> {
   /** Number format of components and means. Default: f16. */
   readonly dtype?: Dtype;
 }
 
-/** Report of a basis. */
 export interface BasisReport
   extends Pick<BuildReport, "modules" | "gauge" | "centering" | "bytes" | "components" | "warnings" | "notes"> {
   readonly dtype: Dtype;
@@ -191,14 +198,6 @@ export function writeTasks(
     return { name: nameOf(losses[i]!.id), dtype: "U8", shape: [file.length], read: () => file };
   });
   return writePart("tasks", made, { basisId, types: { coefficients, head }, tasks: losses }, entries);
-}
-
-/** Adapters in the order of a part's tasks. @throws TaskError for two of one id */
-export function byId(adapters: readonly Adapter[]): Adapter[] {
-  const sorted = [...adapters].sort((a, b) => compare(a.id, b.id));
-  const twice = sorted.find(({ id }, i) => sorted[i + 1]?.id === id);
-  if (twice) throw new TaskError(`two adapters are called "${twice.id}"`, { task: twice.id });
-  return sorted;
 }
 
 /** A pack of all tasks of some parts, and what became of the adapters. */

@@ -52,7 +52,6 @@ interface StatisticsModule extends ModuleShape {
   readonly rows: number;
 }
 
-/** An adapter that was counted. */
 interface CountedAdapter {
   readonly id: string;
   readonly baseModel: string | undefined;
@@ -95,8 +94,7 @@ export async function adapterStatistics(
 ): Promise<Statistics> {
   checkRank({ gauge, rank });
   const most = rank ?? Infinity;
-  const sorted = [...adapters].sort((a, b) => compare(a.id, b.id));
-  refuseTwice(sorted);
+  const sorted = byId(adapters);
   refuseBases(sorted, anyBase);
   const shared = sharedModules(sorted);
   const rowsOf = (adapter: Adapter, name: string): number => Math.min(adapter.modules.get(name)?.rank ?? 0, most);
@@ -154,10 +152,9 @@ export async function mergeStatistics(
 ): Promise<Statistics> {
   const parts = [...given].sort((a, b) => compare(a.adapters[0]!.id, b.adapters[0]!.id));
   const { file, gauge, rank, normalize } = parts[0]!;
-  const members = parts
-    .flatMap((part) => part.adapters.map((adapter, index) => ({ ...adapter, file: part.file, part, index })))
-    .sort((a, b) => compare(a.id, b.id) || compare(a.file, b.file));
-  refuseTwice(members);
+  const members = byId(
+    parts.flatMap((part) => part.adapters.map((adapter, index) => ({ ...adapter, file: part.file, part, index }))),
+  );
   for (const part of parts) refuseOther(parts[0]!, part);
   refuseBases(members, options.anyBase);
   const shared = sharedModules(parts);
@@ -201,7 +198,6 @@ export async function mergeStatistics(
   };
 }
 
-/** One adapter's rows in a stack. */
 interface Stacked {
   factor: Float64Array;
   rank: number;
@@ -213,15 +209,14 @@ export function factorsOf(rows: Float64Array, ranks: Uint32Array, width: number)
   return Array.from(ranks, (rank) => ({ factor: rows.subarray(start * width, (start += rank) * width), rank }));
 }
 
-function refuseTwice(sorted: readonly { id: string; file: string }[]): void {
-  sorted.forEach(({ id, file }, i) => {
-    const before = sorted[i - 1];
-    if (before?.id !== id) return;
-    throw new TaskError(
-      `${before.file} and ${file} both hold "${id}": an adapter counts once; leave it out of one of them`,
-      { task: id },
-    );
-  });
+/** Adapters in the order of parts. @throws TaskError for two of one id */
+export function byId<T extends { readonly id: string; readonly file: string }>(adapters: readonly T[]): T[] {
+  const sorted = [...adapters].sort((a, b) => compare(a.id, b.id) || compare(a.file, b.file));
+  const twice = sorted.findIndex(({ id }, i) => sorted[i - 1]?.id === id);
+  if (twice < 0) return sorted;
+  const { id, file } = sorted[twice]!;
+  const message = `${sorted[twice - 1]!.file} and ${file} both hold "${id}": an adapter counts once; leave it out of one of them`;
+  throw new TaskError(message, { task: id });
 }
 
 /** @throws AdapterError for parts of other settings */
@@ -266,7 +261,6 @@ const BLOCK_VALUES = 2 ** 22;
 /** Rows and columns of a Gram matrix that are computed at once: what a product takes and gives stays small. */
 const PANEL = 512;
 
-/** Collects a summary. */
 interface SummaryCollector {
   /**
    * Adds rows [rows, width]; `values` may end early, the rest is zero.
@@ -388,7 +382,6 @@ export type PartKind = "statistics" | "tasks";
 
 /** A part may list as many tasks as a pack, each with a tensor of its own. */
 const MOST_HEADER = 100_000_000;
-/** Key of the description in the file's metadata. */
 const ABOUT = "eigenlora part";
 /** The last tensor, whatever the others are called: CRC-32C of the header, then of each tensor in the order of the file. */
 const CHECKSUMS = "~checksums";

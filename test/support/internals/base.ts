@@ -1,12 +1,12 @@
 /** Reaches inside the built package for tests: numbers, names and small things that tests make material with. */
 
-export { checkChoice, nearest } from "../../../dist/src/arguments.js";
+export { nearest } from "../../../dist/src/arguments.js";
 export { type HubName, hubName } from "../../../dist/src/http/hub-name.js";
 export { openSource } from "../../../dist/src/open-source.js";
 export { atOnce } from "../../../dist/src/pace.js";
 export * as dtypes from "../../../dist/src/tensor/dtypes.js";
 export * from "../../../dist/src/tensor/dtypes.js";
-export { decodeIntegers, decodeScales, encodeTensor } from "../../../dist/src/tensor/encode.js";
+export { encodeTensor } from "../../../dist/src/tensor/encode.js";
 export { openGguf } from "../../../dist/src/tensor/gguf.js";
 export { normal, shuffle, uniform } from "../../../dist/src/tensor/random.js";
 export { openSafetensors, type SafetensorsEntry, writeSafetensors } from "../../../dist/src/tensor/safetensors.js";

@@ -8,14 +8,12 @@ export { type AdaptedHead, type AdaptedLayer, endOf, linearsOf } from "../../../
 export { indexGraph, type OnnxModel, parseModel } from "../../../dist/src/onnx/model.js";
 export { findParameters, matrixShape, type OnnxParameter } from "../../../dist/src/onnx/modules.js";
 export * from "../../../dist/src/onnx/nodes.js";
-export { takeApart } from "../../../dist/src/onnx/packed.js";
 export * from "../../../dist/src/onnx/protobuf.js";
-export { type ModelFile, readModel } from "../../../dist/src/onnx/read.js";
-export { replaceByFile, type WeightInput } from "../../../dist/src/onnx/replaceable.js";
-export { skeletonOf } from "../../../dist/src/onnx/skeleton.js";
+export { type ModelFile, readModel, skeletonOf } from "../../../dist/src/onnx/read.js";
+export type { WeightInput } from "../../../dist/src/onnx/replaceable.js";
 export { externalFiles, readTensor as readOnnxTensor } from "../../../dist/src/onnx/tensors.js";
 export { readLinearWeight } from "../../../dist/src/onnx/weights.js";
-export { detachWeights, embedWeights } from "../../../dist/src/onnx/write.js";
+export { detachWeights } from "../../../dist/src/onnx/write.js";
 export { CacheWatch } from "../../../dist/src/session/caches.js";
 export { planSession, prepareModel } from "../../../dist/src/session/prepare.js";
 export type { Trainable } from "../../../dist/src/session/training.js";
