@@ -7,7 +7,45 @@ import { atOnce, paced, pacer } from "../pace.ts";
 import { BITS, DTYPES, type Dtype, f16ToF32, isQuantized, leastAt, rowBytes, scaleBytes } from "../tensor/dtypes.ts";
 import { toHex, toUtf8 } from "../text.ts";
 import { align64, crc32c, decode, Fields, placing, toIntegrity, type Value } from "./fields.ts";
-import * as format from "./format.ts";
+import {
+  type BasisDescription,
+  BLOCK_BYTES,
+  BROUGHT,
+  bringsOf,
+  CODED_MAGIC,
+  CODED_MASK,
+  type Coefficients,
+  DIRECTORY_HEAD_BYTES,
+  type Directory,
+  FINGERPRINT_SIZE,
+  HASH_BYTES,
+  HEAD_BYTES,
+  LAYOUTS,
+  MAGIC,
+  mostRank,
+  type PackModule,
+  ROLES,
+  SECTION_BASES,
+  SECTION_CODED,
+  SECTION_ENTRY_BYTES,
+  SECTION_FREE,
+  SECTION_TASK,
+  type Section,
+  SIGNATURE_BYTES,
+  SIGNATURE_OFFSET,
+  type Side,
+  type Signature,
+  type Superblock,
+  TASK_BLOB_MAGIC,
+  type TaskBlob,
+  type TaskEntry,
+  type TaskMetadata,
+  type TaskParameter,
+  type TaskTerm,
+  type TensorRef,
+  WINDOW_BYTES,
+  type Window,
+} from "./format.ts";
 
 /** Most names in all lists of `brings` together. */
 const MOST_BROUGHT = 1_000_000;
@@ -20,23 +58,17 @@ const METADATA_BYTES = 2 ** 20;
  * @param size size of the file, when known
  * @throws FormatError when this is not a pack of version 1, or no superblock is whole, or the file is truncated
  */
-export function parseWindow(bytes: Uint8Array, file: string, size?: number): format.Window {
+export function parseWindow(bytes: Uint8Array, file: string, size?: number): Window {
   const f: Fields = new Fields(bytes, file, "window");
-  f.magic(format.MAGIC, "an EigenLoRA pack");
-  if (bytes.length < format.WINDOW_BYTES)
-    f.fail(`truncated: ${bytes.length} bytes, the window alone has ${format.WINDOW_BYTES}`);
+  f.magic(MAGIC, "an EigenLoRA pack");
+  if (bytes.length < WINDOW_BYTES) f.fail(`truncated: ${bytes.length} bytes, the window alone has ${WINDOW_BYTES}`);
   const version = f.version();
-  if (f.u32(12) !== format.WINDOW_BYTES) f.fail(`window of ${f.u32(12)} bytes, expected ${format.WINDOW_BYTES}`);
-  atOnce(f.crc(f.u32(format.HEAD_BYTES), format.HEAD_BYTES));
-  f.zero(format.HEAD_BYTES + 4, 512);
+  if (f.u32(12) !== WINDOW_BYTES) f.fail(`window of ${f.u32(12)} bytes, expected ${WINDOW_BYTES}`);
+  atOnce(f.crc(f.u32(HEAD_BYTES), HEAD_BYTES));
+  f.zero(HEAD_BYTES + 4, 512);
   const whole = [0, 1]
     .map(
-      (index) =>
-        new Fields(
-          bytes.subarray(format.BLOCK_BYTES * (index + 1), format.BLOCK_BYTES * (index + 2)),
-          file,
-          "superblock",
-        ),
+      (index) => new Fields(bytes.subarray(BLOCK_BYTES * (index + 1), BLOCK_BYTES * (index + 2)), file, "superblock"),
     )
     .filter(isWhole)
     .sort((a, b) => generationOf(b) - generationOf(a));
@@ -46,11 +78,11 @@ export function parseWindow(bytes: Uint8Array, file: string, size?: number): for
   const { committed, directoryOffset, directoryLength, basesOffset, basesLength } = superblock;
   if (size !== undefined && size < committed) f.fail(`truncated: ${size} bytes of ${committed}; fetch it again`);
   const inside = (offset: number, length: number): boolean =>
-    offset >= format.WINDOW_BYTES && offset % 64 === 0 && offset + length <= committed;
+    offset >= WINDOW_BYTES && offset % 64 === 0 && offset + length <= committed;
   if (!inside(directoryOffset, directoryLength) || !inside(basesOffset, basesLength))
     f.fail("directory or bases lie outside the file");
   // A copy: as a view it would keep what else was read with it.
-  const head = bytes.slice(0, format.HEAD_BYTES);
+  const head = bytes.slice(0, HEAD_BYTES);
   return { version, basisId: toHex(head.subarray(16)), superblock, head };
 }
 
@@ -59,18 +91,18 @@ const generationOf = (f: Fields): number => f.u32(4) * 2 ** 32 + f.u32(0);
 /** True if a superblock was written, and not torn. */
 function isWhole(f: Fields, index: number): boolean {
   if (generationOf(f) === 0 || f.u32(0) % 2 !== index || f.u32(60) !== crc32c(f.bytes.subarray(0, 60))) return false;
-  const end = format.SIGNATURE_OFFSET + format.SIGNATURE_BYTES;
+  const end = SIGNATURE_OFFSET + SIGNATURE_BYTES;
   // Both are written at once: where the signature is torn, so is the whole.
   if (f.u32(52) > 0) return f.u32(end - 4) === crc32c(f.bytes.subarray(0, end - 4));
-  return !f.bytes.subarray(format.SIGNATURE_OFFSET, end).some(Boolean);
+  return !f.bytes.subarray(SIGNATURE_OFFSET, end).some(Boolean);
 }
 
-function parseSuperblock(f: Fields): format.Superblock {
+function parseSuperblock(f: Fields): Superblock {
   const flags = f.u32(52);
-  const signatureEnd = format.SIGNATURE_OFFSET + format.SIGNATURE_BYTES;
+  const signatureEnd = SIGNATURE_OFFSET + SIGNATURE_BYTES;
   if (flags > 1) f.fail(`flags ${flags}, expected 0 or 1`);
   f.zero(56, 60);
-  f.zero(signatureEnd, format.BLOCK_BYTES);
+  f.zero(signatureEnd, BLOCK_BYTES);
   return {
     generation: f.u64(0),
     committed: f.u64(8),
@@ -79,20 +111,20 @@ function parseSuperblock(f: Fields): format.Superblock {
     basesOffset: f.u64(32),
     basesLength: f.u64(40),
     directoryCrc: f.u32(48),
-    signature: flags ? signatureOf(f.bytes.subarray(format.SIGNATURE_OFFSET, signatureEnd)) : undefined,
+    signature: flags ? signatureOf(f.bytes.subarray(SIGNATURE_OFFSET, signatureEnd)) : undefined,
   };
 }
 
 /** @param bytes key, signature, CRC */
-export function signatureOf(bytes: Uint8Array): format.Signature {
+export function signatureOf(bytes: Uint8Array): Signature {
   return { key: bytes.slice(0, 32), bytes: bytes.slice(32, 96) };
 }
 
-type StoredEntry = format.Directory["tasks"][number];
+type StoredEntry = Directory["tasks"][number];
 
 /** A directory, and its entries by id, which an open pack adds to and removes from. */
 interface ReadDirectory {
-  readonly directory: format.Directory;
+  readonly directory: Directory;
   readonly entries: Map<string, StoredEntry>;
 }
 
@@ -102,7 +134,7 @@ interface ReadDirectory {
  */
 export async function parseDirectory(
   stored: Uint8Array,
-  superblock: format.Superblock,
+  superblock: Superblock,
   file: string,
   signal?: AbortSignal,
 ): Promise<ReadDirectory> {
@@ -110,14 +142,14 @@ export async function parseDirectory(
   if (stored.length !== superblock.directoryLength) f.fail(`${stored.length} bytes of ${superblock.directoryLength}`);
   const pause = pacer(signal);
   await paced(f.crc(superblock.directoryCrc), pause);
-  const coded = stored.length > 4 && (f.u32(0) & format.CODED_MASK) === (format.CODED_MAGIC & format.CODED_MASK);
+  const coded = stored.length > 4 && (f.u32(0) & CODED_MASK) === (CODED_MAGIC & CODED_MASK);
   if (coded) f = await (await import("./coded.ts")).plainDirectory(f, superblock, pause);
   return paced(parseParts(f, superblock, stored), pause);
 }
 
-function* parseParts(f: Fields, superblock: format.Superblock, stored: Uint8Array): Generator<void, ReadDirectory> {
+function* parseParts(f: Fields, superblock: Superblock, stored: Uint8Array): Generator<void, ReadDirectory> {
   const { bytes, file } = f;
-  if (bytes.length < format.DIRECTORY_HEAD_BYTES) f.fail(`${bytes.length} bytes are too few`);
+  if (bytes.length < DIRECTORY_HEAD_BYTES) f.fail(`${bytes.length} bytes are too few`);
   const count = f.u32(0);
   const basisLength = f.u32(4);
   const tasksLength = f.u32(8);
@@ -128,12 +160,12 @@ function* parseParts(f: Fields, superblock: format.Superblock, stored: Uint8Arra
   ] as const)
     if (found > most) f.fail(`${found} ${what}, at most ${most} are allowed`);
   const hashes = f.u32(12);
-  if (hashes > 0 && hashes !== format.HASH_BYTES * count) f.fail(`${hashes} bytes of hashes for ${count} sections`);
-  const parts = format.DIRECTORY_HEAD_BYTES + count * format.SECTION_ENTRY_BYTES + basisLength + tasksLength + hashes;
+  if (hashes > 0 && hashes !== HASH_BYTES * count) f.fail(`${hashes} bytes of hashes for ${count} sections`);
+  const parts = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES + basisLength + tasksLength + hashes;
   if (parts !== bytes.length) f.fail(`${bytes.length} bytes, but its parts add up to ${parts}`);
-  const section = (index: number): format.Section => parseSection(f, index, hashes && bytes.length - hashes);
+  const section = (index: number): Section => parseSection(f, index, hashes && bytes.length - hashes);
   const { bases, blobs } = yield* parseSections(f, count, section, superblock);
-  const start = format.DIRECTORY_HEAD_BYTES + count * format.SECTION_ENTRY_BYTES;
+  const start = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES;
   const basisBytes = bytes.subarray(start, start + basisLength);
   const { basis, size } = yield* parseBasis(basisBytes, bases, file);
   const tasksStart = start + basisLength;
@@ -153,7 +185,7 @@ function* parseParts(f: Fields, superblock: format.Superblock, stored: Uint8Arra
     entries.set(entry.id, entry as StoredEntry);
     if (tasks.length % 256 === 0) yield;
   }
-  const directory: format.Directory = {
+  const directory: Directory = {
     ...{ bytes: stored, basis, basisBytes, bases: { ...bases, size }, tasks },
     // Free ones may be many, and only what changes or checks a file wants them.
     get sections() {
@@ -171,12 +203,12 @@ function* parseParts(f: Fields, superblock: format.Superblock, stored: Uint8Arra
 function* parseSections(
   f: Fields,
   count: number,
-  section: (index: number) => format.Section,
-  { directoryOffset, directoryLength, basesOffset, basesLength, committed }: format.Superblock,
-): Generator<void, { bases: format.Section; blobs: format.Section[] }> {
-  const bases: format.Section[] = [];
-  const blobs: format.Section[] = [];
-  let end = format.WINDOW_BYTES;
+  section: (index: number) => Section,
+  { directoryOffset, directoryLength, basesOffset, basesLength, committed }: Superblock,
+): Generator<void, { bases: Section; blobs: Section[] }> {
+  const bases: Section[] = [];
+  const blobs: Section[] = [];
+  let end = WINDOW_BYTES;
   const follow = (offset: number, length: number, name: string): void => {
     if (offset !== align64(end)) f.fail(`${name} starts at ${offset}, expected ${align64(end)}`);
     end = offset + length;
@@ -190,10 +222,10 @@ function* parseSections(
       before = false;
     }
     follow(offset, length, `section ${i}`);
-    if (required && (kind === 0 || kind > format.SECTION_FREE))
+    if (required && (kind === 0 || kind > SECTION_FREE))
       f.fail(`it needs a section of kind ${kind}, unknown here; update eigenlora`);
-    if (kind === format.SECTION_BASES) bases.push(found);
-    if (kind === format.SECTION_TASK) blobs.push(found);
+    if (kind === SECTION_BASES) bases.push(found);
+    if (kind === SECTION_TASK) blobs.push(found);
     if (i % 256 === 255) yield;
   }
   if (before) follow(directoryOffset, directoryLength, "the directory");
@@ -208,39 +240,39 @@ function* parseSections(
 const FREE_HASH: string = `sha256-${"A".repeat(43)}=`;
 
 /** @param hashes where the hashes begin, 0 where there are none */
-function parseSection(f: Fields, index: number, hashes: number): format.Section {
-  const at = format.DIRECTORY_HEAD_BYTES + index * format.SECTION_ENTRY_BYTES;
-  const hash = hashes + index * format.HASH_BYTES;
+function parseSection(f: Fields, index: number, hashes: number): Section {
+  const at = DIRECTORY_HEAD_BYTES + index * SECTION_ENTRY_BYTES;
+  const hash = hashes + index * HASH_BYTES;
   const stored = f.u32(at);
   const flags = f.u32(at + 4);
   const length = f.u64(at + 16);
-  const coded = stored > format.SECTION_CODED && stored <= format.SECTION_CODED + format.SECTION_TASK;
-  const kind = coded ? stored - format.SECTION_CODED : stored;
-  const needed = kind === format.SECTION_BASES || kind === format.SECTION_TASK;
+  const coded = stored > SECTION_CODED && stored <= SECTION_CODED + SECTION_TASK;
+  const kind = coded ? stored - SECTION_CODED : stored;
+  const needed = kind === SECTION_BASES || kind === SECTION_TASK;
   if (flags > 1 || flags < Number(needed))
     f.fail(`section ${index} has flags ${flags}, expected ${needed ? "1" : "0 or 1"}`);
-  const free = kind === format.SECTION_FREE;
+  const free = kind === SECTION_FREE;
   if (free && flags > 0) f.fail(`section ${index} is free and required`);
-  if (length === 0 && stored !== format.SECTION_BASES) f.fail(`section ${index} is empty`);
+  if (length === 0 && stored !== SECTION_BASES) f.fail(`section ${index} is empty`);
   f.zero(at + (free ? 24 : 28), at + 32);
-  if (free && hashes > 0) f.zero(hash, hash + format.HASH_BYTES);
+  if (free && hashes > 0) f.zero(hash, hash + HASH_BYTES);
   const offset = f.u64(at + 8);
   const crc = f.u32(at + 24);
   const hashOf = free ? () => FREE_HASH : toIntegrity;
-  const integrity = hashes > 0 ? hashOf(f.bytes.subarray(hash, hash + format.HASH_BYTES)) : undefined;
+  const integrity = hashes > 0 ? hashOf(f.bytes.subarray(hash, hash + HASH_BYTES)) : undefined;
   return { kind, coded, length, required: flags > 0, offset, crc, integrity };
 }
 
 /** @returns what it says, and how many bytes the bases have, once decoded where they are coded */
 export function* parseBasis(
   bytes: Uint8Array,
-  { coded, length }: Pick<format.Section, "coded" | "length">,
+  { coded, length }: Pick<Section, "coded" | "length">,
   file: string,
-): Generator<void, { basis: format.BasisDescription; size: number }> {
+): Generator<void, { basis: BasisDescription; size: number }> {
   const root: Value = yield* decode(bytes, file, "basis description", "basis");
   const { place: tensor, full, end } = placing(16, 0, coded ? Infinity : length, file, "basis description");
   const names = new Set<string>();
-  const modules: format.PackModule[] = [];
+  const modules: PackModule[] = [];
   for (const value of root.get("modules").each(65_536)) {
     const module = yield* parseModule(value, tensor);
     if (names.has(module.name)) root.fail(`two modules are named "${module.name}"`);
@@ -263,18 +295,18 @@ export function* parseBasis(
   return { basis, size: end() };
 }
 
-function* parseModule(m: Value, tensor: PlaceTensor): Generator<void, format.PackModule> {
+function* parseModule(m: Value, tensor: PlaceTensor): Generator<void, PackModule> {
   const name = m.get("name").string(1024);
   const out = m.get("out").integer(1, 2 ** 31 - 1);
   const inputs = m.get("in").integer(1, 2 ** 31 - 1);
   const A = yield* parseSides(m.get("A"), inputs, tensor);
   const B = yield* parseSides(m.get("B"), out, tensor);
-  const layout = m.get("layout").choice(format.LAYOUTS);
+  const layout = m.get("layout").choice(LAYOUTS);
   const kernel = m.get("kernel").maybe((kernel) => kernel.array(8).map((k) => k.integer(1, 65_535)));
   const size = kernel?.reduce((a, b) => a * b, 1);
   if (layout === "conv" ? size === undefined || kernel!.length === 0 || inputs % size !== 0 : kernel)
     m.fail(`"${name}" has layout ${layout}, in ${inputs} and kernel ${kernel ? `[${kernel}]` : "none"}`);
-  const fingerprint = m.get("fingerprint").boolean() ? tensor("f32", 1, format.FINGERPRINT_SIZE).byteOffset : undefined;
+  const fingerprint = m.get("fingerprint").boolean() ? tensor("f32", 1, FINGERPRINT_SIZE).byteOffset : undefined;
   return { name, out, in: inputs, layout, kernel, A, B, fingerprint };
 }
 
@@ -286,9 +318,9 @@ function share(value: Value, most: number): number {
 }
 
 /** The place of the next tensor. */
-type PlaceTensor = (type: Dtype, rows: number, width: number) => format.TensorRef;
+type PlaceTensor = (type: Dtype, rows: number, width: number) => TensorRef;
 
-function* parseSides(value: Value, dimension: number, tensor: PlaceTensor): Generator<void, format.Side[]> {
+function* parseSides(value: Value, dimension: number, tensor: PlaceTensor): Generator<void, Side[]> {
   if (value.absent) return [];
   if (value.kind !== "array") return [parseSide(value, dimension, tensor)];
   const sides = yield* value.list(65_536, (side: Value) => parseSide(side, dimension, tensor));
@@ -296,7 +328,7 @@ function* parseSides(value: Value, dimension: number, tensor: PlaceTensor): Gene
   return sides;
 }
 
-function parseSide(value: Value, dimension: number, tensor: PlaceTensor): format.Side {
+function parseSide(value: Value, dimension: number, tensor: PlaceTensor): Side {
   const kind = value.get("kind").integer(1, 2) === 1 ? "column" : "flat";
   const K = value.get("K").integer(0, 65_535);
   const mean = value.get("mean").boolean();
@@ -309,7 +341,7 @@ function parseSide(value: Value, dimension: number, tensor: PlaceTensor): format
 }
 
 /** @param earlier entries of the list before this one */
-export function* parseEntry(value: Value, earlier: readonly format.TaskEntry[]): Generator<void, Entry> {
+export function* parseEntry(value: Value, earlier: readonly TaskEntry[]): Generator<void, Entry> {
   const id = value.get("id").string(255);
   if (CONTROL.test(id)) value.fail(`the task id ${JSON.stringify(id)} has control characters`);
   const metadata: Value = value.get("metadata");
@@ -320,14 +352,14 @@ export function* parseEntry(value: Value, earlier: readonly format.TaskEntry[]):
 }
 
 /** An entry that makes its metadata when asked: a list has those of many tasks, and few of them are used. */
-class Entry implements format.TaskEntry {
+class Entry implements TaskEntry {
   /** Where its blob lies, of entries in the directory of a pack. */
-  section: format.Section | undefined;
+  section: Section | undefined;
   readonly id: string;
   readonly adapterBytes: number;
   readonly brings: readonly string[] | undefined;
   #value: Value | undefined;
-  #metadata: format.TaskMetadata | undefined;
+  #metadata: TaskMetadata | undefined;
 
   constructor(id: string, adapterBytes: number, brings: readonly string[] | undefined, metadata: Value) {
     this.id = id;
@@ -336,24 +368,21 @@ class Entry implements format.TaskEntry {
     this.#value = metadata.absent ? undefined : metadata;
   }
 
-  get metadata(): format.TaskMetadata {
-    this.#metadata ??= this.#value ? (this.#value.plain() as format.TaskMetadata) : {};
+  get metadata(): TaskMetadata {
+    this.#metadata ??= this.#value ? (this.#value.plain() as TaskMetadata) : {};
     this.#value = undefined;
     return this.#metadata;
   }
 }
 
-function* parseBrings(
-  value: Value,
-  earlier: readonly format.TaskEntry[],
-): Generator<void, readonly string[] | undefined> {
+function* parseBrings(value: Value, earlier: readonly TaskEntry[]): Generator<void, readonly string[] | undefined> {
   if (value.absent) return undefined;
   if (value.kind === "number") return earlier[value.integer(0, earlier.length - 1)]!.brings;
   const names = new Set<string>();
   yield* value.list(65_536, (name: Value) => {
     // "bias-delta", a space, a name of 1 024 bytes.
     const text = name.string(1035);
-    const wrong = format.BROUGHT.test(text) ? names.has(text) && "is there twice" : "is no role and name";
+    const wrong = BROUGHT.test(text) ? names.has(text) && "is there twice" : "is no role and name";
     if (wrong) name.fail(`${JSON.stringify(text.slice(0, 80))} ${wrong}`);
     names.add(text);
   });
@@ -387,12 +416,12 @@ function* checkMetadata(value: Value): Generator<void> {
  */
 export function* parseTask(
   bytes: Uint8Array,
-  modules: readonly format.PackModule[],
+  modules: readonly PackModule[],
   file: string,
-  { id, brings }: Pick<format.TaskEntry, "id" | "brings">,
-): Generator<void, format.TaskBlob> {
+  { id, brings }: Pick<TaskEntry, "id" | "brings">,
+): Generator<void, TaskBlob> {
   const f: Fields = new Fields(bytes, file, `task "${id}"`);
-  if (bytes.length < 8 || f.u32(0) !== format.TASK_BLOB_MAGIC) f.fail("this is not a task blob");
+  if (bytes.length < 8 || f.u32(0) !== TASK_BLOB_MAGIC) f.fail("this is not a task blob");
   const headerLength = f.u32(4);
   if (headerLength > bytes.length - 8) f.fail(`a header of ${headerLength} bytes in a blob of ${bytes.length}`);
   const root = (yield* decode(bytes.subarray(8, 8 + headerLength), file, f.part, "header")).items(2);
@@ -405,7 +434,7 @@ export function* parseTask(
     return parsed;
   });
   const names = new Set<string>();
-  const parameters: format.TaskParameter[] = [];
+  const parameters: TaskParameter[] = [];
   for (const parameter of root[1]!.each(65_536)) {
     const parsed = yield* parseParameter(parameter, tensor);
     const key = `${parsed.role} ${parsed.name}`;
@@ -425,7 +454,7 @@ export function* parseTask(
   const blob = { terms, parameters, bytes };
   if (brings) {
     // Models are prepared for what the directory says. Many tasks may share one list, so it is not gone through where the count differs.
-    const found = format.bringsOf(blob, modules);
+    const found = bringsOf(blob, modules);
     if (found.length !== brings.length)
       f.fail(`it brings ${found.length} parameters and modules, the directory says ${brings.length}`);
     const said = new Set(brings);
@@ -449,9 +478,9 @@ const TENSORS = {
 
 /** Lists tensors in the order of the blob, with what they are called in errors. */
 export function* taskTensors(
-  terms: readonly format.TaskTerm[],
-  parameters: readonly format.TaskParameter[],
-  modules: readonly format.PackModule[],
+  terms: readonly TaskTerm[],
+  parameters: readonly TaskParameter[],
+  modules: readonly PackModule[],
 ): Generator<Checked> {
   for (const term of terms) {
     for (const [key, what] of Object.entries(TENSORS)) {
@@ -468,10 +497,10 @@ export function* taskTensors(
  */
 function coefficientsOf(
   [item, which, own]: readonly Value[],
-  bases: readonly format.Side[],
+  bases: readonly Side[],
   rank: number,
   tensor: PlaceTensor,
-): format.Coefficients | undefined {
+): Coefficients | undefined {
   const code: Value = item!;
   const index = which?.integer(0, code.absent ? 0 : 65_535) ?? 0;
   if (code.absent) {
@@ -490,7 +519,7 @@ function coefficientsOf(
   return { basis: index, mean, tensor: tensor(DTYPES[bits >> 3]!, basis.kind === "column" ? rank : 1, basis.K) };
 }
 
-function parseTerm(term: Value, modules: readonly format.PackModule[], tensor: PlaceTensor): format.TaskTerm {
+function parseTerm(term: Value, modules: readonly PackModule[], tensor: PlaceTensor): TaskTerm {
   const [moduleItem, rankItem, itemA, itemB, privateRankItem, privateTypeItem, magnitudeItem] = term.items(7);
   const index = moduleItem!.integer(0, modules.length - 1);
   const { name, in: inputs, out, A: basesA, B: basesB } = modules[index]!;
@@ -505,7 +534,7 @@ function parseTerm(term: Value, modules: readonly format.PackModule[], tensor: P
   const ownA = sideA?.[2]?.maybe((type) => tensor(type.choice(DTYPES), rank, inputs));
   const ownBt = sideB?.[2]?.maybe((type) => tensor(type.choice(DTYPES), rank, out));
   const q = privateRankItem!.integer(0, 65_535);
-  const most = format.mostRank(inputs, out);
+  const most = mostRank(inputs, out);
   if (rank + q > most) term.fail(`"${name}" has rank ${rank + q}, at most ${most} is allowed`);
   const type = privateTypeItem!.choice(q > 0 ? DTYPES : DTYPES.slice(0, 1));
   if (rank + q === 0 && magnitudeItem!.absent) term.fail(`nothing is done to "${name}"`);
@@ -515,11 +544,11 @@ function parseTerm(term: Value, modules: readonly format.PackModule[], tensor: P
   return { module: index, rank, A, B, ownA, ownBt, privateRank: q, privateA, privateBt, magnitude };
 }
 
-function* parseParameter(parameter: Value, tensor: PlaceTensor): Generator<void, format.TaskParameter> {
+function* parseParameter(parameter: Value, tensor: PlaceTensor): Generator<void, TaskParameter> {
   const [nameItem, roleItem, typeItem, shapeItem, indicesItem] = parameter.array(5);
   if (shapeItem === undefined) parameter.fail("it has fewer than 4 items");
   const name = nameItem!.string(1024);
-  const role = roleItem!.choice(format.ROLES);
+  const role = roleItem!.choice(ROLES);
   if ((role === "rows") !== (indicesItem !== undefined))
     parameter.fail(`"${name}": numbers of rows belong to role 3, this is ${role}`);
   const shape = shapeItem.array(8).map((d) => d.integer(1, 2 ** 31 - 1));
@@ -536,15 +565,15 @@ function* parseParameter(parameter: Value, tensor: PlaceTensor): Generator<void,
 }
 
 /** A tensor, what it is called in errors, and whether its values are multiplied by others. */
-type Checked = readonly [name: string, tensor: format.TensorRef | undefined, multiplied?: boolean];
+type Checked = readonly [name: string, tensor: TensorRef | undefined, multiplied?: boolean];
 
 /** The tensors of the bases section in its order, with what they are called in errors. */
-export function* basesTensors(modules: readonly format.PackModule[]): Generator<Checked> {
+export function* basesTensors(modules: readonly PackModule[]): Generator<Checked> {
   for (const { name, A, B, fingerprint } of modules) {
     for (const [side, bases] of Object.entries({ A, B }))
       for (const [i, { tensor }] of bases.entries()) yield [`basis ${side}${i || ""} of "${name}"`, tensor, true];
     if (fingerprint === undefined) continue;
-    const size = { rows: 1, width: format.FINGERPRINT_SIZE, byteLength: 4 * format.FINGERPRINT_SIZE };
+    const size = { rows: 1, width: FINGERPRINT_SIZE, byteLength: 4 * FINGERPRINT_SIZE };
     yield [`the fingerprint of "${name}"`, { dtype: "f32", byteOffset: fingerprint, ...size }];
   }
 }
@@ -583,7 +612,7 @@ const PIECE = 1 << 17;
 
 function* checkTensor(
   f: Fields,
-  { dtype, rows, width, byteOffset, byteLength }: format.TensorRef,
+  { dtype, rows, width, byteOffset, byteLength }: TensorRef,
   name: string,
   most: number,
 ): Generator<void> {

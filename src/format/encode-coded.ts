@@ -4,7 +4,30 @@
 
 import { atOnce } from "../pace.ts";
 import { isQuantized, sum } from "../tensor/dtypes.ts";
-import * as coded from "./coded.ts";
+import {
+  CODED_HEAD_BYTES,
+  type Coder,
+  code,
+  FREQUENCY_BITS,
+  type Frequencies,
+  GIVEN,
+  GIVEN_BITS,
+  GIVEN_LEVELS,
+  GIVEN_SYMBOLS,
+  givenSums,
+  LANES,
+  LEAST_COPY,
+  MOST_GIVEN,
+  MOST_PLACES,
+  mostDecoded,
+  type Plan,
+  placeOfGiven,
+  runBytes,
+  SYMBOLS,
+  Tables,
+  type TensorRun,
+  WORD_BITS,
+} from "./coded.ts";
 import { CODED_MAGIC, type TensorRef } from "./format.ts";
 
 /** Distance of copies that are looked for, and the most places tried. */
@@ -24,7 +47,7 @@ const AGAIN = 2;
 export function encodeSection(
   section: Uint8Array,
   tensors: readonly TensorRef[],
-  step: coded.TensorRun["step"],
+  step: TensorRun["step"],
   before: Uint8Array = NONE,
 ): Uint8Array<ArrayBuffer> | undefined {
   const encoder = new Encoder(section.length);
@@ -35,11 +58,11 @@ export function encodeSection(
     copyAt: copies(before, section),
   });
   const bytes = encoder.finish(section.length);
-  return bytes.length < section.length && section.length <= coded.mostDecoded(bytes.length) ? bytes : undefined;
+  return bytes.length < section.length && section.length <= mostDecoded(bytes.length) ? bytes : undefined;
 }
 
 /** Finds the longest copies at the last places that begin with the same bytes. Asked of ascending places. */
-function copies(before: Uint8Array, section: Uint8Array): coded.Plan["copyAt"] {
+function copies(before: Uint8Array, section: Uint8Array): Plan["copyAt"] {
   // Places count from the beginning of what is before.
   const byteAt = (at: number): number => (at < before.length ? before[at]! : section[at - before.length]!);
   const hash = (at: number): number => {
@@ -49,7 +72,7 @@ function copies(before: Uint8Array, section: Uint8Array): coded.Plan["copyAt"] {
   const lengthOf = (distance: number, at: number, end: number): number => {
     let length = 0;
     while (at + length < end && byteAt(at + length - distance) === byteAt(at + length)) length++;
-    return length < coded.LEAST_COPY ? 0 : length;
+    return length < LEAST_COPY ? 0 : length;
   };
   /** The last place with a hash, and the one before each. */
   const last = new Int32Array(1 << HASH_BITS).fill(-1);
@@ -58,7 +81,7 @@ function copies(before: Uint8Array, section: Uint8Array): coded.Plan["copyAt"] {
   let again = 0;
   return (place, stop) => {
     const [at, end] = [before.length + place, before.length + stop];
-    if (at + coded.LEAST_COPY > end) return undefined;
+    if (at + LEAST_COPY > end) return undefined;
     for (; known < at; known++) {
       const key = hash(known);
       earlier[known % WINDOW_BYTES] = last[key]!;
@@ -111,7 +134,7 @@ class Steps {
   }
 
   add(lane: number, kind: number, high: number, low: number): void {
-    this.what[this.count] = (high << coded.WORD_BITS) | low;
+    this.what[this.count] = (high << WORD_BITS) | low;
     this.how[this.count++] = (lane << 2) | kind;
   }
 }
@@ -120,7 +143,7 @@ class Steps {
 interface Block {
   /** Long enough for one more than it is filled with: both notes of long bits lie in one block. */
   readonly notes: Uint16Array;
-  readonly tables: coded.Tables;
+  readonly tables: Tables;
   count: number;
 }
 
@@ -128,8 +151,8 @@ interface Block {
  * Notes what is coded; rANS codes it from the last to the first, so that a decoder reads it from the first on. A section has many times
  * more notes than bytes, so each is a symbol in 16 bits; what frequency the symbol had is found by going through a block again.
  */
-export class Encoder implements coded.Coder {
-  readonly #tables = new coded.Tables();
+export class Encoder implements Coder {
+  readonly #tables = new Tables();
   readonly #blocks: Block[] = [];
   readonly #length: number;
   /** Room for notes of the next blocks. */
@@ -144,7 +167,7 @@ export class Encoder implements coded.Coder {
   }
 
   symbol(table: number, symbol: number): number {
-    this.#note((this.lane << LANE_SHIFT) | (table * coded.SYMBOLS + symbol));
+    this.#note((this.lane << LANE_SHIFT) | (table * SYMBOLS + symbol));
     this.#tables.use(table, symbol);
     return symbol;
   }
@@ -159,12 +182,12 @@ export class Encoder implements coded.Coder {
   }
 
   given(level: number, symbol: number): number {
-    this.#note((this.lane << LANE_SHIFT) | GIVEN_NOTE | (level << LEVEL_SHIFT) | coded.placeOfGiven(symbol));
+    this.#note((this.lane << LANE_SHIFT) | GIVEN_NOTE | (level << LEVEL_SHIFT) | placeOfGiven(symbol));
     return symbol;
   }
 
-  give(frequencies: coded.Frequencies): void {
-    this.#given = coded.givenSums(frequencies);
+  give(frequencies: Frequencies): void {
+    this.#given = givenSums(frequencies);
     this.#note(BEGINS);
   }
 
@@ -188,13 +211,13 @@ export class Encoder implements coded.Coder {
   finish(size: number): Uint8Array<ArrayBuffer> {
     let words = new Uint16Array(4 * CHUNK);
     let count = 0;
-    const states = new Int32Array(coded.LANES).fill(2 ** coded.WORD_BITS);
+    const states = new Int32Array(LANES).fill(2 ** WORD_BITS);
     const steps = new Steps(this.#length + 1);
     for (const block of this.#blocks.toReversed()) {
       stepsOf(block, this.#given, steps);
       for (let end = steps.count; end > 0; end -= CHUNK) {
         // A step writes one word at most; where states begin, two for each.
-        if (words.length < count + CHUNK + 2 * coded.LANES) {
+        if (words.length < count + CHUNK + 2 * LANES) {
           const longer = new Uint16Array(2 * words.length);
           longer.set(words);
           words = longer;
@@ -203,12 +226,12 @@ export class Encoder implements coded.Coder {
       }
     }
     words[count++] = states[0]!;
-    words[count++] = states[0]! >>> coded.WORD_BITS;
-    const bytes = new Uint8Array(coded.CODED_HEAD_BYTES + 2 * count);
+    words[count++] = states[0]! >>> WORD_BITS;
+    const bytes = new Uint8Array(CODED_HEAD_BYTES + 2 * count);
     const view = new DataView(bytes.buffer);
     view.setUint32(0, CODED_MAGIC, true);
     view.setUint32(4, size, true);
-    for (let i = 0; i < count; i++) view.setUint16(coded.CODED_HEAD_BYTES + 2 * i, words[count - 1 - i]!, true);
+    for (let i = 0; i < count; i++) view.setUint16(CODED_HEAD_BYTES + 2 * i, words[count - 1 - i]!, true);
     return bytes;
   }
 }
@@ -230,19 +253,19 @@ function codeSteps(
   for (let i = end - 1; i >= begin; i--) {
     const [kind, lane] = [how[i]! & 3, how[i]! >> 2];
     if (kind === BEGIN) {
-      for (let other = coded.LANES - 1; other > 0; other--) {
+      for (let other = LANES - 1; other > 0; other--) {
         words[count++] = states[other]!;
-        words[count++] = states[other]! >>> coded.WORD_BITS;
+        words[count++] = states[other]! >>> WORD_BITS;
       }
       continue;
     }
-    const [high, low] = [what[i]! >>> coded.WORD_BITS, what[i]! & 0xffff];
+    const [high, low] = [what[i]! >>> WORD_BITS, what[i]! & 0xffff];
     let state = states[lane]!;
-    const bits = kind === SYMBOL ? coded.FREQUENCY_BITS : kind === GIVEN_SYMBOL ? coded.GIVEN_BITS : high;
+    const bits = kind === SYMBOL ? FREQUENCY_BITS : kind === GIVEN_SYMBOL ? GIVEN_BITS : high;
     const width = kind === SOME_BITS ? 1 : high;
-    if (bits > 0 && state >>> (2 * coded.WORD_BITS - bits) >= width) {
+    if (bits > 0 && state >>> (2 * WORD_BITS - bits) >= width) {
       words[count++] = state;
-      state >>>= coded.WORD_BITS;
+      state >>>= WORD_BITS;
     }
     const whole = kind === SOME_BITS ? state : ((state >>> 0) / width) | 0;
     states[lane] = ((whole << bits) + (state - Math.imul(whole, width)) + low) | 0;
@@ -260,7 +283,7 @@ function stepsOf({ notes, tables, count }: Block, given: Uint16Array | undefined
   steps.count = 0;
   for (let i = 0; i < count; i++) {
     const note = notes[i]!;
-    const lane = (note >> LANE_SHIFT) & (coded.LANES - 1);
+    const lane = (note >> LANE_SHIFT) & (LANES - 1);
     if (note >= BITS) {
       const value = note & ((1 << VALUE_BITS) - 1);
       const bits = (note >> VALUE_BITS) & LONG;
@@ -271,13 +294,13 @@ function stepsOf({ notes, tables, count }: Block, given: Uint16Array | undefined
     }
     const at = note & (GIVEN_NOTE - 1);
     if (note & GIVEN_NOTE) {
-      const place = (at >> LEVEL_SHIFT) * (coded.GIVEN_SYMBOLS + 1) + (at & ((1 << LEVEL_SHIFT) - 1));
+      const place = (at >> LEVEL_SHIFT) * (GIVEN_SYMBOLS + 1) + (at & ((1 << LEVEL_SHIFT) - 1));
       steps.add(lane, GIVEN_SYMBOL, given![place + 1]! - given![place]!, given![place]!);
     } else {
-      const table = (at / coded.SYMBOLS) | 0;
+      const table = (at / SYMBOLS) | 0;
       const start = sums[at + table]!;
       steps.add(lane, SYMBOL, sums[at + table + 1]! - start, start);
-      tables.use(table, at % coded.SYMBOLS);
+      tables.use(table, at % SYMBOLS);
     }
   }
 }
@@ -289,15 +312,15 @@ const MANY = 1 << 16;
 const WIDE = 512;
 
 /** Coded tensors are read from the section and written to it unchanged. */
-function codeAll(coder: coded.Coder, section: Uint8Array, before: Uint8Array, plan: coded.Plan): void {
+function codeAll(coder: Coder, section: Uint8Array, before: Uint8Array, plan: Plan): void {
   const refuse = (fault: string, at: number): never => {
     throw new RangeError(`what cannot be coded: ${fault} at byte ${at}`);
   };
-  atOnce(coded.code(coder, section, refuse, before, plan));
+  atOnce(code(coder, section, refuse, before, plan));
 }
 
 /** Frequencies for runs; undefined where none has given ones. */
-function frequenciesOf(section: Uint8Array, runs: readonly coded.TensorRun[]): coded.Frequencies | undefined {
+function frequenciesOf(section: Uint8Array, runs: readonly TensorRun[]): Frequencies | undefined {
   const given = runs.filter((run) => run.given);
   if (given.length === 0) return undefined;
   const counter = new Counter();
@@ -307,24 +330,24 @@ function frequenciesOf(section: Uint8Array, runs: readonly coded.TensorRun[]): c
 
 /** 15 − log2 of a frequency: the bits of a symbol that has it. */
 const BITS_OF: Float64Array = Float64Array.from(
-  { length: 2 ** coded.FREQUENCY_BITS + 1 },
-  (_, frequency) => coded.FREQUENCY_BITS - Math.log2(frequency),
+  { length: 2 ** FREQUENCY_BITS + 1 },
+  (_, frequency) => FREQUENCY_BITS - Math.log2(frequency),
 );
 
 /** Bits that frequencies of other integers lose against a tensor's own: half a nat for each symbol. */
 const LEARNED: number = 0.5 / Math.LN2;
 
 /** Counts bits, and writes none. */
-class Counter implements coded.Coder {
-  readonly #tables = new coded.Tables();
+class Counter implements Coder {
+  readonly #tables = new Tables();
   /** [levels, 17]: how often a level had each magnitude. */
-  readonly #counts = new Float64Array(coded.GIVEN_LEVELS * coded.GIVEN);
+  readonly #counts = new Float64Array(GIVEN_LEVELS * GIVEN);
   #bits = 0;
   lane = 0;
 
   symbol(table: number, symbol: number): number {
     const { sums } = this.#tables;
-    const at = table * (coded.SYMBOLS + 1) + symbol;
+    const at = table * (SYMBOLS + 1) + symbol;
     this.#bits += BITS_OF[sums[at + 1]! - sums[at]!]!;
     this.#tables.use(table, symbol);
     return symbol;
@@ -336,7 +359,7 @@ class Counter implements coded.Coder {
   }
 
   given(level: number, symbol: number): number {
-    this.#counts[level * coded.GIVEN + Math.abs(symbol)]!++;
+    this.#counts[level * GIVEN + Math.abs(symbol)]!++;
     return symbol;
   }
 
@@ -344,8 +367,8 @@ class Counter implements coded.Coder {
   give(): void {}
 
   /** Counts a run's tensors. @param bytes from the first of them on */
-  add(bytes: Uint8Array, run: coded.TensorRun): void {
-    const own = bytes.subarray(0, coded.runBytes(run));
+  add(bytes: Uint8Array, run: TensorRun): void {
+    const own = bytes.subarray(0, runBytes(run));
     codeAll(this, own, NONE, { runs: [{ ...run, byteOffset: 0 }], copyAt: () => undefined });
   }
 
@@ -354,7 +377,7 @@ class Counter implements coded.Coder {
     for (const counts of this.#levels()) {
       const all = sum(counts);
       counts.forEach((count, magnitude) => {
-        const signed = magnitude > 0 && magnitude <= coded.MOST_GIVEN ? 1 : 0;
+        const signed = magnitude > 0 && magnitude <= MOST_GIVEN ? 1 : 0;
         if (count > 0) bits += count * (Math.log2(all / count) + signed) + LEARNED;
       });
     }
@@ -362,14 +385,14 @@ class Counter implements coded.Coder {
   }
 
   /** Frequencies of what was counted. */
-  frequencies(): coded.Frequencies {
-    const found: coded.Frequencies = new Uint16Array(coded.GIVEN_LEVELS * coded.GIVEN);
+  frequencies(): Frequencies {
+    const found: Frequencies = new Uint16Array(GIVEN_LEVELS * GIVEN);
     for (const [level, counts] of this.#levels().entries()) {
-      const own = found.subarray(level * coded.GIVEN, (level + 1) * coded.GIVEN);
-      const share = 2 ** coded.GIVEN_BITS / (sum(counts) || 1);
-      let left = 2 ** coded.GIVEN_BITS;
-      for (let i = 1; i < coded.GIVEN; i++) {
-        const signs = i <= coded.MOST_GIVEN ? 2 : 1;
+      const own = found.subarray(level * GIVEN, (level + 1) * GIVEN);
+      const share = 2 ** GIVEN_BITS / (sum(counts) || 1);
+      let left = 2 ** GIVEN_BITS;
+      for (let i = 1; i < GIVEN; i++) {
+        const signs = i <= MOST_GIVEN ? 2 : 1;
         if (counts[i]! > 0) own[i] = Math.max(1, Math.round((counts[i]! * share) / signs));
         left -= signs * own[i]!;
       }
@@ -377,7 +400,7 @@ class Counter implements coded.Coder {
       for (const least = Number(counts[0]! > 0); left < least; ) {
         const largest = own.indexOf(Math.max(...own.subarray(1)), 1);
         own[largest]!--;
-        left += largest <= coded.MOST_GIVEN ? 2 : 1;
+        left += largest <= MOST_GIVEN ? 2 : 1;
       }
       own[0] = left;
     }
@@ -385,8 +408,8 @@ class Counter implements coded.Coder {
   }
 
   #levels(): Float64Array[] {
-    return Array.from({ length: coded.GIVEN_LEVELS }, (_, level) =>
-      this.#counts.subarray(level * coded.GIVEN, (level + 1) * coded.GIVEN),
+    return Array.from({ length: GIVEN_LEVELS }, (_, level) =>
+      this.#counts.subarray(level * GIVEN, (level + 1) * GIVEN),
     );
   }
 }
@@ -406,10 +429,10 @@ export function codedBits(
 const NONE: Uint8Array<ArrayBuffer> = new Uint8Array();
 
 /** Neighbours of one shape and type, together. */
-function runsOf(tensors: readonly TensorRef[], step: coded.TensorRun["step"]): coded.TensorRun[] {
+function runsOf(tensors: readonly TensorRef[], step: TensorRun["step"]): TensorRun[] {
   const sizes = tensors.map(({ dtype, rows, width }) => (isQuantized(dtype) ? rows * width : 0));
   const many = sizes.reduce((all, size) => all + (size >= WIDE ? size : 0), 0) >= MANY;
-  const runs: coded.TensorRun[] = [];
+  const runs: TensorRun[] = [];
   let end = -1;
   for (const [i, { dtype, rows, width, byteOffset, byteLength }] of tensors.entries()) {
     if (!isQuantized(dtype) || rows === 0) continue;
@@ -418,7 +441,7 @@ function runsOf(tensors: readonly TensorRef[], step: coded.TensorRun["step"]): c
     if (last && next && last.dtype === dtype && last.rows === rows && last.width === width)
       runs[runs.length - 1] = { ...last, count: last.count + 1 };
     else {
-      const given = sizes[i]! > coded.MOST_PLACES || (many && sizes[i]! >= WIDE);
+      const given = sizes[i]! > MOST_PLACES || (many && sizes[i]! >= WIDE);
       runs.push({ dtype, rows, width, count: 1, step, given, byteOffset });
     }
     end = byteOffset + byteLength;
