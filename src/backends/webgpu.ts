@@ -9,27 +9,12 @@ import { openGpu } from "#files";
 import * as shaders from "../../kernels/wgsl.ts";
 import { BackendError } from "../errors.ts";
 import { align4, DTYPES, type Dtype, rowBytes, scaleBytes, tensorBytes } from "../tensor/dtypes.ts";
-import {
-  after,
-  at,
-  type Backend,
-  type Block,
-  checkLength,
-  checkSlice,
-  type DeviceBuffer,
-  type DeviceHandle,
-  type ExpandJob,
-  type FoldJob,
-  type Owner,
-  type ProjectJob,
-  type ScaleJob,
-  type Slice,
-  weightBytes,
-} from "./backend.ts";
+import type * as backend from "./backend.ts";
+import { after, at, checkLength, checkSlice, weightBytes } from "./backend.ts";
 
 export interface WebgpuOptions {
   /** The device to compute on, which stays the caller's. Absent: one is requested, and destroyed by `close`. */
-  readonly device?: DeviceHandle | undefined;
+  readonly device?: backend.DeviceHandle | undefined;
   /** Refuse an adapter that computes on the CPU. */
   readonly hardware?: boolean | undefined;
   /** Milliseconds to wait for the device, each time. Default: 60 000. */
@@ -57,7 +42,7 @@ const ACROSS = 16;
  * A backend on the device given, or on one of the system's.
  * @throws BackendError when there is no WebGPU, no adapter, no device, or a shader is refused
  */
-export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<Backend> {
+export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<backend.Backend> {
   const opened = await openDevice(options);
   const modules = new Map<string, GPUShaderModule>();
   const compiled = Object.entries(shaders).map(async ([name, code]) =>
@@ -83,7 +68,7 @@ interface Bound {
 /** Bytes of a slice, and what they are called in errors. */
 interface ByteRange {
   readonly name: string;
-  readonly slice: Slice;
+  readonly slice: backend.Slice;
   readonly byteLength: number;
 }
 
@@ -100,10 +85,10 @@ interface ComponentsJob {
   readonly workgroups: number;
 }
 
-class WebgpuBackend implements Backend {
+class WebgpuBackend implements backend.Backend {
   readonly name = "webgpu";
   readonly variant: string;
-  readonly device: DeviceHandle;
+  readonly device: backend.DeviceHandle;
   readonly lost: Promise<Error>;
   readonly #recorder: Recorder;
   readonly #closeDevice: () => void;
@@ -112,9 +97,9 @@ class WebgpuBackend implements Backend {
   /** A binding's first byte is a multiple of it. */
   readonly #alignment: number;
   readonly #bufferBytes: number;
-  readonly #owners = new Map<Block, Owner>();
+  readonly #owners = new Map<backend.Block, backend.Owner>();
   /** Blocks by buffer; those of the caller's buffers are kept as long as the caller keeps these. */
-  readonly #byBuffer = new WeakMap<DeviceBuffer, Block>();
+  readonly #byBuffer = new WeakMap<backend.DeviceBuffer, backend.Block>();
   /** Jobs of one kernel that wait for one dispatch, and the ranges of buffers that they cover. */
   #jobs: ComponentsJob[] = [];
   #covered: readonly ByteRange[] = [];
@@ -135,7 +120,7 @@ class WebgpuBackend implements Backend {
     this.#bufferBytes = limits.maxBufferSize;
   }
 
-  allocate(byteLength: number, owner: Owner): Block {
+  allocate(byteLength: number, owner: backend.Owner): backend.Block {
     checkLength(byteLength);
     const size = padded(byteLength);
     if (size > this.#bufferBytes) {
@@ -144,14 +129,14 @@ class WebgpuBackend implements Backend {
     }
     const state = { refused: false };
     const device = this.#recorder.create(`eigenlora ${owner}`, size, BLOCK_USAGE, () => (state.refused = true));
-    const block: Block = Object.assign(state, { byteLength, device });
+    const block: backend.Block = Object.assign(state, { byteLength, device });
     this.#byBuffer.set(device, block);
     this.#owners.set(block, owner);
     return block;
   }
 
   /** Finds or makes the block of a buffer. @throws TypeError when kernels cannot use it */
-  adopt(buffer: DeviceBuffer): Block {
+  adopt(buffer: backend.DeviceBuffer): backend.Block {
     const known = this.#byBuffer.get(buffer);
     if (known) return known;
     const { size, usage, label } = buffer as GPUBuffer;
@@ -166,7 +151,7 @@ class WebgpuBackend implements Backend {
     return block;
   }
 
-  free(block: Block): void {
+  free(block: backend.Block): void {
     this.#flush();
     const buffer = block.device as GPUBuffer | undefined;
     if (!buffer || this.#byBuffer.get(buffer) !== block) return;
@@ -176,7 +161,7 @@ class WebgpuBackend implements Backend {
   }
 
   /** @throws TypeError when the slice's block is not of this backend, RangeError as `checkSlice` */
-  #buffer(name: string, slice: Slice, byteLength: number, align = 1): GPUBuffer {
+  #buffer(name: string, slice: backend.Slice, byteLength: number, align = 1): GPUBuffer {
     const { block } = slice;
     if (!block.device || this.#byBuffer.get(block.device) !== block)
       throw new TypeError(`${name}.block is not held by this backend; was it freed?`);
@@ -184,7 +169,7 @@ class WebgpuBackend implements Backend {
     return block.device as GPUBuffer;
   }
 
-  upload(to: Slice, bytes: Uint8Array): void {
+  upload(to: backend.Slice, bytes: Uint8Array): void {
     const target = this.#buffer("to", to, bytes.byteLength);
     if (bytes.byteLength === 0) return;
     this.#flush();
@@ -195,7 +180,7 @@ class WebgpuBackend implements Backend {
     this.free(block);
   }
 
-  copy(from: Slice, to: Slice, byteLength: number): void {
+  copy(from: backend.Slice, to: backend.Slice, byteLength: number): void {
     const source = this.#buffer("from", from, byteLength, 2);
     const target = this.#buffer("to", to, byteLength, 2);
     if (byteLength === 0) return;
@@ -213,13 +198,13 @@ class WebgpuBackend implements Backend {
     }
   }
 
-  async read(from: Slice, byteLength: number): Promise<Uint8Array<ArrayBuffer>> {
+  async read(from: backend.Slice, byteLength: number): Promise<Uint8Array<ArrayBuffer>> {
     const source = this.#buffer("at", from, byteLength);
     this.#flush();
     return this.#recorder.read(source, from.byteOffset, byteLength);
   }
 
-  expand({ dtype, rank, rows, width, add, out, coefficients, basis }: ExpandJob): void {
+  expand({ dtype, rank, rows, width, add, out, coefficients, basis }: backend.ExpandJob): void {
     if (rank === 0 || width === 0) return;
     this.#add({
       ...{ entry: "expand", dtype, count: rank, rows, width, add },
@@ -232,7 +217,7 @@ class WebgpuBackend implements Backend {
     });
   }
 
-  project({ count, rows, width, out, x, basis }: ProjectJob): void {
+  project({ count, rows, width, out, x, basis }: backend.ProjectJob): void {
     if (count === 0 || rows === 0) return;
     this.#add({
       ...{ entry: "project", dtype: "f32", count, rows, width },
@@ -293,7 +278,7 @@ class WebgpuBackend implements Backend {
     this.#recorder.dispatch("components", first.entry, first.dtype, bound, words, workgroups);
   }
 
-  fold(job: FoldJob): void {
+  fold(job: backend.FoldJob): void {
     const { dtype, rows, columns, stride, rank, out, base } = job;
     const size = rowBytes(dtype, 1);
     for (const [name, slice] of Object.entries({ out, base })) checkSlice(name, slice, weightBytes(job), size);
@@ -310,13 +295,14 @@ class WebgpuBackend implements Backend {
     for (let first = 0; first < rows; first += step) this.#foldRows(job, first, Math.min(rows, first + step));
   }
 
-  #foldRows(job: FoldJob, first: number, end: number): void {
+  #foldRows(job: backend.FoldJob, first: number, end: number): void {
     const { dtype, rows, columns, stride, rank, out, base, rowScale, columnScale } = job;
     const size = rowBytes(dtype, 1);
     // The last word may hold the first element of one row more.
     const bytes = ((Math.min(end + 1, rows) - first - 1) * stride + columns) * size;
-    const part = (slice: Slice): Slice => after(slice, first * stride * size);
-    const input = (name: string, slice: Slice, length: number): Bound => this.#bind(name, slice, 4 * length, out);
+    const part = (slice: backend.Slice): backend.Slice => after(slice, first * stride * size);
+    const input = (name: string, slice: backend.Slice, length: number): Bound =>
+      this.#bind(name, slice, 4 * length, out);
     const inPlace = samePlace(out, base);
     const target = this.#bind("out", part(out), bytes, undefined, size);
     const source = inPlace ? target : this.#bind("base", part(base), bytes, out, size);
@@ -338,7 +324,7 @@ class WebgpuBackend implements Backend {
     );
   }
 
-  scale(job: ScaleJob): void {
+  scale(job: backend.ScaleJob): void {
     const { dtype, rows, columns, stride, rank, axis } = job;
     const length = axis === "rows" ? rows : columns;
     if (length === 0) return;
@@ -363,7 +349,7 @@ class WebgpuBackend implements Backend {
    * @param apart the result, if this is an input: where both share a buffer, the kernel gets a copy
    * @throws BackendError when the slice is longer than a kernel can see, RangeError when it is not whole
    */
-  #bind(name: string, slice: Slice, byteLength: number, apart?: Slice, align = 4): Bound {
+  #bind(name: string, slice: backend.Slice, byteLength: number, apart?: backend.Slice, align = 4): Bound {
     const from = this.#buffer(name, slice, byteLength, align);
     // A binding cannot be empty.
     const byteOffset = byteLength === 0 ? 0 : slice.byteOffset;
@@ -400,7 +386,7 @@ class WebgpuBackend implements Backend {
   }
 
   /** Live bytes by owner; the caller's buffers are not counted. */
-  memory(): Record<Owner | "reserved", number> {
+  memory(): Record<backend.Owner | "reserved", number> {
     const total = { basis: 0, coefficients: 0, pristine: 0, active: 0, scratch: 0, reserved: this.#recorder.reserved };
     for (const [{ byteLength }, owner] of this.#owners) {
       total[owner] += byteLength;
@@ -418,11 +404,11 @@ class WebgpuBackend implements Backend {
 }
 
 /** True if bytes can be written by whole words: up to a word's end, or into the padding at the block's. */
-function wordwise({ byteOffset, block }: Slice, byteLength: number): boolean {
+function wordwise({ byteOffset, block }: backend.Slice, byteLength: number): boolean {
   return byteOffset % 4 === 0 && (byteLength % 4 === 0 || byteOffset + byteLength === block.byteLength);
 }
 
-function samePlace(a: Slice, b: Slice): boolean {
+function samePlace(a: backend.Slice, b: backend.Slice): boolean {
   return a.block === b.block && a.byteOffset === b.byteOffset;
 }
 
@@ -489,7 +475,11 @@ class Recorder {
   /** Buffers that live until the next submit. */
   #temporaries: GPUBuffer[] = [];
 
-  constructor(device: DeviceHandle, modules: ReadonlyMap<string, GPUShaderModule>, timeout: number | undefined) {
+  constructor(
+    device: backend.DeviceHandle,
+    modules: ReadonlyMap<string, GPUShaderModule>,
+    timeout: number | undefined,
+  ) {
     this.#device = device as GPUDevice;
     this.faults = new Faults(device, timeout);
     this.#modules = modules;
@@ -757,7 +747,7 @@ export class Faults {
   #loss: BackendError | undefined;
   #lose!: (loss: BackendError) => void;
 
-  constructor(device: DeviceHandle, timeout: number = TIMEOUT) {
+  constructor(device: backend.DeviceHandle, timeout: number = TIMEOUT) {
     this.#device = device as GPUDevice;
     this.#timeout = timeout;
     this.lost = new Promise((resolve) => {
@@ -835,7 +825,7 @@ function fault(message: string, cause?: unknown): BackendError {
  * Compiles a shader.
  * @throws BackendError with label, line, column and the line itself
  */
-async function compile(device: DeviceHandle, label: string, code: string): Promise<GPUShaderModule> {
+async function compile(device: backend.DeviceHandle, label: string, code: string): Promise<GPUShaderModule> {
   const gpu = device as GPUDevice;
   gpu.pushErrorScope("validation");
   const module = gpu.createShaderModule({ label, code });

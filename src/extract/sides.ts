@@ -8,25 +8,8 @@ import { codedBits } from "../format/encode-coded.ts";
 import { type Dtype, mean, sum } from "../tensor/dtypes.ts";
 import { storing } from "../tensor/encode.ts";
 import { FACTORS } from "../tensor/term.ts";
-import {
-  type Basis,
-  type BySide,
-  coordinates,
-  encodeSide,
-  expand,
-  type Factor,
-  type ModuleMember,
-  type ModuleStack,
-  openSubspace,
-  rounded,
-  type Side,
-  type SideBasis,
-  type Subspace,
-  solve,
-  stacked,
-  type TaskUpdate,
-  targetsOf,
-} from "./components.ts";
+import type * as components from "./components.ts";
+import { coordinates, encodeSide, expand, openSubspace, rounded, solve, stacked, targetsOf } from "./components.ts";
 import {
   alignTo,
   balance,
@@ -50,12 +33,12 @@ export interface SideChoice {
 }
 
 /** The choice of a task that shares neither factor. */
-export const UNSHARED: BySide<SideChoice> = { A: { residual: true }, B: { residual: true } };
+export const UNSHARED: components.BySide<SideChoice> = { A: { residual: true }, B: { residual: true } };
 
 /** The bases of a module, and the choices of its tasks, by id. */
 export interface SharedSides {
-  readonly bases: BySide<readonly SideBasis[]>;
-  readonly choices: ReadonlyMap<string, BySide<SideChoice>>;
+  readonly bases: components.BySide<readonly components.SideBasis[]>;
+  readonly choices: ReadonlyMap<string, components.BySide<SideChoice>>;
   /** Bits of the components, and of all that the tasks would take more without them. */
   readonly bits: number;
   readonly saved: number;
@@ -79,7 +62,7 @@ export interface SideCost extends SideChoice {
 }
 
 /** Costs of a task on the bases of a module: for each factor first without any, then the best with each. */
-export interface SideCosts extends BySide<readonly SideCost[]> {
+export interface SideCosts extends components.BySide<readonly SideCost[]> {
   readonly id: string;
   /** Squared loss of terms that are not worth their bits, in units of the step. */
   readonly left: number;
@@ -98,8 +81,11 @@ function usualCost(square: number): number {
   return Math.min(PRICE * square, roundedBits(size) + PRICE * roundedSquare(size));
 }
 
-export function openSides({ A, B }: BySide<readonly Basis[]>, products: Products): BySide<readonly Subspace[]> {
-  const open = (basis: Basis): Subspace => openSubspace(basis, products);
+export function openSides(
+  { A, B }: components.BySide<readonly components.Basis[]>,
+  products: Products,
+): components.BySide<readonly components.Subspace[]> {
+  const open = (basis: components.Basis): components.Subspace => openSubspace(basis, products);
   return { A: A.map(open), B: B.map(open) };
 }
 
@@ -109,14 +95,14 @@ export function openSides({ A, B }: BySide<readonly Basis[]>, products: Products
  * @throws UnstorableError
  */
 export function takeSides(
-  bases: BySide<readonly Subspace[]>,
-  { name, out, in: inputs }: Omit<ModuleStack, "members">,
-  member: ModuleMember,
-  choice: BySide<SideChoice>,
+  bases: components.BySide<readonly components.Subspace[]>,
+  { name, out, in: inputs }: Omit<components.ModuleStack, "members">,
+  member: components.ModuleMember,
+  choice: components.BySide<SideChoice>,
   { step, dtype }: RowFormat,
   products: Products,
   most: number = Infinity,
-): TaskUpdate {
+): components.TaskUpdate {
   const exact = pairOf(member);
   const { id } = member;
   const basis = { A: bases.A[choice.A.basis ?? -1], B: bases.B[choice.B.basis ?? -1] };
@@ -134,7 +120,7 @@ export function takeSides(
   const type = dtype ?? "int8";
   const steps = dtype === undefined ? rowSteps(pair, step) : undefined;
   return storing(`a row of "${name}"`, id, () => {
-    const take = (which: "A" | "B"): { factor: Factor; values: Float64Array } => {
+    const take = (which: "A" | "B"): { factor: components.Factor; values: Float64Array } => {
       const key = FACTORS[which];
       const format = { rank, type, steps: steps?.[key] };
       const { K: _, values, ...stored } = storeRows(pair[key], format, basis[which], choice[which].residual);
@@ -151,8 +137,8 @@ export function takeSides(
 /** The balanced pair, along the means of the bases of both sides where they have some. */
 export function balanced(
   pair: Pair,
-  { A, B }: BySide<Subspace | undefined>,
-  { out, in: inputs }: Pick<ModuleStack, "out" | "in">,
+  { A, B }: components.BySide<components.Subspace | undefined>,
+  { out, in: inputs }: Pick<components.ModuleStack, "out" | "in">,
   products: Products,
 ): Pair {
   const whole = balance(pair, out, inputs, products);
@@ -162,9 +148,9 @@ export function balanced(
 
 /** Costs of a task on the bases of a module, with a step. @param whole balanced */
 export function sideCosts(
-  bases: BySide<readonly Subspace[]>,
+  bases: components.BySide<readonly components.Subspace[]>,
   whole: Pair,
-  { out, in: inputs }: Pick<ModuleStack, "out" | "in">,
+  { out, in: inputs }: Pick<components.ModuleStack, "out" | "in">,
   step: number,
 ): Omit<SideCosts, "id"> {
   const pair = leadingRows(whole, worthRows(whole, step, (out + inputs) / 2));
@@ -195,7 +181,7 @@ export function sideCosts(
 }
 
 /** The choices for both factors that cost a task least. */
-export function cheapest({ A, B }: BySide<readonly SideCost[]>): BySide<SideChoice> {
+export function cheapest({ A, B }: components.BySide<readonly SideCost[]>): components.BySide<SideChoice> {
   const least = (costs: readonly SideCost[]): SideChoice => {
     const { basis, residual } = costs.reduce((best, cost) => (costOf(cost) < costOf(best) ? cost : best));
     return { basis, residual };
@@ -204,12 +190,12 @@ export function cheapest({ A, B }: BySide<readonly SideCost[]>): BySide<SideChoi
 }
 
 /** The rows of a factor as far as a basis reaches them. */
-function rowsWithin(basis: Subspace, rows: Float64Array, rank: number): Float64Array {
+function rowsWithin(basis: components.Subspace, rows: Float64Array, rank: number): Float64Array {
   const [target] = targetsOf(basis, rows, [rank]);
   return expand(basis, solve(basis, target!), rank);
 }
 
-interface StoredRows extends Pick<Factor, "coefficients" | "residual"> {
+interface StoredRows extends Pick<components.Factor, "coefficients" | "residual"> {
   /** Components of the basis; 0 without coefficients. */
   readonly K: number;
   /** Rows as their reader decodes them. */
@@ -222,7 +208,12 @@ interface RowsFormat {
   readonly steps?: Float64Array | undefined;
 }
 
-function storeRows(rows: Float64Array, format: RowsFormat, basis: Subspace | undefined, residual: boolean): StoredRows {
+function storeRows(
+  rows: Float64Array,
+  format: RowsFormat,
+  basis: components.Subspace | undefined,
+  residual: boolean,
+): StoredRows {
   if (format.rank === 0) return { K: 0, values: rows };
   const shared = basis && onBasis(rows, format, basis, 0);
   return residual ? withResidual(rows, format, shared) : shared!;
@@ -235,7 +226,7 @@ const LEAST_SHARE = 0.1;
 function onBasis(
   rows: Float64Array,
   { rank, type, steps }: RowsFormat,
-  basis: Subspace,
+  basis: components.Subspace,
   least: number = LEAST_SHARE,
 ): StoredRows | undefined {
   const K = basis.components;
@@ -285,7 +276,7 @@ function sideCost(
 // `sideCosts` of every task then says if they do.
 
 /** The components of a group, before they are rounded. */
-interface Span extends Omit<Side, "rows"> {
+interface Span extends Omit<components.Side, "rows"> {
   /** Steps of their integers [K]. */
   readonly steps: Float64Array;
 }
@@ -295,9 +286,9 @@ const LEVELS = [0.8, 0.5, 0.25, 0];
 
 /** Candidates for sharing of each side of a module. */
 export interface Spans {
-  readonly spans: BySide<readonly Span[]>;
+  readonly spans: components.BySide<readonly Span[]>;
   /** The same as stored with their steps, and what that takes. */
-  readonly bases: BySide<readonly (SideBasis & { readonly bits: number })[]>;
+  readonly bases: components.BySide<readonly (components.SideBasis & { readonly bits: number })[]>;
   readonly costs: SideCosts[];
 }
 
@@ -305,7 +296,11 @@ export interface Spans {
  * Finds candidates for sharing of each side, and the costs of each task on them.
  * @param steps of the members: by how much ΔW changes from one integer to the next
  */
-export function spansOf({ members, ...shape }: ModuleStack, steps: readonly number[], products: Products): Spans {
+export function spansOf(
+  { members, ...shape }: components.ModuleStack,
+  steps: readonly number[],
+  products: Products,
+): Spans {
   const { out, in: inputs } = shape;
   const whole = members.map((member) => balance(pairOf(member), out, inputs, products));
   const worth = whole.map((pair, i) => leadingRows(pair, worthRows(pair, steps[i]!, (out + inputs) / 2)));
@@ -318,7 +313,7 @@ export function spansOf({ members, ...shape }: ModuleStack, steps: readonly numb
   const spans = { A: side("A"), B: side("B") };
   if (spans.A.length + spans.B.length === 0) return { spans, bases: { A: [], B: [] }, costs: [] };
   const encoded = encodeSpans(spans, 1, products);
-  const counted = (basis: SideBasis): SideBasis & { bits: number } => {
+  const counted = (basis: components.SideBasis): components.SideBasis & { bits: number } => {
     return { ...basis, bits: codedBits([{ ...basis, rows: basis.components }]) };
   };
   const opened = openSides(encoded, products);
@@ -328,11 +323,11 @@ export function spansOf({ members, ...shape }: ModuleStack, steps: readonly numb
 
 /** Components of both sides as they are stored. @param scale of the steps that they were made for */
 export function encodeSpans(
-  { A, B }: BySide<readonly Span[]>,
+  { A, B }: components.BySide<readonly Span[]>,
   scale: number,
   products?: Products,
-): BySide<SideBasis[]> {
-  const encode = ({ steps, ...side }: Span): SideBasis => {
+): components.BySide<components.SideBasis[]> {
+  const encode = ({ steps, ...side }: Span): components.SideBasis => {
     const scaled = steps.map((step) => scale * step);
     return encodeSide(side, side.components.count, scaled, products);
   };

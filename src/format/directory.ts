@@ -7,44 +7,30 @@ import { atOnce, paced, pacer } from "../pace.ts";
 import { BITS, DTYPES, type Dtype, f16ToF32, isQuantized, leastAt, rowBytes, scaleBytes } from "../tensor/dtypes.ts";
 import { toHex, toUtf8 } from "../text.ts";
 import { align64, crc32c, decode, Fields, placing, toIntegrity, type Value } from "./fields.ts";
+import type * as format from "./format.ts";
 import {
-  type BasisDescription,
   BLOCK_BYTES,
   BROUGHT,
   bringsOf,
   CODED_MAGIC,
   CODED_MASK,
-  type Coefficients,
   DIRECTORY_HEAD_BYTES,
-  type Directory,
   FINGERPRINT_SIZE,
   HASH_BYTES,
   HEAD_BYTES,
   LAYOUTS,
   MAGIC,
   mostRank,
-  type PackModule,
   ROLES,
   SECTION_BASES,
   SECTION_CODED,
   SECTION_ENTRY_BYTES,
   SECTION_FREE,
   SECTION_TASK,
-  type Section,
   SIGNATURE_BYTES,
   SIGNATURE_OFFSET,
-  type Side,
-  type Signature,
-  type Superblock,
   TASK_BLOB_MAGIC,
-  type TaskBlob,
-  type TaskEntry,
-  type TaskMetadata,
-  type TaskParameter,
-  type TaskTerm,
-  type TensorRef,
   WINDOW_BYTES,
-  type Window,
 } from "./format.ts";
 
 /** Most names in all lists of `brings` together. */
@@ -58,7 +44,7 @@ const METADATA_BYTES = 2 ** 20;
  * @param size size of the file, when known
  * @throws FormatError when this is not a pack of version 1, or no superblock is whole, or the file is truncated
  */
-export function parseWindow(bytes: Uint8Array, file: string, size?: number): Window {
+export function parseWindow(bytes: Uint8Array, file: string, size?: number): format.Window {
   const f: Fields = new Fields(bytes, file, "window");
   f.magic(MAGIC, "an EigenLoRA pack");
   if (bytes.length < WINDOW_BYTES) f.fail(`truncated: ${bytes.length} bytes, the window alone has ${WINDOW_BYTES}`);
@@ -97,7 +83,7 @@ function isWhole(f: Fields, index: number): boolean {
   return !f.bytes.subarray(SIGNATURE_OFFSET, end).some(Boolean);
 }
 
-function parseSuperblock(f: Fields): Superblock {
+function parseSuperblock(f: Fields): format.Superblock {
   const flags = f.u32(52);
   const signatureEnd = SIGNATURE_OFFSET + SIGNATURE_BYTES;
   if (flags > 1) f.fail(`flags ${flags}, expected 0 or 1`);
@@ -116,15 +102,15 @@ function parseSuperblock(f: Fields): Superblock {
 }
 
 /** @param bytes key, signature, CRC */
-export function signatureOf(bytes: Uint8Array): Signature {
+export function signatureOf(bytes: Uint8Array): format.Signature {
   return { key: bytes.slice(0, 32), bytes: bytes.slice(32, 96) };
 }
 
-type StoredEntry = Directory["tasks"][number];
+type StoredEntry = format.Directory["tasks"][number];
 
 /** A directory, and its entries by id, which an open pack adds to and removes from. */
 interface ReadDirectory {
-  readonly directory: Directory;
+  readonly directory: format.Directory;
   readonly entries: Map<string, StoredEntry>;
 }
 
@@ -134,7 +120,7 @@ interface ReadDirectory {
  */
 export async function parseDirectory(
   stored: Uint8Array,
-  superblock: Superblock,
+  superblock: format.Superblock,
   file: string,
   signal?: AbortSignal,
 ): Promise<ReadDirectory> {
@@ -147,7 +133,7 @@ export async function parseDirectory(
   return paced(parseParts(f, superblock, stored), pause);
 }
 
-function* parseParts(f: Fields, superblock: Superblock, stored: Uint8Array): Generator<void, ReadDirectory> {
+function* parseParts(f: Fields, superblock: format.Superblock, stored: Uint8Array): Generator<void, ReadDirectory> {
   const { bytes, file } = f;
   if (bytes.length < DIRECTORY_HEAD_BYTES) f.fail(`${bytes.length} bytes are too few`);
   const count = f.u32(0);
@@ -163,7 +149,7 @@ function* parseParts(f: Fields, superblock: Superblock, stored: Uint8Array): Gen
   if (hashes > 0 && hashes !== HASH_BYTES * count) f.fail(`${hashes} bytes of hashes for ${count} sections`);
   const parts = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES + basisLength + tasksLength + hashes;
   if (parts !== bytes.length) f.fail(`${bytes.length} bytes, but its parts add up to ${parts}`);
-  const section = (index: number): Section => parseSection(f, index, hashes && bytes.length - hashes);
+  const section = (index: number): format.Section => parseSection(f, index, hashes && bytes.length - hashes);
   const { bases, blobs } = yield* parseSections(f, count, section, superblock);
   const start = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES;
   const basisBytes = bytes.subarray(start, start + basisLength);
@@ -185,7 +171,7 @@ function* parseParts(f: Fields, superblock: Superblock, stored: Uint8Array): Gen
     entries.set(entry.id, entry as StoredEntry);
     if (tasks.length % 256 === 0) yield;
   }
-  const directory: Directory = {
+  const directory: format.Directory = {
     ...{ bytes: stored, basis, basisBytes, bases: { ...bases, size }, tasks },
     // Free ones may be many, and only what changes or checks a file wants them.
     get sections() {
@@ -203,11 +189,11 @@ function* parseParts(f: Fields, superblock: Superblock, stored: Uint8Array): Gen
 function* parseSections(
   f: Fields,
   count: number,
-  section: (index: number) => Section,
-  { directoryOffset, directoryLength, basesOffset, basesLength, committed }: Superblock,
-): Generator<void, { bases: Section; blobs: Section[] }> {
-  const bases: Section[] = [];
-  const blobs: Section[] = [];
+  section: (index: number) => format.Section,
+  { directoryOffset, directoryLength, basesOffset, basesLength, committed }: format.Superblock,
+): Generator<void, { bases: format.Section; blobs: format.Section[] }> {
+  const bases: format.Section[] = [];
+  const blobs: format.Section[] = [];
   let end = WINDOW_BYTES;
   const follow = (offset: number, length: number, name: string): void => {
     if (offset !== align64(end)) f.fail(`${name} starts at ${offset}, expected ${align64(end)}`);
@@ -240,7 +226,7 @@ function* parseSections(
 const FREE_HASH: string = `sha256-${"A".repeat(43)}=`;
 
 /** @param hashes where the hashes begin, 0 where there are none */
-function parseSection(f: Fields, index: number, hashes: number): Section {
+function parseSection(f: Fields, index: number, hashes: number): format.Section {
   const at = DIRECTORY_HEAD_BYTES + index * SECTION_ENTRY_BYTES;
   const hash = hashes + index * HASH_BYTES;
   const stored = f.u32(at);
@@ -266,13 +252,13 @@ function parseSection(f: Fields, index: number, hashes: number): Section {
 /** @returns what it says, and how many bytes the bases have, once decoded where they are coded */
 export function* parseBasis(
   bytes: Uint8Array,
-  { coded, length }: Pick<Section, "coded" | "length">,
+  { coded, length }: Pick<format.Section, "coded" | "length">,
   file: string,
-): Generator<void, { basis: BasisDescription; size: number }> {
+): Generator<void, { basis: format.BasisDescription; size: number }> {
   const root: Value = yield* decode(bytes, file, "basis description", "basis");
   const { place: tensor, full, end } = placing(16, 0, coded ? Infinity : length, file, "basis description");
   const names = new Set<string>();
-  const modules: PackModule[] = [];
+  const modules: format.PackModule[] = [];
   for (const value of root.get("modules").each(65_536)) {
     const module = yield* parseModule(value, tensor);
     if (names.has(module.name)) root.fail(`two modules are named "${module.name}"`);
@@ -295,7 +281,7 @@ export function* parseBasis(
   return { basis, size: end() };
 }
 
-function* parseModule(m: Value, tensor: PlaceTensor): Generator<void, PackModule> {
+function* parseModule(m: Value, tensor: PlaceTensor): Generator<void, format.PackModule> {
   const name = m.get("name").string(1024);
   const out = m.get("out").integer(1, 2 ** 31 - 1);
   const inputs = m.get("in").integer(1, 2 ** 31 - 1);
@@ -318,9 +304,9 @@ function share(value: Value, most: number): number {
 }
 
 /** The place of the next tensor. */
-type PlaceTensor = (type: Dtype, rows: number, width: number) => TensorRef;
+type PlaceTensor = (type: Dtype, rows: number, width: number) => format.TensorRef;
 
-function* parseSides(value: Value, dimension: number, tensor: PlaceTensor): Generator<void, Side[]> {
+function* parseSides(value: Value, dimension: number, tensor: PlaceTensor): Generator<void, format.Side[]> {
   if (value.absent) return [];
   if (value.kind !== "array") return [parseSide(value, dimension, tensor)];
   const sides = yield* value.list(65_536, (side: Value) => parseSide(side, dimension, tensor));
@@ -328,7 +314,7 @@ function* parseSides(value: Value, dimension: number, tensor: PlaceTensor): Gene
   return sides;
 }
 
-function parseSide(value: Value, dimension: number, tensor: PlaceTensor): Side {
+function parseSide(value: Value, dimension: number, tensor: PlaceTensor): format.Side {
   const kind = value.get("kind").integer(1, 2) === 1 ? "column" : "flat";
   const K = value.get("K").integer(0, 65_535);
   const mean = value.get("mean").boolean();
@@ -341,7 +327,7 @@ function parseSide(value: Value, dimension: number, tensor: PlaceTensor): Side {
 }
 
 /** @param earlier entries of the list before this one */
-export function* parseEntry(value: Value, earlier: readonly TaskEntry[]): Generator<void, Entry> {
+export function* parseEntry(value: Value, earlier: readonly format.TaskEntry[]): Generator<void, Entry> {
   const id = value.get("id").string(255);
   if (CONTROL.test(id)) value.fail(`the task id ${JSON.stringify(id)} has control characters`);
   const metadata: Value = value.get("metadata");
@@ -352,14 +338,14 @@ export function* parseEntry(value: Value, earlier: readonly TaskEntry[]): Genera
 }
 
 /** An entry that makes its metadata when asked: a list has those of many tasks, and few of them are used. */
-class Entry implements TaskEntry {
+class Entry implements format.TaskEntry {
   /** Where its blob lies, of entries in the directory of a pack. */
-  section: Section | undefined;
+  section: format.Section | undefined;
   readonly id: string;
   readonly adapterBytes: number;
   readonly brings: readonly string[] | undefined;
   #value: Value | undefined;
-  #metadata: TaskMetadata | undefined;
+  #metadata: format.TaskMetadata | undefined;
 
   constructor(id: string, adapterBytes: number, brings: readonly string[] | undefined, metadata: Value) {
     this.id = id;
@@ -368,14 +354,17 @@ class Entry implements TaskEntry {
     this.#value = metadata.absent ? undefined : metadata;
   }
 
-  get metadata(): TaskMetadata {
-    this.#metadata ??= this.#value ? (this.#value.plain() as TaskMetadata) : {};
+  get metadata(): format.TaskMetadata {
+    this.#metadata ??= this.#value ? (this.#value.plain() as format.TaskMetadata) : {};
     this.#value = undefined;
     return this.#metadata;
   }
 }
 
-function* parseBrings(value: Value, earlier: readonly TaskEntry[]): Generator<void, readonly string[] | undefined> {
+function* parseBrings(
+  value: Value,
+  earlier: readonly format.TaskEntry[],
+): Generator<void, readonly string[] | undefined> {
   if (value.absent) return undefined;
   if (value.kind === "number") return earlier[value.integer(0, earlier.length - 1)]!.brings;
   const names = new Set<string>();
@@ -416,10 +405,10 @@ function* checkMetadata(value: Value): Generator<void> {
  */
 export function* parseTask(
   bytes: Uint8Array,
-  modules: readonly PackModule[],
+  modules: readonly format.PackModule[],
   file: string,
-  { id, brings }: Pick<TaskEntry, "id" | "brings">,
-): Generator<void, TaskBlob> {
+  { id, brings }: Pick<format.TaskEntry, "id" | "brings">,
+): Generator<void, format.TaskBlob> {
   const f: Fields = new Fields(bytes, file, `task "${id}"`);
   if (bytes.length < 8 || f.u32(0) !== TASK_BLOB_MAGIC) f.fail("this is not a task blob");
   const headerLength = f.u32(4);
@@ -434,7 +423,7 @@ export function* parseTask(
     return parsed;
   });
   const names = new Set<string>();
-  const parameters: TaskParameter[] = [];
+  const parameters: format.TaskParameter[] = [];
   for (const parameter of root[1]!.each(65_536)) {
     const parsed = yield* parseParameter(parameter, tensor);
     const key = `${parsed.role} ${parsed.name}`;
@@ -478,9 +467,9 @@ const TENSORS = {
 
 /** Lists tensors in the order of the blob, with what they are called in errors. */
 export function* taskTensors(
-  terms: readonly TaskTerm[],
-  parameters: readonly TaskParameter[],
-  modules: readonly PackModule[],
+  terms: readonly format.TaskTerm[],
+  parameters: readonly format.TaskParameter[],
+  modules: readonly format.PackModule[],
 ): Generator<Checked> {
   for (const term of terms) {
     for (const [key, what] of Object.entries(TENSORS)) {
@@ -497,10 +486,10 @@ export function* taskTensors(
  */
 function coefficientsOf(
   [item, which, own]: readonly Value[],
-  bases: readonly Side[],
+  bases: readonly format.Side[],
   rank: number,
   tensor: PlaceTensor,
-): Coefficients | undefined {
+): format.Coefficients | undefined {
   const code: Value = item!;
   const index = which?.integer(0, code.absent ? 0 : 65_535) ?? 0;
   if (code.absent) {
@@ -519,7 +508,7 @@ function coefficientsOf(
   return { basis: index, mean, tensor: tensor(DTYPES[bits >> 3]!, basis.kind === "column" ? rank : 1, basis.K) };
 }
 
-function parseTerm(term: Value, modules: readonly PackModule[], tensor: PlaceTensor): TaskTerm {
+function parseTerm(term: Value, modules: readonly format.PackModule[], tensor: PlaceTensor): format.TaskTerm {
   const [moduleItem, rankItem, itemA, itemB, privateRankItem, privateTypeItem, magnitudeItem] = term.items(7);
   const index = moduleItem!.integer(0, modules.length - 1);
   const { name, in: inputs, out, A: basesA, B: basesB } = modules[index]!;
@@ -544,7 +533,7 @@ function parseTerm(term: Value, modules: readonly PackModule[], tensor: PlaceTen
   return { module: index, rank, A, B, ownA, ownBt, privateRank: q, privateA, privateBt, magnitude };
 }
 
-function* parseParameter(parameter: Value, tensor: PlaceTensor): Generator<void, TaskParameter> {
+function* parseParameter(parameter: Value, tensor: PlaceTensor): Generator<void, format.TaskParameter> {
   const [nameItem, roleItem, typeItem, shapeItem, indicesItem] = parameter.array(5);
   if (shapeItem === undefined) parameter.fail("it has fewer than 4 items");
   const name = nameItem!.string(1024);
@@ -565,10 +554,10 @@ function* parseParameter(parameter: Value, tensor: PlaceTensor): Generator<void,
 }
 
 /** A tensor, what it is called in errors, and whether its values are multiplied by others. */
-type Checked = readonly [name: string, tensor: TensorRef | undefined, multiplied?: boolean];
+type Checked = readonly [name: string, tensor: format.TensorRef | undefined, multiplied?: boolean];
 
 /** The tensors of the bases section in its order, with what they are called in errors. */
-export function* basesTensors(modules: readonly PackModule[]): Generator<Checked> {
+export function* basesTensors(modules: readonly format.PackModule[]): Generator<Checked> {
   for (const { name, A, B, fingerprint } of modules) {
     for (const [side, bases] of Object.entries({ A, B }))
       for (const [i, { tensor }] of bases.entries()) yield [`basis ${side}${i || ""} of "${name}"`, tensor, true];
@@ -612,7 +601,7 @@ const PIECE = 1 << 17;
 
 function* checkTensor(
   f: Fields,
-  { dtype, rows, width, byteOffset, byteLength }: TensorRef,
+  { dtype, rows, width, byteOffset, byteLength }: format.TensorRef,
   name: string,
   most: number,
 ): Generator<void> {

@@ -15,22 +15,8 @@
  * reshapes. Every node and every input costs: sessions take longer to create and to run.
  */
 import { transpose } from "../tensor/term.ts";
-import {
-  type AdaptedBias,
-  type AdaptedHead,
-  type AdaptedLayer,
-  type AdaptedRows,
-  type AdaptedVector,
-  type ComponentRows,
-  endOf,
-  FLOAT,
-  type GraphChanges,
-  INT8,
-  INT64,
-  joinedRows,
-  type Site,
-  UINT8,
-} from "./linear.ts";
+import type * as linear from "./linear.ts";
+import { endOf, FLOAT, INT8, INT64, joinedRows, UINT8 } from "./linear.ts";
 import { intOf, type OnnxModel, type RankOf, ranksOf } from "./model.ts";
 import {
   CONTRIBUTED,
@@ -64,8 +50,8 @@ export interface InjectOptions {
 
 /** Surgery next to what is no linear layer: forms.ts, which is loaded when it is needed. */
 interface FormInjection {
-  addModule(tools: Injector, module: AdaptedLayer): void;
-  addVector(tools: Injector, vector: AdaptedVector): void;
+  addModule(tools: Injector, module: linear.AdaptedLayer): void;
+  addVector(tools: Injector, vector: linear.AdaptedVector): void;
 }
 
 /** An input that was added: f32, or int64 for `indices`. A string in `dims` is a free dimension. */
@@ -110,7 +96,7 @@ interface ProbeOutputs {
 /** Changes the graph, in place, of a model that `checkInjectable` has passed. Weights that are folded may have a place of their own. */
 export function inject(
   model: OnnxModel,
-  { modules, biases, rows, heads, vectors }: GraphChanges,
+  { modules, biases, rows, heads, vectors }: linear.GraphChanges,
   options: InjectOptions = {},
 ): Injected {
   const linear = modules.filter(({ kind }) => kind === "linear");
@@ -154,7 +140,7 @@ export class Injector extends NodeWriter {
   constructor(
     model: OnnxModel,
     { integers = [], probeOutputs = true }: InjectOptions,
-    layers: readonly AdaptedLayer[],
+    layers: readonly linear.AdaptedLayer[],
   ) {
     super(new Constants(model.graph.proto, model.opset, PREFIX), `${PREFIX}/shared`);
     this.model = model;
@@ -204,8 +190,8 @@ export class Injector extends NodeWriter {
   }
 
   /** Adds the inputs of a layer's own factors and of its rows' scale. */
-  factorInputs({ name, in: width, out, factors, rowScale, over }: AdaptedLayer): FactorInputs {
-    const under = (rows: ComponentRows | undefined): TaskInput["over"] =>
+  factorInputs({ name, in: width, out, factors, rowScale, over }: linear.AdaptedLayer): FactorInputs {
+    const under = (rows: linear.ComponentRows | undefined): TaskInput["over"] =>
       rows && { K: rows.rows, scales: this.#scalesOf(rows) };
     const A = under(over?.A);
     const B = under(over?.B);
@@ -243,8 +229,8 @@ export class Injector extends NodeWriter {
   }
 
   /** Groups modules with components of one form by their common input: queries, keys and values; gate and up. Others stay alone. */
-  groupsOf(modules: readonly AdaptedLayer[]): AdaptedLayer[][] {
-    const groups = new Map<unknown, AdaptedLayer[]>();
+  groupsOf(modules: readonly linear.AdaptedLayer[]): linear.AdaptedLayer[][] {
+    const groups = new Map<unknown, linear.AdaptedLayer[]>();
     const graphs = [...this.model.graph.scopes.keys()];
     for (const module of modules) {
       const [first, second] = module.sites;
@@ -258,7 +244,7 @@ export class Injector extends NodeWriter {
   }
 
   /** Adds the terms of modules that share their x. @param members which all have components, or one module */
-  terms(members: readonly AdaptedLayer[]): void {
+  terms(members: readonly linear.AdaptedLayer[]): void {
     const core = members[0]!.components && this.#core(members);
     const inputs = members.map((member) => this.factorInputs(member));
     for (const i of members[0]!.sites.keys()) {
@@ -268,7 +254,7 @@ export class Injector extends NodeWriter {
     }
   }
 
-  #core(members: readonly AdaptedLayer[]): TaskInput {
+  #core(members: readonly linear.AdaptedLayer[]): TaskInput {
     let row = 0;
     let column = 0;
     const cores = members.map(({ name, components }): CoreBlock => {
@@ -285,7 +271,7 @@ export class Injector extends NodeWriter {
   }
 
   /** x·E_Aᵀ·core, in front of the first of the layers. @returns the columns of each */
-  #mix(members: readonly AdaptedLayer[], sites: readonly Site[], core: TaskInput): Mixed[] {
+  #mix(members: readonly linear.AdaptedLayer[], sites: readonly linear.Site[], core: TaskInput): Mixed[] {
     const { graph, x, type } = sites[0]!;
     const nodes = new Set(sites.map(({ node }) => node));
     const first = nodes.size === 1 ? sites[0]!.node : graph.node.find((node) => nodes.has(node))!;
@@ -302,8 +288,8 @@ export class Injector extends NodeWriter {
   }
 
   #term(
-    { name, in: inputs, out, components, over }: AdaptedLayer,
-    site: Site,
+    { name, in: inputs, out, components, over }: linear.AdaptedLayer,
+    site: linear.Site,
     { A, B, scale }: FactorInputs,
     mixed: Mixed | undefined,
   ): void {
@@ -343,7 +329,7 @@ export class Injector extends NodeWriter {
     return { rank, rows: made ?? flat(), byTask };
   }
 
-  bias({ name, size, type, places }: AdaptedBias): void {
+  bias({ name, size, type, places }: linear.AdaptedBias): void {
     const change = this.input(name, "bias", [1, size]);
     for (const { graph, node } of places) {
       const place = this.place(name, graph, node, type);
@@ -353,7 +339,7 @@ export class Injector extends NodeWriter {
     }
   }
 
-  rowsOfTable({ name, width, type, places }: AdaptedRows): void {
+  rowsOfTable({ name, width, type, places }: linear.AdaptedRows): void {
     const indices = this.input(name, "indices", [1, "rows"]);
     const change = this.input(name, "rows", ["rows", width + 1]);
     for (const { graph, node } of places) {
@@ -369,7 +355,7 @@ export class Injector extends NodeWriter {
     }
   }
 
-  rowsOfLayer({ name, count: out, width, sites }: AdaptedRows): void {
+  rowsOfLayer({ name, count: out, width, sites }: linear.AdaptedRows): void {
     const indices = this.input(name, "indices", [1, "rows"]);
     const change = this.input(name, "rows", ["rows", width + 1]);
     const columns = (value: string): string => this.transpose(value, [0, 2, 1]);
@@ -389,7 +375,7 @@ export class Injector extends NodeWriter {
     }
   }
 
-  head({ name, in: inputs, bias: hasBias, places }: AdaptedHead): void {
+  head({ name, in: inputs, bias: hasBias, places }: linear.AdaptedHead): void {
     const weight = this.input(name, "headWeight", [inputs, "labels"]);
     const bias = hasBias ? this.input(name, "headBias", [1, "labels"]) : undefined;
     const labels = this.dims(weight, 2, 3);
@@ -429,18 +415,18 @@ export class Injector extends NodeWriter {
   // Products with components, in the smallest form that a runtime multiplies by. Scales of integers are in the core between them.
 
   /** Form that these components take. Components of different forms do not share a product. */
-  #formatOf({ integers }: ComponentRows): Format {
+  #formatOf({ integers }: linear.ComponentRows): Format {
     if (integers && integers.bits <= 4 && this.#integers.includes("MatMulNBits")) return "nibbles";
     return integers && this.#integers.includes("DequantizeLinear") ? "bytes" : "floats";
   }
 
   /** Factors that the core has to apply to the row of each component; undefined: none. */
-  #scalesOf(rows: ComponentRows): Float32Array | undefined {
+  #scalesOf(rows: linear.ComponentRows): Float32Array | undefined {
     return this.#formatOf(rows) === "floats" ? undefined : rows.integers!.scales;
   }
 
   /** Product of x with components [rows, width]. @param turned true for x [.., width] · Eᵀ, false for x [.., rows] · E */
-  #multiply(place: Place, x: string, factor: ComponentRows, key: string, turned = false): string {
+  #multiply(place: Place, x: string, factor: linear.ComponentRows, key: string, turned = false): string {
     const { rows, width } = factor;
     const [inner, outer] = turned ? [width, rows] : [rows, width];
     const format = this.#formatOf(factor);
@@ -477,7 +463,7 @@ export class Injector extends NodeWriter {
     return this.tensor(`scales/${dims.join()}`, FLOAT, dims, () => new Float32Array(count).fill(1));
   }
 
-  finish(heads: readonly AdaptedHead[]): Injected {
+  finish(heads: readonly linear.AdaptedHead[]): Injected {
     const { main, inputs } = this;
     this.edits.apply();
     // ONNX wants nodes behind those that make their inputs.

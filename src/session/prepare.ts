@@ -23,22 +23,8 @@ import {
 } from "../format/format.ts";
 import { type Feed, syntheticFeeds } from "../onnx/feeds.ts";
 import { type Injected, type InjectOptions, inject } from "../onnx/inject.ts";
-import {
-  type AdaptedBias,
-  type AdaptedHead,
-  type AdaptedLayer,
-  type AdaptedRows,
-  type AdaptedVector,
-  biasOf,
-  type ComponentRows,
-  type Components,
-  endOf,
-  type GraphChanges,
-  joinedRows,
-  linearsOf,
-  rowsOf,
-  type Site,
-} from "../onnx/linear.ts";
+import type * as linear from "../onnx/linear.ts";
+import { biasOf, endOf, joinedRows, linearsOf, rowsOf } from "../onnx/linear.ts";
 import { asMatrix, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import { checkInjectable } from "../onnx/nodes.ts";
 import type { ModelFile } from "../onnx/read.ts";
@@ -60,7 +46,7 @@ export interface PreparedModel extends Injected, Omit<Plan, "changes" | "folded"
   readonly inputNames: readonly string[];
   readonly outputNames: readonly string[];
   /** The layers that get a term. Empty in mode "folded". */
-  readonly modules: readonly AdaptedLayer[];
+  readonly modules: readonly linear.AdaptedLayer[];
   /** Kinds of adapted modules and vectors that are no linear layer, by name. */
   readonly forms: ReadonlyMap<string, string>;
   /** True if some layer's input is quantised by a range that all rows of a batch share. */
@@ -98,7 +84,7 @@ export async function prepareModel(
     const { replaceByFile, replaceByInputs } = await import("../onnx/replaceable.ts");
     folded = (options.foldedInputs ? replaceByInputs : replaceByFile)(file.model, parameters);
   }
-  const sites = changes.modules.flatMap((module): readonly Pick<Site, "slice" | "joined">[] => module.sites);
+  const sites = changes.modules.flatMap((module): readonly Pick<linear.Site, "slice" | "joined">[] => module.sites);
   const packed = changes.biases.some(({ slice }) => slice) || sites.some(({ slice, joined }) => slice ?? joined);
   const { takeApart } = packed ? await import("../onnx/packed.ts") : {};
   const forms = new Map([
@@ -121,7 +107,7 @@ export interface Plan {
   /** Why this mode, for people. */
   readonly reason: string;
   readonly base: BaseValues;
-  readonly changes: GraphChanges;
+  readonly changes: linear.GraphChanges;
   /** The model's names of the adapted weights, by module name of the pack, and of weights that are mapped by hand. */
   readonly names: ReadonlyMap<string, string>;
   /** Modules of the pack whose weights were found by their names alone: no fingerprint was held against them. */
@@ -166,14 +152,14 @@ interface Obstacle {
 
 /** A linear layer that tasks bring whole, and its weight. */
 interface SavedHead {
-  readonly layer: AdaptedHead;
+  readonly layer: linear.AdaptedHead;
   readonly parameter: OnnxParameter;
   /** Its parameters, where other tasks adapt it: an input takes the weight's place, and terms are added behind it. */
   readonly adapted: readonly OnnxParameter[] | undefined;
 }
 
 /** The pack's name of a head's bias; undefined where tasks bring none. */
-function biasName({ name, bias }: AdaptedHead): string | undefined {
+function biasName({ name, bias }: linear.AdaptedHead): string | undefined {
   return bias ? `${name}.bias` : undefined;
 }
 
@@ -201,7 +187,7 @@ export async function planSession(
   const notUnfolded: Obstacle[] = [];
   const notFolded: Obstacle[] = [];
   /** Biases that the exporter has dropped, by the pack's name. */
-  const droppedBiases = new Map<string, AdaptedBias>();
+  const droppedBiases = new Map<string, linear.AdaptedBias>();
   const { modules } = pack;
   const weights = await matcher.weights(modules);
   const allBrought = await broughtAndReserved();
@@ -215,7 +201,7 @@ export async function planSession(
   }
   const heads = await savedHeads();
   const singles = await singleParameters(heads);
-  const layers: AdaptedLayer[] = [];
+  const layers: linear.AdaptedLayer[] = [];
   for (const [i, module] of modules.entries()) layers.push(...(await layersOf(module, weights[i]!)));
   const choice = choose();
   const unconfirmed = await matcher.check(modules, weights, bases);
@@ -227,7 +213,7 @@ export async function planSession(
   const ofFed = new Set(fed.map(({ layer }) => biasName(layer)));
   // Folding leaves the biases that no weight of the model holds.
   const left = [...droppedBiases.values()].filter(({ name }) => !ofFed.has(name));
-  const changes: GraphChanges = {
+  const changes: linear.GraphChanges = {
     ...(isFolded
       ? { modules: [], biases: left, rows: [], vectors: [] }
       : { modules: layers.map((layer) => withComponents(layer, choice.mode)), biases, rows, vectors }),
@@ -286,7 +272,10 @@ export async function planSession(
   }
 
   /** The parameters of a head that other tasks adapt; undefined where none does. */
-  async function adaptedParameters(layer: AdaptedHead, parameter: OnnxParameter): Promise<OnnxParameter[] | undefined> {
+  async function adaptedParameters(
+    layer: linear.AdaptedHead,
+    parameter: OnnxParameter,
+  ): Promise<OnnxParameter[] | undefined> {
     const { name } = layer;
     const bias = biasName(layer);
     if (weights.every((weight) => weight.name !== parameter.name)) return undefined;
@@ -302,9 +291,9 @@ export async function planSession(
   /** Parameters that are neither terms nor heads, by how they can be added to; `parameters` are those that the model has. */
   async function singleParameters(heads: readonly SavedHead[]) {
     const headNames = new Set(heads.flatMap(({ layer }) => [`${layer.name}.weight`, biasName(layer)]));
-    const biases = new Map<string, AdaptedBias>();
-    const rows = new Map<OnnxParameter, AdaptedRows | undefined>();
-    const vectors: AdaptedVector[] = [];
+    const biases = new Map<string, linear.AdaptedBias>();
+    const rows = new Map<OnnxParameter, linear.AdaptedRows | undefined>();
+    const vectors: linear.AdaptedVector[] = [];
     const parameters: OnnxParameter[] = [];
     for (const { role, name } of wanted) {
       if (headNames.has(name)) continue;
@@ -349,7 +338,7 @@ export async function planSession(
     };
   }
 
-  function rowsOfTable(name: string, parameter: OnnxParameter): AdaptedRows | undefined {
+  function rowsOfTable(name: string, parameter: OnnxParameter): linear.AdaptedRows | undefined {
     const rows = rowsOf(file.model, name, parameter);
     if (typeof rows !== "string") return rows;
     notUnfolded.push({ module: name, why: `tasks bring rows of "${name}", ${rows}` });
@@ -360,10 +349,10 @@ export async function planSession(
   async function layersOf(
     { name, in: inputs, out, layout }: PackModule,
     parameter: OnnxParameter,
-  ): Promise<AdaptedLayer[]> {
+  ): Promise<linear.AdaptedLayer[]> {
     const { model } = file;
     const rowScale = scaledModules.has(name);
-    const refuse = (why: string): AdaptedLayer[] => {
+    const refuse = (why: string): linear.AdaptedLayer[] => {
       notUnfolded.push({ module: name, why });
       return [];
     };
@@ -388,7 +377,7 @@ export async function planSession(
     return [{ ...layer, ...form }];
   }
 
-  function withComponents(layer: AdaptedLayer, mode: Mode): AdaptedLayer {
+  function withComponents(layer: linear.AdaptedLayer, mode: Mode): linear.AdaptedLayer {
     const module = modules.find(({ name }) => name === layer.name)!;
     const brings = new Set(allBrought.flatMap(({ role, name }) => (name === layer.name ? role : [])));
     const components = mode === "core" ? componentsOf(module, bases) : undefined;
@@ -453,7 +442,7 @@ export async function planSession(
 
   async function baseValues(
     fed: readonly SavedHead[],
-    { biases, vectors, rows }: GraphChanges,
+    { biases, vectors, rows }: linear.GraphChanges,
     isFolded: boolean,
   ): Promise<Omit<BaseValues, "wanted" | "ignored">> {
     const heads = new Map<string, BaseHead>();
@@ -508,10 +497,10 @@ function componentsUnder(
   brings: ReadonlySet<string>,
   bases: Uint8Array,
   { trainable, reserve, mode }: SessionOptions,
-): AdaptedLayer["over"] {
+): linear.AdaptedLayer["over"] {
   // Factors that are asked for where a core would do are whole ones.
   if (trainable || reserve?.privateTerms || (mode === "factors" && sharedBases(module))) return undefined;
-  const side = (which: "A" | "B"): ComponentRows | undefined => {
+  const side = (which: "A" | "B"): linear.ComponentRows | undefined => {
     const K = sum(module[which], ({ tensor }) => tensor.rows);
     const isWhole = brings.has("private") || brings.has(`own-${which}`);
     if (isWhole || K === 0 || K > MOST_COMPONENTS || module[which].some(({ kind }) => kind === "flat"))
@@ -524,14 +513,14 @@ function componentsUnder(
 }
 
 /** The components of a module that a core lies between; undefined where none can. Bytes are read when the graph is made. */
-function componentsOf(module: PackModule, bases: Uint8Array): Components | undefined {
+function componentsOf(module: PackModule, bases: Uint8Array): linear.Components | undefined {
   const { A, B } = sharedBases(module) ?? {};
   if (A?.kind !== "column" || B?.kind !== "column") return undefined;
   if (A.tensor.rows === 0 || B.tensor.rows === 0) return undefined;
   return { A: componentRows(A.tensor, bases), B: componentRows(B.tensor, bases) };
 }
 
-function componentRows(tensor: TensorRef, bases: Uint8Array): ComponentRows {
+function componentRows(tensor: TensorRef, bases: Uint8Array): linear.ComponentRows {
   const { dtype, rows, width } = tensor;
   const floats = (): Float32Array => readTensor(bases, tensor);
   if (!isQuantized(dtype)) return { rows, width, floats };
