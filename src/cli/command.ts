@@ -169,6 +169,7 @@ export interface Target {
 export class Run {
   /** Hashes of tasks that no pack may give. */
   readonly revoked: readonly string[];
+  readonly #maxExpansion: number | undefined;
   /** Names that were taken for those of repositories on the Hub, since nothing on the disk has them. */
   readonly guessed: string[] = [];
   readonly #opened: Closable[] = [];
@@ -178,8 +179,9 @@ export class Run {
   interrupted = false;
   readonly #out: Output;
 
-  constructor(out: Output, { revoked = [] }: Pick<OpenOptions, "revoked"> = {}) {
+  constructor(out: Output, { revoked = [], maxExpansion }: Pick<OpenOptions, "revoked" | "maxExpansion"> = {}) {
     this.revoked = revoked;
+    this.#maxExpansion = maxExpansion;
     this.#out = out;
   }
 
@@ -287,7 +289,8 @@ export class Run {
 
   async pack(path: string, options: OpenOptions = {}): Promise<Pack> {
     const { revoked } = this;
-    return this.closing(await openPack(path, revoked.length > 0 ? { ...options, revoked } : options));
+    const given = { ...options, maxExpansion: this.#maxExpansion };
+    return this.closing(await openPack(path, revoked.length > 0 ? { ...given, revoked } : given));
   }
 
   /**

@@ -63,6 +63,7 @@ const exportTask: Attach = command({
       "repository",
     ),
     revoked: option.revoked,
+    maxExpansion: option.maxExpansion,
   },
   reads: ["file"],
   async run([path]: [string], { output: to, components, task, format, base }, run) {

@@ -187,6 +187,15 @@ export const revoked: OptionSpec<readonly string[]> = {
   },
 };
 
+/** Limit of expansion without a base; `Run` enforces it. */
+export const maxExpansion: Maybe<number> = {
+  ...number("N", "How many times the bytes stored for it a task may become. Default: 1024.", {
+    expected: "a number above 0",
+    holds: (n) => n > 0,
+  }),
+  rare: true,
+};
+
 export const gauge: Maybe<Gauge> = choice(
   ["as-trained", "balanced"],
   "Balanced: rewrite each pair as U√S, √SVᵀ first. Default: as-trained, or balanced where another option needs it.",

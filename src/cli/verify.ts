@@ -24,7 +24,7 @@ import type { ByteSource } from "../source.ts";
 import { toHex } from "../text.ts";
 import { type Attach, command, type Result, type Run } from "./command.ts";
 import { readText } from "./files.ts";
-import { as, list, readFor, revoked, text, UsageError } from "./options.ts";
+import { as, list, maxExpansion, readFor, revoked, text, UsageError } from "./options.ts";
 import { lossTable, type Output, percent, table } from "./output.ts";
 
 interface Check {
@@ -95,6 +95,7 @@ export const verify: Attach = command({
     ),
     integrity: text("sha256-…", "Fail unless this is the root of the pack, or the hash of the task file."),
     revoked,
+    maxExpansion,
   },
   reads: ["file"],
   async run([path]: [string], { against, as, base, pack: home, key, integrity }, run, out) {
