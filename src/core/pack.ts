@@ -5,7 +5,7 @@
  */
 /// <reference lib="esnext.disposable" preserve="true" />
 import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
-import { type FormatError, TaskError } from "../errors.ts";
+import { type EigenLoraError, type FormatError, TaskError, type TrustError } from "../errors.ts";
 import { Observable } from "../events.ts";
 import { basesTensors, checkTensors, parseDirectory, parseTask, parseWindow } from "../format/directory.ts";
 import { align64, Fields } from "../format/fields.ts";
@@ -165,18 +165,25 @@ interface SharedBases {
   checked?: SharedWork<Uint8Array>;
 }
 
-/**
- * Adds the likely cause to an error that makes a pack useless: another kind of file. Clears a cache, which may hold the damage, so that the
- * next try reads the file itself.
- */
+/** Adds the likely cause to an error that makes a pack useless. */
 async function withDiagnosis(error: unknown, source: ByteSource): Promise<unknown> {
-  const { tag, part } = error as Partial<FormatError>;
-  if (!["format", "trust"].includes(tag!)) return error;
-  await source.clear?.().catch(() => undefined);
-  if (part !== "window") return error;
+  if (!["format", "trust"].includes((error as Partial<EigenLoraError>).tag!)) return error;
   // The explanation cannot be loaded without a network; the error then stays unchanged.
   const kind = await import("../format/kind.ts").catch(() => undefined);
-  return kind ? kind.wrongKind(error, source, "an EigenLoRA pack") : error;
+  return kind ? kind.refusal(error as FormatError | TrustError, source) : error;
+}
+
+/** @throws FormatError when the bytes are damaged, TrustError when they are not those that were asked for */
+async function checkSection(
+  bytes: Uint8Array,
+  section: Section,
+  part: string,
+  file: string,
+  trust: Trust | undefined,
+  signal: AbortSignal | undefined,
+): Promise<void> {
+  await paced(new Fields(bytes, file, part).crc(section.crc), pacer(signal));
+  await trust?.checkSection(section, bytes, part);
 }
 
 /** A file whose head has been read and checked. */
@@ -377,8 +384,7 @@ export class Pack extends Observable<PackEvents> {
     const watched = await watchedOf(this.#file.source, "pack", onProgress, () => section.length);
     const bytes = await (watched ?? this.#file.source).read(section.offset, section.length, { signal });
     watched?.done();
-    await paced(new Fields(bytes, this.name, part).crc(section.crc), pacer(signal));
-    await this.#file.trust?.checkSection(section, bytes, part);
+    await checkSection(bytes, section, part, this.name, this.#file.trust, signal);
     return bytes;
   }
 
@@ -537,8 +543,7 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     const bases = together ? bytes.subarray(basesAt) : undefined;
     const { reads = counted, byteLength } = inner;
     const source = { name, byteLength, read, clear: async () => inner.clear?.(), close: async () => inner.close?.() };
-    if (bases) await paced(new Fields(bases, name, "bases").crc(directory.bases.crc), pacer(signal));
-    if (bases) await trust?.checkSection(directory.bases, bases, "bases");
+    if (bases) await checkSection(bases, directory.bases, "bases", name, trust, signal);
     const { maxResidentBytes, maxExpansion } = options;
     return new Pack({ source, reads, window, directory, entries, maxResidentBytes, maxExpansion, trust, bases });
   } catch (error) {

@@ -11,6 +11,7 @@ import { isCoded, MOST_CODED_DIRECTORY } from "./coded.ts";
 import { MOST, parseEntry } from "./directory.ts";
 import { encodeSection } from "./encode-coded.ts";
 import { align64, crc32c, decode, fromIntegrity, integrityOf, sha256, toIntegrity } from "./fields.ts";
+import type { Signature, TaskEntry } from "./format.ts";
 import * as format from "./format.ts";
 import { pack } from "./msgpackr.ts";
 
@@ -224,7 +225,7 @@ export function directoryBytes(sections: number, hashed: boolean, description: U
 }
 
 /** The task list (SPEC.md, section 4.3). */
-function encodeTaskList(tasks: readonly format.TaskEntry[]): Bytes {
+function encodeTaskList(tasks: readonly TaskEntry[]): Bytes {
   const first = new Map<string, number>();
   return pack(
     tasks.map((task, i) => {
@@ -237,7 +238,7 @@ function encodeTaskList(tasks: readonly format.TaskEntry[]): Bytes {
   );
 }
 
-function entryMap({ id, adapterBytes, metadata, brings }: format.TaskEntry): object {
+function entryMap({ id, adapterBytes, metadata, brings }: TaskEntry): object {
   return { id, adapterBytes, metadata: Object.keys(metadata).length > 0 ? metadata : undefined, brings };
 }
 
@@ -257,7 +258,7 @@ function encodeHead(basisId: string): Bytes {
  * @param file for messages
  * @throws FormatError naming the field that the format does not hold
  */
-export function checkEntry(entry: format.TaskEntry, file: string): void {
+export function checkEntry(entry: TaskEntry, file: string): void {
   // The list around the entry is as deep as that of a pack.
   const [read] = atOnce(decode(pack([entryMap(entry)]), file, "task", "tasks")).array(1);
   atOnce(parseEntry(read!, []));
@@ -297,7 +298,7 @@ function encodeSuperblock({ signature, ...s }: format.Superblock): Bytes {
 }
 
 /** One task as a file of its own (SPEC.md, section 7). @throws FormatError for metadata that the format does not hold */
-export function encodeTaskFile(entry: format.TaskEntry, basisId: string, blob: Uint8Array): Uint8Array<ArrayBuffer> {
+export function encodeTaskFile(entry: TaskEntry, basisId: string, blob: Uint8Array): Uint8Array<ArrayBuffer> {
   checkEntry(entry, entry.id);
   const map = pack(entryMap(entry));
   const start = align64(64 + map.length);
@@ -335,7 +336,7 @@ function setU64(view: DataView, at: number, value: number): void {
 
 /** A task to be written. */
 export interface TaskToWrite {
-  readonly entry: format.TaskEntry;
+  readonly entry: TaskEntry;
   readonly blob: Uint8Array;
 }
 
@@ -355,12 +356,12 @@ type Measured = Pick<format.Section, "length" | "crc" | "coded"> & { readonly in
 
 /** A task whose blob lies elsewhere until its turn comes. */
 export interface TaskPlace extends Measured {
-  readonly entry: format.TaskEntry;
+  readonly entry: TaskEntry;
   read(): Promise<Uint8Array>;
 }
 
 /** Vouches for a hash: the root of a pack, or that of a task file (SPEC.md, section 8). */
-export type Sign = (kind: "pack" | "task", hash: Uint8Array) => Promise<format.Signature>;
+export type Sign = (kind: "pack" | "task", hash: Uint8Array) => Promise<Signature>;
 
 /** A task whose blob is in memory. */
 export async function placeOf({ entry, blob }: TaskToWrite): Promise<TaskPlace> {
@@ -451,7 +452,7 @@ export async function layoutAppend(
   sign?: Sign,
 ): Promise<Append> {
   const current = window.superblock;
-  const entries: format.TaskEntry[] = [...directory.tasks];
+  const entries: TaskEntry[] = [...directory.tasks];
   const added: format.Section[] = [];
   const hashed = directory.bases.integrity !== undefined;
   let end = current.committed;

@@ -2,7 +2,7 @@
  * Kinds of files, recognised by their first bytes, and messages for those that are refused. Loaded when that happens: people swap arguments, and name
  * the file beside.
  */
-import { FormatError } from "../errors.ts";
+import { FormatError, type TrustError } from "../errors.ts";
 import type { ByteSource } from "../source.ts";
 import { MAGIC, TASK_FILE_MAGIC } from "./format.ts";
 
@@ -57,4 +57,13 @@ export async function wrongKind(error: unknown, source: ByteSource, expected: st
   const { file, part } = error;
   const advice = found === "a Git LFS pointer" ? "; fetch the file itself: git lfs pull" : "";
   return new FormatError(`this is ${found}, expected ${expected}${advice}`, { file, part, cause: error });
+}
+
+/**
+ * Error for a pack that was refused, perhaps since it is another kind of file. Clears a cache, which may hold the damage, so that the next try
+ * reads the file itself.
+ */
+export async function refusal(error: FormatError | TrustError, source: ByteSource): Promise<unknown> {
+  await source.clear?.().catch(() => undefined);
+  return "part" in error && error.part === "window" ? wrongKind(error, source, "an EigenLoRA pack") : error;
 }

@@ -16,20 +16,8 @@
  */
 import { transpose } from "../tensor/term.ts";
 import type { Injector } from "./inject.ts";
-import {
-  type AdaptedLayer,
-  type AdaptedVector,
-  dynamic,
-  FLOAT,
-  FLOAT16,
-  INT64,
-  onlyConsumer,
-  quantized,
-  requantized,
-  type Site,
-  typeOf,
-  type VectorPlace,
-} from "./linear.ts";
+import type * as linear from "./linear.ts";
+import { dynamic, FLOAT, FLOAT16, INT64, onlyConsumer, quantized, requantized, typeOf } from "./linear.ts";
 import { intOf, type OnnxModel, type Use } from "./model.ts";
 import type { OnnxParameter } from "./modules.ts";
 import type { Operand, Place } from "./nodes.ts";
@@ -39,11 +27,11 @@ import type { NodeProto } from "./protobuf.ts";
 export function formOf(
   model: OnnxModel,
   { uses, copies, initializer, shape }: OnnxParameter,
-): Pick<AdaptedLayer, "kind" | "shape" | "sites"> | string {
+): Pick<linear.AdaptedLayer, "kind" | "shape" | "sites"> | string {
   const all = [uses, ...copies.map((copy) => copy.uses)].flat().filter(readsValues);
   if (all.length === 0) return `nothing in the graph uses "${initializer}"`;
   const kind = all[0]!.node.opType.startsWith("Gather") ? "embedding" : "convolution";
-  const sites: Site[] = [];
+  const sites: linear.Site[] = [];
   for (const use of all) {
     const site = kind === "embedding" ? tableOf(model, use) : convolutionOf(model, use);
     if (typeof site === "string") return `${use.node.opType} "${use.node.name}" ${site}`;
@@ -60,7 +48,7 @@ function readsValues({ node }: Use): boolean {
 /** Index of the weight among the inputs, by operator. */
 const WEIGHTS: Readonly<Record<string, number>> = { Conv: 1, ConvInteger: 1, QLinearConv: 3 };
 
-function convolutionOf(model: OnnxModel, use: Use): Site | string {
+function convolutionOf(model: OnnxModel, use: Use): linear.Site | string {
   const { node: op, graph, input } = use;
   const groups = intOf(op, "group", 1);
   if (WEIGHTS[op.opType] !== input) return "is none of Conv, ConvInteger, QLinearConv";
@@ -75,7 +63,7 @@ function convolutionOf(model: OnnxModel, use: Use): Site | string {
   return { graph, node: found.node, x: found.x, type: found.type };
 }
 
-function tableOf(model: OnnxModel, use: Use): Site | string {
+function tableOf(model: OnnxModel, use: Use): linear.Site | string {
   const { node: op, graph, input } = use;
   const axis = intOf(op, op.opType === "Gather" ? "axis" : "gather_axis");
   if (!/^Gather(BlockQuantized)?$/.test(op.opType) || input !== 0 || axis !== 0) return "does not look up rows";
@@ -96,10 +84,14 @@ const NORMALISATIONS: Readonly<Record<string, number>> = {
 };
 
 /** Uses of a vector; undefined where one is neither the weight of a normalisation nor the bias of a convolution. */
-export function vectorOf(model: OnnxModel, name: string, { shape, uses }: OnnxParameter): AdaptedVector | undefined {
+export function vectorOf(
+  model: OnnxModel,
+  name: string,
+  { shape, uses }: OnnxParameter,
+): linear.AdaptedVector | undefined {
   const [size] = shape;
   if (shape.length !== 1 || size === undefined || uses.length === 0) return undefined;
-  const places: VectorPlace[] = [];
+  const places: linear.VectorPlace[] = [];
   for (const use of uses.filter(readsValues)) {
     const { node: op, graph, input } = use;
     const kind = NORMALISATIONS[op.opType] === input || op.opType === "Mul" ? "weight" : "bias";
@@ -112,13 +104,13 @@ export function vectorOf(model: OnnxModel, name: string, { shape, uses }: OnnxPa
   return { name, size, places };
 }
 
-export function addModule(tools: Injector, module: AdaptedLayer): void {
+export function addModule(tools: Injector, module: linear.AdaptedLayer): void {
   if (module.kind === "embedding") addTable(tools, module);
   else addConvolution(tools, module);
 }
 
 /** The inputs of a module, made once for all of its places. */
-function inputsOf(tools: Injector, module: AdaptedLayer) {
+function inputsOf(tools: Injector, module: linear.AdaptedLayer) {
   const { name, components } = module;
   const KA = components?.A.rows ?? 0;
   const KB = components?.B.rows ?? 0;
@@ -146,7 +138,7 @@ function channelsOf(tools: Injector, place: Place, y: string, channels: number) 
   return { flat, positions, byTask };
 }
 
-function addConvolution(tools: Injector, module: AdaptedLayer): void {
+function addConvolution(tools: Injector, module: linear.AdaptedLayer): void {
   const { name, out, shape } = module;
   const kernel = shape!.slice(1);
   const { core, A, B, scale } = inputsOf(tools, module);
@@ -200,7 +192,7 @@ function addConvolution(tools: Injector, module: AdaptedLayer): void {
 
 // ---- tables
 
-function addTable(tools: Injector, module: AdaptedLayer): void {
+function addTable(tools: Injector, module: linear.AdaptedLayer): void {
   const { name, in: rows, out, sites } = module;
   const { core, A, B, scale } = inputsOf(tools, module);
   const shared = core && {
@@ -237,7 +229,7 @@ function ownRows(tools: Injector, place: Place, A: string, ids: string, rows: nu
 
 // ---- vectors
 
-export function addVector(tools: Injector, { name, size, places }: AdaptedVector): void {
+export function addVector(tools: Injector, { name, size, places }: linear.AdaptedVector): void {
   const change = tools.input(name, "bias", [1, size]);
   for (const found of places) {
     const place = tools.place(name, found.graph, found.node, found.type);
@@ -258,7 +250,7 @@ function scaleDifferently(
   tools: Injector,
   place: Place,
   size: number,
-  { graph, op, input }: VectorPlace,
+  { graph, op, input }: linear.VectorPlace,
   change: string,
 ): void {
   const plain = op.opType === "Mul" ? place.up(op.input[1 - input]!) : normalised(tools, place, op, input, size);

@@ -51,8 +51,20 @@ import {
   type TaskFileOptions,
   type TaskSteps,
 } from "./stored-task.ts";
-import type * as supervision from "./supervision.ts";
-import { likeliest, MeanDivergence, softmax, splitHoldout, supervisionOf, toBatches } from "./supervision.ts";
+import {
+  type Example,
+  likeliest,
+  MeanDivergence,
+  type Row,
+  type Score,
+  type SequenceOptions,
+  type Supervision,
+  softmax,
+  splitHoldout,
+  supervisionOf,
+  toBatches,
+  type Unlabelled,
+} from "./supervision.ts";
 import { checkNumbers, checkSession, headInputs, sessionModel } from "./trainable-model.ts";
 import { sharedRows, type TrainedModule, type TrainedParameter, TrainedTerms, tensorOf } from "./trained-terms.ts";
 
@@ -94,7 +106,7 @@ export interface TrainingStep {
   /** Norm of the gradient before clipping. */
   readonly norm: number;
   /** Score on the hold-out, after the last step of an epoch. */
-  readonly holdout?: supervision.Score;
+  readonly holdout?: Score;
 }
 
 const TRIAL_STEPS = 6;
@@ -150,10 +162,7 @@ export class Trainer {
    * @example
    * for await (const { step, steps, loss } of trainer.fit(examples, { epochs: 8 })) console.log(`${step}/${steps}: ${loss}`);
    */
-  async *fit(
-    examples: readonly supervision.Example[],
-    options: FitOptions = {},
-  ): AsyncGenerator<TrainingStep, void, void> {
+  async *fit(examples: readonly Example[], options: FitOptions = {}): AsyncGenerator<TrainingStep, void, void> {
     const { supervision, model } = this.#setup;
     checkOptions("fit", options, OPTIONS);
     checkNumbers("fit", options, {
@@ -170,13 +179,13 @@ export class Trainer {
   }
 
   /** @internal Trains with examples that were checked. */
-  async *fitRows(rows: readonly supervision.Row[], options: FitRowsOptions): AsyncGenerator<TrainingStep, void, void> {
+  async *fitRows(rows: readonly Row[], options: FitRowsOptions): AsyncGenerator<TrainingStep, void, void> {
     this.#occupy("fit");
     const { terms, supervision, model } = this.#setup;
     const { epochs = 8, batch = 16, signal } = options;
     let best: { loss: number; state: State } | undefined;
     try {
-      const labelOf = ({ wanted }: supervision.Row): number => (supervision.tokens ? 0 : likeliest(wanted[0]!));
+      const labelOf = ({ wanted }: Row): number => (supervision.tokens ? 0 : likeliest(wanted[0]!));
       const { train, holdout } = splitHoldout(rows, labelOf, options.holdout ?? 0, this.#random);
       const lengths = await supervision.lengths(rows);
       const steps = options.steps ?? epochs * Math.ceil(train.length / batch);
@@ -223,7 +232,7 @@ export class Trainer {
   }
 
   /** Chooses a state to begin from; "auto" takes a few steps from each start and keeps the one with the smaller loss. */
-  async #start(train: readonly supervision.Row[], batch: number, options: FitOptions): Promise<State> {
+  async #start(train: readonly Row[], batch: number, options: FitOptions): Promise<State> {
     const { pack, origin, terms, model } = this.#setup;
     const { temperature, signal } = options;
     const init = this.#init;
@@ -276,7 +285,7 @@ export class Trainer {
    * answer. A completion is right if all its tokens are.
    * @throws RangeError, TypeError as `fit`
    */
-  async score(examples: readonly supervision.Example[], { signal }: AbortOptions = {}): Promise<supervision.Score> {
+  async score(examples: readonly Example[], { signal }: AbortOptions = {}): Promise<Score> {
     const rows = await this.#setup.supervision.check(examples);
     return score(this.#setup, rows, this.#learned(), { signal });
   }
@@ -294,7 +303,7 @@ export class Trainer {
 
   /** @internal How far the task's answers are from the targets of rows. @param how its numbers are rounded first; not where it is empty */
   async compare(
-    rows: readonly supervision.Row[],
+    rows: readonly Row[],
     { dtype = {}, stored }: Pick<ObjectiveOptions, "dtype"> & Stepped = {},
   ): Promise<Pick<MeanDivergence, "mean" | "agreement">> {
     const found = new MeanDivergence();
@@ -309,14 +318,14 @@ export class Trainer {
    * Predicts probabilities [labels] of each text or feed with the current task.
    * @throws TypeError for models that answer token by token: `score` judges them, and a session with the task answers
    */
-  async predict(examples: readonly supervision.Unlabelled[], { signal }: AbortOptions = {}): Promise<Float32Array[]> {
+  async predict(examples: readonly Unlabelled[], { signal }: AbortOptions = {}): Promise<Float32Array[]> {
     checkList("predict", examples, "examples");
     const { supervision } = this.#setup;
     if (supervision.tokens)
       throw new TypeError("predict: the model answers token by token; take `score`, or add the task to the session");
     const weights = weightsOf(this.#setup, this.#learned());
     const rows = await supervision.ask(examples, "predict");
-    const found = new Map<supervision.Row, Float32Array>();
+    const found = new Map<Row, Float32Array>();
     for await (const { row, logits } of answers(this.#setup, rows, weights, { signal }))
       found.set(row, softmax(logits[0]!));
     return rows.map((row) => found.get(row)!);
@@ -364,7 +373,7 @@ export class Trainer {
 // task.
 
 /** Options of `createTrainer`. */
-export interface CreateTrainerOptions extends supervision.SequenceOptions, AbortOptions {
+export interface CreateTrainerOptions extends SequenceOptions, AbortOptions {
   /** Names of the new task's labels, at least two. Language models have none. */
   readonly labels?: readonly string[] | undefined;
   /** Start of coefficients, and of a LoRA that is made from components. Default: "auto"; "fresh" for a LoRA. */
@@ -426,7 +435,7 @@ export async function createTrainer(session: Session, options: CreateTrainerOpti
 export async function makeTrainer(
   session: Session,
   options: CreateTrainerOptions,
-  supervision: supervision.Supervision,
+  supervision: Supervision,
 ): Promise<Trainer> {
   const { pack, trainable } = session;
   const source = trainable!;

@@ -101,7 +101,8 @@ function hiddenNames(nodes, known, checker, resolve) {
       const file = symbol?.declarations?.[0]?.getSourceFile();
       // Only what stands at the top of a file: parameters, members and type parameters need no import.
       const top = symbol?.declarations?.some(
-        ({ parent }) => ts.isSourceFile(parent) || ts.isVariableDeclarationList(parent),
+        // A namespace is declared by a file, which has no parent.
+        ({ parent }) => parent && (ts.isSourceFile(parent) || ts.isVariableDeclarationList(parent)),
       );
       if (symbol && top && file?.fileName.startsWith(`${root}dist/`) && !known.has(symbol)) names.add(node.text);
     }
