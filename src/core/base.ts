@@ -6,7 +6,7 @@
 import type { DeviceBuffer } from "../backends/backend.ts";
 import type { Layout } from "../format/format.ts";
 import type { ReadOptions, SourceInput } from "../source.ts";
-import { decodeFloats, decodeTensor, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
+import { decodeTensor, type FloatDtype, readFloats, rowBytes } from "../tensor/dtypes.ts";
 
 /** A tensor as it lies in memory: little-endian, row-major, `shape` elements of `dtype` from `byteOffset` of `data`. */
 export interface View {
@@ -110,7 +110,7 @@ export function viewValues({ dtype, shape, data, byteOffset }: CpuView, out?: Fl
   if (dtype === "f32") return decodeTensor(dtype, bytes, 1, count, out);
   const values = out ?? new Float32Array(count);
   // Halves need not end at a multiple of 4, as a tensor does.
-  decodeFloats(dtype, bytes, 0, count, values);
+  readFloats(dtype, bytes, 0, count, values);
   return values;
 }
 

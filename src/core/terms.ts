@@ -11,7 +11,7 @@ import { atOnce, paced, pacer } from "../pace.ts";
 import { isQuantized, placeTensor } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
 import { type CpuView, onDevice, type View } from "./base.ts";
-import type * as session from "./kernel-session.ts";
+import type * as kernel from "./kernel-session.ts";
 import { coreBases, hasCore, isScaled, planTasks, put, reuse, writeCore } from "./kernel-session.ts";
 import { refuseMagnitudes } from "./merge.ts";
 import { scalesOf } from "./mismatch.ts";
@@ -77,7 +77,7 @@ export class ActiveTerms {
    * @param scaled whether scales of DoRA are wanted
    * @throws TaskError as `checkExpansion`, and for DoRA
    */
-  checkUnbased(tasks: readonly session.ActiveTask[], scaled = true): void {
+  checkUnbased(tasks: readonly kernel.ActiveTask[], scaled = true): void {
     const { view } = this.#context;
     for (const { id, blob } of tasks) checkExpansion(view, id, blob, this.#mode);
     if (scaled) refuseMagnitudes(tasks, view, () => true, "pass `base`");
@@ -85,7 +85,7 @@ export class ActiveTerms {
 
   /** Modules whose terms change, with the pristine weights that DoRA's scales need. */
   async read(
-    plans: readonly session.ModulePlan[],
+    plans: readonly kernel.ModulePlan[],
     _resolved: unknown,
     signal: AbortSignal | undefined,
   ): Promise<TaskChange["weights"]> {
@@ -142,7 +142,7 @@ export class ActiveTerms {
    * @throws TypeError, RangeError when shapes or types do not fit
    */
   async apply(
-    active: readonly session.ActiveTask[],
+    active: readonly kernel.ActiveTask[],
     name: string,
     x: View,
     y: View,
@@ -151,7 +151,7 @@ export class ActiveTerms {
     const { view, ignored, kernels, host } = this.#context;
     const index = this.#indexOf(name);
     if (ids) checkArgument("apply: tasks", ids, "a list of one task per row", "map");
-    const tasks = new Map<string | null | undefined, readonly session.ActiveTask[]>();
+    const tasks = new Map<string | null | undefined, readonly kernel.ActiveTask[]>();
     for (const id of ids ?? [undefined])
       if (!tasks.has(id)) tasks.set(id, ids ? await loadParts(view, id as string | null, {}, ignored) : active);
     const all = [...tasks.values()].flat();
@@ -162,9 +162,9 @@ export class ActiveTerms {
     const count = checkShapes(module, rows.length, x, y);
     const { backend, buffer } = kernels;
     buffer.used = 0;
-    const plans = new Map<string | null | undefined, session.ModulePlan>();
+    const plans = new Map<string | null | undefined, kernel.ModulePlan>();
     /** First bytes of the factors. */
-    const starts = new Map<session.ModulePlan, number>();
+    const starts = new Map<kernel.ModulePlan, number>();
     let bytes = 0;
     for (const [id, parts] of tasks) {
       const ofModule = parts.map(({ blob, ...part }) => {
@@ -181,7 +181,7 @@ export class ActiveTerms {
     const input = placeOf(kernels, "x", x, count * module.in);
     const output = placeOf(kernels, "y", y, count * module.out);
     const { block } = kernels.reserve("factors", bytes);
-    const secondOf = (plan: session.ModulePlan): Slice => at(block, starts.get(plan)! + 4 * plan.rank * module.in);
+    const secondOf = (plan: kernel.ModulePlan): Slice => at(block, starts.get(plan)! + 4 * plan.rank * module.in);
     for (const [plan, start] of starts) {
       atOnce(kernels.fill(plan.A, uploaded, at(block, start), module.in));
       atOnce(kernels.fill(plan.Bt, uploaded, secondOf(plan), module.out));
@@ -245,15 +245,15 @@ interface UnfoldOptions {
  * @throws the reason of `signal`, once it is aborted
  */
 export async function unfold(
-  plans: readonly session.ModulePlan[],
-  kernels: session.KernelSession,
+  plans: readonly kernel.ModulePlan[],
+  kernels: kernel.KernelSession,
   mode: "core" | "factors",
   weightOf: (module: number) => PristineWeight,
   options: UnfoldOptions = {},
 ): Promise<Map<number, Term>> {
   const pause = pacer(options.signal);
   /** The factors of a plan that expand. */
-  const expandedOf = (plan: session.ModulePlan): ("A" | "Bt")[] => {
+  const expandedOf = (plan: kernel.ModulePlan): ("A" | "Bt")[] => {
     if (hasCore(plan, mode)) return [];
     const wanted = options.over?.(plan.module);
     return FACTORS.filter((key) => plan[key].expansions.length > 0 && !wanted?.has(SIDES[key]));
@@ -300,7 +300,7 @@ function floatsOf({ buffer, byteOffset, byteLength }: Uint8Array): Float32Array 
  * @param expanded rows of the factors that expand
  */
 function* termOf(
-  plan: session.ModulePlan,
+  plan: kernel.ModulePlan,
   module: PackModule,
   uploaded: Float32Array,
   mode: "core" | "factors",
@@ -361,7 +361,7 @@ function* termOf(
 
 /** Writes rows of width `width` into [rank, width] from their row on; or, turned, into [width, rank]. */
 function readRows(
-  { at, row, rank: rows, stored }: session.ResidualRows,
+  { at, row, rank: rows, stored }: kernel.ResidualRows,
   uploaded: Float32Array,
   out: Float32Array,
   rank: number,
@@ -388,7 +388,7 @@ export interface ApplyOptions {
 
 /** Rows of the batch that a task changes. */
 interface Run {
-  readonly plan: session.ModulePlan;
+  readonly plan: kernel.ModulePlan;
   /** First row of vectors. */
   readonly row: number;
   /** x·Aᵀ. */
@@ -420,7 +420,7 @@ function checkShapes(module: PackModule, rows: number, x: View, y: View): number
 }
 
 /** The vectors where the backend reads and writes them. */
-function placeOf(kernels: session.KernelSession, name: "x" | "y", { data, byteOffset }: View, length: number): Slice {
+function placeOf(kernels: kernel.KernelSession, name: "x" | "y", { data, byteOffset }: View, length: number): Slice {
   if (onDevice(data)) {
     if (kernels.backend.adopt) return { block: kernels.backend.adopt(data), byteOffset };
     throw new TypeError(

@@ -99,14 +99,14 @@ export function inject(
   { modules, biases, rows, heads, vectors }: linear.GraphChanges,
   options: InjectOptions = {},
 ): Injected {
-  const linear = modules.filter(({ kind }) => kind === "linear");
-  const injector = new Injector(model, options, linear);
+  const layers = modules.filter(({ kind }) => kind === "linear");
+  const injector = new Injector(model, options, layers);
   // A bias is added behind what DoRA scales, so before the term that goes between.
   for (const bias of biases) injector.bias(bias);
   for (const table of rows) if (table.places.length > 0) injector.rowsOfTable(table);
   for (const vector of vectors) options.forms!.addVector(injector, vector);
   for (const module of modules) if (module.kind !== "linear") options.forms!.addModule(injector, module);
-  for (const members of injector.groupsOf(linear)) injector.terms(members);
+  for (const members of injector.groupsOf(layers)) injector.terms(members);
   // Terms are added to what replaced rows make.
   for (const layer of rows) if (layer.sites.length > 0) injector.rowsOfLayer(layer);
   for (const head of heads) injector.head(head);

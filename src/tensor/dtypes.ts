@@ -135,12 +135,12 @@ export function decodeTensor(
     throw new RangeError(`${type} [${rows}, ${width}]: expected ${need} bytes, got ${bytes.byteLength}`);
   }
   if (isQuantized(type)) decodePart(type, bytes, rows, width, [0, rows, 0, width], out);
-  else decodeFloats(type, bytes, 0, count, out);
+  else readFloats(type, bytes, 0, count, out);
   return out;
 }
 
 /** Decodes `count` floats that begin at the byte `start`, to `out` from `to` on. */
-export function decodeFloats(
+export function readFloats(
   type: Dtype,
   bytes: Uint8Array,
   start: number,
@@ -179,7 +179,7 @@ export function decodePart(
       const scale = f16ToF32(view.getUint16(2 * i, true));
       unpackRow(type, bytes, start, integers);
       for (let c = 0; c < columns; c++) out[to + c] = scale * integers[c]!;
-    } else decodeFloats(type, bytes, start, columns, out, to);
+    } else readFloats(type, bytes, start, columns, out, to);
   }
 }
 

@@ -7,7 +7,7 @@ import { FormatError, SourceError } from "../errors.ts";
 import { paced, pacer } from "../pace.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
 import { fromUtf8 } from "../text.ts";
-import { decodeFloats as decode, type FloatDtype } from "./dtypes.ts";
+import { type FloatDtype, readFloats } from "./dtypes.ts";
 
 /** Facts about a tensor before it is read. */
 export interface TensorInfo {
@@ -383,24 +383,35 @@ function* checkCoverage(
 ): Generator<void> {
   // The next tensor is looked up by the end of the last: sorting as many as a header may have is one long piece of work.
   const ends = new Map<number, number>();
+  const empty = new Set<number>();
+  let wrong = Infinity;
   let count = 0;
-  let left = 0;
   for (const { byteOffset, byteLength: length } of tensors.values()) {
     if (++count % 256 === 0) yield;
-    if (length === 0) continue;
-    ends.set(byteOffset, byteOffset + length);
-    left++;
+    if (length === 0) empty.add(byteOffset);
+    else if (ends.has(byteOffset)) wrong = Math.min(wrong, byteOffset);
+    else ends.set(byteOffset, byteOffset + length);
   }
   let end = dataStart;
-  const begins = new Set([end]);
+  empty.delete(end);
   for (let next = ends.get(end); next !== undefined; next = ends.get(end)) {
     if (++count % 256 === 0) yield;
-    begins.add((end = next));
-    left--;
+    ends.delete(end);
+    end = next;
+    empty.delete(end);
   }
-  for (const { byteOffset } of tensors.values()) {
-    if (++count % 256 === 0) yield;
-    if (left > 0 || !begins.has(byteOffset)) throw misplaced(tensors, dataStart, fail);
+  for (const begins of [ends.keys(), empty]) for (const begin of begins) wrong = Math.min(wrong, begin);
+  yield;
+  if (wrong < Infinity) {
+    let name: string | undefined;
+    let expected = end;
+    for (const [other, { byteOffset, byteLength: length }] of tensors) {
+      if (++count % 256 === 0) yield;
+      if (byteOffset === wrong && name === undefined) name = other;
+      else if (byteOffset <= wrong && byteOffset + length > wrong) expected = byteOffset + length;
+    }
+    const what = wrong < expected ? "it overlaps the one before" : "there is a hole before it";
+    throw fail(`tensor ${name}`, `begins at byte ${wrong}, expected ${expected}: ${what}; save the file again`);
   }
   if (end > byteLength) {
     throw fail("tensors", `end at byte ${end}, but the file has ${byteLength}; truncated, download it again`);
@@ -411,25 +422,12 @@ function* checkCoverage(
   }
 }
 
-/** Names the first tensor that does not begin where the one before ends. */
-function misplaced(tensors: ReadonlyMap<string, SafetensorsTensor>, dataStart: number, fail: Fail): FormatError {
-  let end = dataStart;
-  const inOrder = [...tensors].sort(([, a], [, b]) => a.byteOffset - b.byteOffset || a.byteLength - b.byteLength);
-  const [name, { byteOffset }] = inOrder.find(([, { byteOffset, byteLength }]) => {
-    if (byteOffset !== end) return true;
-    end += byteLength;
-    return false;
-  })!;
-  const what = byteOffset < end ? "it overlaps the one before" : "there is a hole before it";
-  return fail(`tensor ${name}`, `begins at byte ${byteOffset}, expected ${end}: ${what}; save the file again`);
-}
-
 /** Little-endian F32, F64, F16 or BF16 as f32. */
 export function decodeFloats(dtype: string, bytes: Uint8Array): Float32Array<ArrayBuffer> {
   const out = new Float32Array(bytes.byteLength / (SAFETENSORS_BITS.get(dtype)! / 8));
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   if (dtype === "F64") for (let i = 0; i < out.length; i++) out[i] = view.getFloat64(8 * i, true);
-  else decode(dtype.toLowerCase() as FloatDtype, bytes, 0, out.length, out);
+  else readFloats(dtype.toLowerCase() as FloatDtype, bytes, 0, out.length, out);
   return out;
 }
 

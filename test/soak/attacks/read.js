@@ -184,13 +184,14 @@ function safetensors(header) {
   return bytes;
 }
 const empty = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}';
-/** A header of tensors of four bytes in an order of its own. */
-function shuffled(count) {
+/** A header of tensors of four bytes in an order of its own. @param gap bytes in front of the last */
+function shuffled(count, gap = 0) {
   const entries = Array.from({ length: count }, (_, i) => {
-    const at = 4 * ((i * 7919) % count);
+    const place = (i * 7919) % count;
+    const at = 4 * place + (place === count - 1 ? gap : 0);
     return `"${i.toString(36)}":{"dtype":"F32","shape":[1],"data_offsets":[${at},${at + 4}]}`;
   });
-  return bytesOf(safetensors(`{${entries.join(",")}}`), new Uint8Array(4 * count));
+  return bytesOf(safetensors(`{${entries.join(",")}}`), new Uint8Array(4 * count + gap));
 }
 
 /** What is read, and how: `open` a pack, `load` its tasks, `add` a task file to it, `weights` of a safetensors file. */
@@ -315,6 +316,7 @@ const CASES = {
     "weights",
   ],
   "safetensors: 10 MB of tensors, shuffled": () => [shuffled(145_000), "weights"],
+  "safetensors: 10 MB of tensors, shuffled, with a hole": () => [shuffled(144_000, 4), "weights"],
   "safetensors: 10 MB of one shape": () => [
     safetensors(`{"a":{"dtype":"F32","shape":[${"0,".repeat(4_900_000)}0],"data_offsets":[0,0]}}`),
     "weights",
