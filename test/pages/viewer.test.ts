@@ -16,6 +16,7 @@ import type { Page } from "playwright-core";
 import t, { type Test } from "tap";
 import { launch, noChromium, visitorOf } from "../support/browser.ts";
 import { json, run } from "../support/command-line.ts";
+import { workIn } from "../support/folder.ts";
 import { concat, data, LOSSLESS, packOf } from "../support/packs.ts";
 import { axeFindsNothing } from "../support/page-axe.ts";
 import { serve } from "../support/range-server.ts";
@@ -25,6 +26,7 @@ const viewer = fileURLToPath(new URL("../../dist/viewer.html", import.meta.url))
 const demo = fileURLToPath(new URL("../../examples/tasks.eigen", import.meta.url));
 const home = fileURLToPath(new URL("../../docs/site/home.md", import.meta.url));
 
+workIn(t);
 /** Large: without loss, in f32; signed. */
 await writeFile("large.eigen", (await packOf(["adapters/own-seed"], LOSSLESS)).bytes);
 await run("keygen", "-o", "me");
