@@ -4,7 +4,7 @@
  */
 
 /** Milliseconds of work after which the others have a turn: with the piece that is under way then, less than a frame. */
-const SHARE = 5;
+const SHARE = 3;
 
 /** Milliseconds since some time: by a clock that is never set, where the engine has one. */
 export const now = (): number => (globalThis.performance ?? Date).now();

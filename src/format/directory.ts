@@ -20,6 +20,7 @@ import {
   HEAD_BYTES,
   LAYOUTS,
   MAGIC,
+  MOST_TASKS,
   mostRank,
   ROLES,
   SECTION_BASES,
@@ -34,7 +35,7 @@ import {
 } from "./format.ts";
 
 /** Most names in all lists of `brings` together. */
-const MOST_BROUGHT = 1_000_000;
+const MOST_BROUGHT = 500_000;
 /** Most bytes of a task's metadata: the names of 20 000 classes take half of them. */
 const METADATA_BYTES = 2 ** 20;
 
@@ -161,7 +162,7 @@ function* parseParts(f: Fields, superblock: format.Superblock, stored: Uint8Arra
   const tasks: StoredEntry[] = [];
   if (root.kind === "array" && root.count !== blobs.length)
     f.fail(`${root.count} tasks are listed, but there are ${blobs.length} task blobs`);
-  for (const value of root.each(1_048_576)) {
+  for (const value of root.each(MOST_TASKS)) {
     const entry = yield* parseEntry(value, tasks);
     if (entries.has(entry.id)) f.fail(`two tasks are named "${entry.id}"`);
     if (entry.brings && value.get("brings").kind === "array") names += entry.brings.length;
@@ -547,8 +548,15 @@ function* parseParameter(parameter: Value, tensor: PlaceTensor): Generator<void,
   const rows = shape.length === 1 ? 1 : shape[0]!;
   const width = shape.slice(shape.length === 1 ? 0 : 1).reduce((a, b) => a * b, 1);
   if (!Number.isSafeInteger(rows * width)) parameter.fail(`"${name}" is too large: [${shape}]`);
-  const indices = indicesItem && (yield* indicesItem.list(rows, (i) => i.integer(0, 2 ** 31 - 1)));
-  if (indices && (indices.length !== rows || indices.some((v, i) => i > 0 && v <= indices[i - 1]!)))
+  let before = -1;
+  let ascending = true;
+  const read = (item: Value): number => {
+    const index = item.integer(0, 2 ** 31 - 1);
+    ascending &&= index > before;
+    return (before = index);
+  };
+  const indices = indicesItem && (yield* indicesItem.list(rows, read));
+  if (indices && (indices.length !== rows || !ascending))
     parameter.fail(`"${name}": ${indices.length} rows are named, expected ${rows} in ascending order`);
   return { name, role, shape, indices, tensor: tensor(typeItem!.choice(DTYPES), rows, width) };
 }

@@ -226,6 +226,8 @@ export function directoryBytes(sections: number, hashed: boolean, description: U
 
 /** The task list (SPEC.md, section 4.3). */
 function encodeTaskList(tasks: readonly TaskEntry[]): Bytes {
+  if (tasks.length > format.MOST_TASKS)
+    throw new RangeError(`${tasks.length} tasks, a pack has at most ${format.MOST_TASKS}; make several packs`);
   const first = new Map<string, number>();
   return pack(
     tasks.map((task, i) => {

@@ -89,6 +89,8 @@ export interface Window {
   readonly head: Uint8Array;
 }
 
+/** Most tasks of a pack (SPEC.md, section 10). */
+export const MOST_TASKS = 262_144;
 export const SECTION_BASES = 1;
 export const SECTION_TASK = 2;
 export const SECTION_FREE = 3;

@@ -407,6 +407,8 @@ def read_entry(value, earlier):
 
 
 def read_task_list(raw, blobs):
+    # Implied for all files of a usual size.
+    need(len(blobs) <= 262_144, "10", "too many tasks")
     tasks = array(MessagePack.decode(raw), len(blobs), len(blobs), "4.3", "the task list, an item for each blob")
     entries = []
     for task, section in zip(tasks, blobs):
