@@ -377,7 +377,7 @@ export function put(
   row: number,
   rank: number,
   width: number,
-  turned: boolean,
+  turned = false,
 ): void {
   if (!turned) return out.set(values, row * width);
   for (let at = 0, to = row; at < values.length; at += width, to++)

@@ -258,20 +258,30 @@ export async function unfold(
     const wanted = options.over?.(plan.module);
     return FACTORS.filter((key) => plan[key].expansions.length > 0 && !wanted?.has(SIDES[key]));
   };
-  const jobs = plans.map((plan) => ({ plan, keys: expandedOf(plan) }));
-  const computed = jobs.filter(({ plan, keys }) => isScaled(plan) || keys.length > 0);
-  if (computed.length > 0) kernels.prepare(computed.map(({ plan }) => plan));
+  const computed = plans.filter((plan) => isScaled(plan) || expandedOf(plan).length > 0);
+  if (computed.length > 0) kernels.prepare(computed);
   const terms = new Map<number, Term>();
-  for (const { plan, keys } of jobs) {
-    const expanded: { A?: Float32Array; Bt?: Float32Array } = {};
-    if (keys.length > 0) await paced(kernels.expand(plan), pause);
+  for (const plan of plans) {
+    const keys = expandedOf(plan);
     const module = kernels.modules[plan.module]!;
+    const { values } = kernels.buffer;
+    const term = termOf(plan, module, values, mode, keys, options);
+    terms.set(plan.module, term);
+    if (term.core) {
+      const written = paced(writeCore(plan, values, term.core, 0, plan.Bt.expansions[0]!.basis.tensor.rows), pause);
+      if (written) await written;
+    }
+    if (keys.length > 0) await paced(kernels.expand(plan), pause);
     for (const key of keys) {
       const width = key === "A" ? module.in : module.out;
-      expanded[key] = floatsOf(await kernels.bytesAt(kernels.factors(plan)[key], 4 * plan.rank * width));
+      const { buffer, byteOffset } = await kernels.bytesAt(kernels.factors(plan)[key], 4 * plan.rank * width);
+      const across = key === "A" && options.turned;
+      for (let row = 0, step = Math.ceil(PIECE / width); row < plan.rank; row += step) {
+        const rows = new Float32Array(buffer, byteOffset + 4 * row * width, Math.min(step, plan.rank - row) * width);
+        put(rows, term[key], row, plan.rank, width, across);
+        await pause();
+      }
     }
-    const term = paced(termOf(plan, module, kernels.buffer.values, mode, expanded, options), pause);
-    terms.set(plan.module, term instanceof Promise ? await term : term);
     const turn = pause();
     if (turn) await turn;
   }
@@ -290,48 +300,34 @@ export async function unfold(
   return terms;
 }
 
-function floatsOf({ buffer, byteOffset, byteLength }: Uint8Array): Float32Array {
-  return new Float32Array(buffer, byteOffset, byteLength / 4);
-}
-
 /**
  * The term of a plan. Each factor is taken by itself: coefficients over all its components, residual rows, or expanded rows.
  * @param mode "core" where the term is a core if it has one, with the residual pairs of all tasks
- * @param expanded rows of the factors that expand
+ * @param keys of factors that expand; these and the core are still to be written
  */
-function* termOf(
+function termOf(
   plan: kernel.ModulePlan,
   module: PackModule,
   uploaded: Float32Array,
   mode: "core" | "factors",
-  expanded: { readonly A?: Float32Array; readonly Bt?: Float32Array },
+  keys: readonly ("A" | "Bt")[],
   { old: oldOf, over, turned = false }: UnfoldOptions,
-): Generator<void, Term> {
+): Term {
   const isCore = hasCore(plan, mode);
   const wanted = isCore ? undefined : over?.(plan.module);
   const old = oldOf?.(plan.module);
-  let core: Float32Array | undefined;
-  let stored = plan.rank;
-  if (isCore) {
-    const KB = plan.Bt.expansions[0]!.basis.tensor.rows;
-    core = reuse(old?.core, plan.A.expansions[0]!.basis.tensor.rows * KB);
-    yield* writeCore(plan, uploaded, core, 0, KB);
-    stored = plan.A.residual.reduce((sum, rows) => sum + rows.rank, 0);
-  }
+  const stored = isCore ? plan.A.residual.reduce((sum, rows) => sum + rows.rank, 0) : plan.rank;
   const rank = Math.max(stored, 1);
-  const arrays: { A?: Float32Array; Bt?: Float32Array } = {};
-  for (const key of FACTORS) {
+  const factor = (key: "A" | "Bt"): Float32Array => {
     const { expansions, residual } = plan[key];
     const across = turned && key === "A";
-    const bases = module[SIDES[key]];
     const overComponents = wanted?.has(SIDES[key]) ?? false;
+    const bases = module[SIDES[key]];
     const factorWidth = key === "A" ? module.in : module.out;
     const width = overComponents ? bases.reduce((sum, { tensor }) => sum + tensor.rows, 0) : factorWidth;
     const out = reuse(old?.[key], rank * width);
-    arrays[key] = out;
     // Residual and expanded rows fill all of it.
     if (overComponents || stored === 0) out.fill(0);
-    const rows = expanded[key];
     if (overComponents) {
       for (const { at, rows, basis, row } of expansions) {
         const count = basis.tensor.rows;
@@ -342,21 +338,20 @@ function* termOf(
             out[across ? (column + k) * rank + row + r : (row + r) * width + column + k] =
               uploaded[at + r * count + k]!;
       }
-    } else if (rows) {
-      const step = Math.max(1, Math.floor(PIECE / width));
-      for (let row = 0; row < rank; row += step) {
-        if (row > 0) yield;
-        put(rows.subarray(row * width, (row + step) * width), out, row, rank, width, across);
-      }
-    } else {
+    } else if (!keys.includes(key)) {
       let row = 0;
       for (const piece of residual) {
         readRows(isCore ? { ...piece, row } : piece, uploaded, out, rank, width, across);
         row += piece.rank;
       }
     }
-  }
-  return { rank, A: arrays.A!, Bt: arrays.Bt!, ...(core && { core }) };
+    return out;
+  };
+  const A = factor("A");
+  const Bt = factor("Bt");
+  if (!isCore) return { rank, A, Bt };
+  const [KA, KB] = [plan.A.expansions[0]!.basis.tensor.rows, plan.Bt.expansions[0]!.basis.tensor.rows];
+  return { rank, A, Bt, core: reuse(old?.core, KA * KB) };
 }
 
 /** Writes rows of width `width` into [rank, width] from their row on; or, turned, into [width, rank]. */

@@ -610,9 +610,7 @@ export async function decodeSection(
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const whole = bytes.length >= CODED_HEAD_BYTES + 4 && bytes.length % 2 === 0;
   sound(whole, "it is not whole: the file is damaged");
-  const another =
-    "it begins otherwise: the file is damaged, or of another version, and its adapters must be packed again";
-  sound(view.getUint32(0, true) === CODED_MAGIC, another);
+  sound(view.getUint32(0, true) === CODED_MAGIC, "it is damaged, or of another version: pack the adapters again");
   const size = view.getUint32(4, true);
   sound(size <= mostDecoded(bytes.length), `it says that it becomes ${size} bytes, of ${bytes.length} that are stored`);
   sound(expected === undefined || size === expected, `it becomes ${size} bytes, its tensors need ${expected}`);

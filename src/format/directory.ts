@@ -548,16 +548,11 @@ function* parseParameter(parameter: Value, tensor: PlaceTensor): Generator<void,
   const rows = shape.length === 1 ? 1 : shape[0]!;
   const width = shape.slice(shape.length === 1 ? 0 : 1).reduce((a, b) => a * b, 1);
   if (!Number.isSafeInteger(rows * width)) parameter.fail(`"${name}" is too large: [${shape}]`);
-  let before = -1;
-  let ascending = true;
-  const read = (item: Value): number => {
-    const index = item.integer(0, 2 ** 31 - 1);
-    ascending &&= index > before;
-    return (before = index);
-  };
-  const indices = indicesItem && (yield* indicesItem.list(rows, read));
-  if (indices && (indices.length !== rows || !ascending))
-    parameter.fail(`"${name}": ${indices.length} rows are named, expected ${rows} in ascending order`);
+  let last = -1;
+  const ascending = (item: Value): number => (last = item.integer(last + 1, 2 ** 31 - 1));
+  const indices = indicesItem && (yield* indicesItem.list(rows, ascending));
+  if (indices && indices.length !== rows)
+    parameter.fail(`"${name}": ${indices.length} rows are named, expected ${rows}`);
   return { name, role, shape, indices, tensor: tensor(typeItem!.choice(DTYPES), rows, width) };
 }
 

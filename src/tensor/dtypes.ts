@@ -299,10 +299,11 @@ export function encodeFloats(
   const bytes = out ?? new Uint8Array(rowBytes(type, values.length));
   if (type === "f32") new Float32Array(bytes.buffer, bytes.byteOffset, values.length).set(values);
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  // The least magnitudes that round to infinity.
+  const most = type === "f16" ? 65520 : type === "bf16" ? 3.396e38 : 3.4028235e38;
   for (let i = 0; i < values.length; i++) {
     const value = values[i]!;
-    // The least magnitudes that round to infinity.
-    if (!(Math.abs(value) < (type === "f16" ? 65520 : type === "bf16" ? 3.396e38 : 3.4028235e38))) {
+    if (!(Math.abs(value) < most)) {
       const why = Number.isFinite(value) ? `too large for ${type}` : "not a finite number";
       throw new RangeError(`value ${i} is ${value}, ${why}`);
     }
