@@ -87,16 +87,14 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
       decodePart(dtype, encoded, rows, width, part, basis);
       yield;
     }
-    const sums = new Float32Array(width);
+    const sums = new Float32Array(add ? width : 0);
     for (const [i, m, j, n] of tilesOf(rank, width, rows, PIECE)) {
-      const update = sums.subarray(0, n);
       for (let row = i; row < i + m; row++) {
         const to = out.subarray(row * width + j, row * width + j + n);
-        update.fill(0);
-        addProduct(update, coefficients, row * rows, 1, basis.subarray(j), width, rows);
         // What is there is added last, so that a small sum is made at its own magnitude.
+        const update = add ? sums.subarray(0, n) : to;
+        addProduct(update.fill(0), coefficients, row * rows, 1, basis.subarray(j), width, rows);
         if (add) for (let c = 0; c < n; c++) to[c]! += update[c]!;
-        else to.set(update);
       }
       yield;
     }

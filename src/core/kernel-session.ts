@@ -22,8 +22,8 @@ import {
   type WeightJob,
 } from "../backends/backend.ts";
 import {
+  encodedTensor,
   type PackModule,
-  readTensor,
   type SharedBases,
   type Side,
   sharedBases,
@@ -31,6 +31,7 @@ import {
   type TaskTerm,
   type TensorRef,
 } from "../format/format.ts";
+import { placeTensor } from "../tensor/dtypes.ts";
 import type { Located } from "./base.ts";
 
 /** A task of a switch and its strength. */
@@ -111,14 +112,9 @@ class UploadBuffer {
       grown.set(this.values);
       this.values = grown;
     }
-    const out = this.values.subarray(at, this.used);
-    readTensor(blob.bytes, tensor, out);
-    if (strength === 1 && last === undefined) return at;
-    // Backwards, so that rows that move apart overwrite none that is still to move.
-    for (let row = rows - 1; row >= 0; row--) {
-      for (let i = width - 1; i >= 0; i--) out[row * stride + i] = out[row * width + i]! * strength;
-      if (last !== undefined) out[row * stride + width] = last;
-    }
+    const bytes = encodedTensor(blob.bytes, tensor);
+    placeTensor(tensor.dtype, bytes, rows, width, this.values, { at, down: stride, along: 1 }, strength);
+    if (last !== undefined) for (let to = at + width; to < this.used; to += stride) this.values[to] = last;
     return at;
   }
 }

@@ -169,6 +169,8 @@ export function decodePart(
   [row, height, column, columns]: readonly [row: number, rows: number, column: number, columns: number],
   out: Float32Array,
 ): void {
+  if (!isQuantized(type) && columns === width)
+    return readFloats(type, bytes, row * rowBytes(type, width), height * width, out, row * width);
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   // A small array costs more than the numbers of a small tensor.
   const integers = new Int8Array(isQuantized(type) ? columns : 0);
@@ -204,13 +206,17 @@ export function placeTensor(
   { at, down, along }: RowPlaces,
   factor = 1,
 ): void {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   if (!isQuantized(type)) {
-    const values = decodeTensor(type, bytes, rows, width);
-    for (let row = 0, i = 0; row < rows; row++)
-      for (let o = at + row * down, end = o + width * along; o < end; o += along) out[o] = values[i++]! * factor;
+    for (let row = 0, i = 0; row < rows; row++) {
+      let o = at + row * down;
+      const end = o + width * along;
+      if (type === "f16") for (; o < end; o += along, i += 2) out[o] = f16ToF32(view.getUint16(i, true)) * factor;
+      else if (type === "f32") for (; o < end; o += along, i += 4) out[o] = view.getFloat32(i, true) * factor;
+      else for (; o < end; o += along, i += 2) out[o] = bf16ToF32(view.getUint16(i, true)) * factor;
+    }
     return;
   }
-  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const integers = new Int8Array(width);
   for (let row = 0; row < rows; row++) {
     const scale = f16ToF32(view.getUint16(2 * row, true));
