@@ -279,7 +279,8 @@ export async function unfold(
       for (let row = 0, step = Math.ceil(PIECE / width); row < plan.rank; row += step) {
         const rows = new Float32Array(buffer, byteOffset + 4 * row * width, Math.min(step, plan.rank - row) * width);
         put(rows, term[key], row, plan.rank, width, across);
-        await pause();
+        const turn = pause();
+        if (turn) await turn;
       }
     }
     const turn = pause();

@@ -169,6 +169,7 @@ export function decodePart(
   [row, height, column, columns]: readonly [row: number, rows: number, column: number, columns: number],
   out: Float32Array,
 ): void {
+  // Whole rows of floats lie side by side.
   if (!isQuantized(type) && columns === width)
     return readFloats(type, bytes, row * rowBytes(type, width), height * width, out, row * width);
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);

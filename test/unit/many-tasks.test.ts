@@ -11,7 +11,7 @@ import { json } from "../support/command-line.ts";
 import { folderFor } from "../support/folder.ts";
 import { encodeTensor, toHex } from "../support/internals/base.ts";
 import { lossTable, writeWhole } from "../support/internals/cli.ts";
-import { encodeBasis, encodeTask, sha256 } from "../support/internals/format.ts";
+import { encodeBasis, encodeTask, sha256, streamFresh } from "../support/internals/format.ts";
 import { lossesOf, openTasks, writePart } from "../support/internals/pack.ts";
 import { freshChunks } from "../support/packs.ts";
 import { soak } from "../support/required.ts";
@@ -45,6 +45,19 @@ async function within(t: Test, most: number, what: string, work: () => Promise<u
   const took = (user + system) / 1e6;
   t.ok(took < seconds, `${what}: ${took.toFixed(1)} s`);
 }
+
+t.test("more tasks than a pack has are refused before anything is written", async (t) => {
+  const place = {
+    entry: entry(0),
+    length: blob.length,
+    crc: 0,
+    integrity: undefined,
+    coded: false,
+    read: async () => blob,
+  };
+  const places = new Array(262_145).fill(place);
+  await t.rejects(streamFresh({ description, bases, basisId }, places), /262145 tasks, a pack has at most 262144/);
+});
 
 t.test("verify, inspect, add and remove", async (t) => {
   await writeFile(join(folder, "one.eigentask"), taskFile(COUNT));

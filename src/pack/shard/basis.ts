@@ -26,6 +26,7 @@ import {
   type TaskPlace,
 } from "../../format/encode.ts";
 import type { Value } from "../../format/fields.ts";
+import { MOST_TASKS } from "../../format/format.ts";
 import type { ByteSource, SourceInput } from "../../source.ts";
 import { DTYPES, type Dtype, type Dtypes, sum, type TaskDtypes } from "../../tensor/dtypes.ts";
 import { storing, UnstorableError } from "../../tensor/encode.ts";
@@ -321,7 +322,7 @@ export function openTasks(input: SourceInput): Promise<TaskPart> {
   return readPart(input, "tasks", (part) => {
     const { file, tensors } = part;
     const about: Value = part.about;
-    const listed: readonly Value[] = about.get("tasks").array(1_048_576);
+    const listed: readonly Value[] = about.get("tasks").array(MOST_TASKS);
     const tasks = listed.map((value: Value) => {
       const id = value.get("id").string(255);
       if (!tensors.has(nameOf(id))) value.fail(`the task "${id}" is missing`);

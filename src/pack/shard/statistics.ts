@@ -30,7 +30,7 @@ import { addScaled, dot, PLAIN, type Products, symmetricEigen, transpose } from 
 import { fastProducts } from "../../extract/wasm-products.ts";
 import { isTaskId } from "../../format/directory.ts";
 import { crc32c, decode, type Value } from "../../format/fields.ts";
-import { LAYOUTS } from "../../format/format.ts";
+import { LAYOUTS, MOST_TASKS } from "../../format/format.ts";
 import { kindOfSource } from "../../format/kind.ts";
 import { pack } from "../../format/msgpackr.ts";
 import { openSource } from "../../open-source.ts";
@@ -595,7 +595,7 @@ export function openStatistics(input: SourceInput): Promise<StatisticsPart> {
 function readStatistics(part: Part): StatisticsPart {
   const { file, made } = part;
   const about: Value = part.about;
-  const adapters = about.get("adapters").array(1_048_576).map(parseAdapter);
+  const adapters = about.get("adapters").array(MOST_TASKS).map(parseAdapter);
   if (adapters.length === 0) about.fail("it has no adapters");
   if (!adapters.every(({ id }, i) => i === 0 || compare(adapters[i - 1]!.id, id) < 0))
     about.fail("its adapters are not sorted, or one is there twice");
