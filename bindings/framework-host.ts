@@ -2,10 +2,9 @@
  * The common part of hosts for frameworks: names as adapters use them, and changes that take effect together. Values are the framework's
  * tensors.
  */
-import { nearest } from "../src/arguments.ts";
 import type { DeviceBuffer } from "../src/backends/backend.ts";
 import type { CpuView, Parameter, WeightHost } from "../src/core/base.ts";
-import { BaseMismatchError } from "../src/errors.ts";
+import { BaseMismatchError, nearest } from "../src/errors.ts";
 import type { Layout } from "../src/format/format.ts";
 
 /** A weight of a model, and the ways to it. */

@@ -2,9 +2,10 @@
  * Parameters of jax-js models as bases. Arrays of jax-js are values: a switch puts new ones in their places in the tree. On WebGPU
  * they are folded where they are made, in jax-js's own buffers.
  */
-import { described } from "../src/arguments.ts";
+
 import type { DeviceBuffer } from "../src/backends/backend.ts";
 import { viewValues, type WeightHost } from "../src/core/base.ts";
+import { described } from "../src/errors.ts";
 import type { Layout } from "../src/format/format.ts";
 import { encodeFloats, type FloatDtype } from "../src/tensor/dtypes.ts";
 import { calledByAdapters, frameworkHost, type Weight, type WeightPlace } from "./framework-host.ts";

@@ -1,8 +1,9 @@
 /**
  * `eigenlora/onnxruntime`: a pack on a model that onnxruntime-web or onnxruntime-node runs.
  */
-import { checkOptions, checkPack } from "../src/arguments.ts";
+
 import type { Pack } from "../src/core/pack.ts";
+import { checkOptions, checkPack } from "../src/errors.ts";
 import { createSessions, type GroupOptions, type SessionGroup } from "../src/session/group.ts";
 import { type SessionOptions as CommonOptions, SESSION_OPTIONS } from "../src/session/options.ts";
 import { createSession, type Session } from "../src/session/session.ts";

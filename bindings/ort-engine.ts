@@ -3,15 +3,20 @@
  * that it computes on.
  */
 /// <reference types="@webgpu/types" />
-import { described } from "../src/arguments.ts";
 import type { DeviceBuffer, DeviceHandle } from "../src/backends/backend.ts";
-import { BackendError } from "../src/errors.ts";
+import { BackendError, described } from "../src/errors.ts";
 import type { Feed } from "../src/onnx/feeds.ts";
 import { FLOAT } from "../src/onnx/linear.ts";
 import { makeNode, makeValue } from "../src/onnx/nodes.ts";
 import { create, toBinary } from "../src/onnx/protobuf.ts";
-import { Queue } from "../src/pace.ts";
-import type { Engine, EngineGpu, EngineTensor, LoadOptions, Tensors } from "../src/session/engine.ts";
+import {
+  type Engine,
+  type EngineGpu,
+  type EngineTensor,
+  type LoadOptions,
+  Queue,
+  type Tensors,
+} from "../src/session/engine.ts";
 
 // The part of onnxruntime that is used. The module is the caller's own import; types are structural, so that neither onnxruntime-web nor
 // onnxruntime-node is needed to compile against this package.

@@ -3,9 +3,8 @@
  * as bytes is taken as the whole ArrayBuffer, without the options; so the model is written to a file and its path given. A tensor
  * and a file next to a model are taken from the beginning of their buffers, wherever their arrays begin; so they get buffers of their own.
  */
-import { checkOptions, checkPack, described } from "../src/arguments.ts";
 import type { Pack } from "../src/core/pack.ts";
-import { BackendError } from "../src/errors.ts";
+import { BackendError, checkOptions, checkPack, described } from "../src/errors.ts";
 import type { Engine } from "../src/session/engine.ts";
 import { SESSION_OPTIONS, type SessionOptions } from "../src/session/options.ts";
 import { createSession } from "../src/session/session.ts";

@@ -3,8 +3,7 @@
  * React Native has no paths and no files of its own, so a file is read by the library that the app has for that.
  */
 
-import { described } from "../src/arguments.ts";
-import { SourceError } from "../src/errors.ts";
+import { described, SourceError } from "../src/errors.ts";
 import { localSource } from "../src/open-source.ts";
 import type { ByteSource } from "../src/source.ts";
 import { fromBase64 as decode, toBase64 as encode } from "../src/text.ts";

@@ -2,9 +2,9 @@
  * Models of TF.js as bases. Weights are given new tensors; on WebGPU matrices are folded in place, in TF.js's own buffers.
  */
 
-import { described } from "../src/arguments.ts";
 import type { DeviceBuffer } from "../src/backends/backend.ts";
 import { sameShape, viewValues, type WeightHost } from "../src/core/base.ts";
+import { described } from "../src/errors.ts";
 import type { Layout } from "../src/format/format.ts";
 import { elementsOf } from "../src/tensor/dtypes.ts";
 import { type Called, calledByAdapters, frameworkHost, type Weight, type WeightPlace } from "./framework-host.ts";

@@ -3,14 +3,12 @@
  * switch tasks; the pipeline stays what it is, and so do its tokenizer, generation and post-processing. Nothing of
  * transformers.js or onnxruntime is imported here: both are reached through the pipeline.
  */
-import { checkOptions, checkPack, described } from "../src/arguments.ts";
 import type { Pack, TaskInfo } from "../src/core/pack.ts";
 import { copySelection, type Selection, Switching } from "../src/core/selection.ts";
-import { BackendError, BaseMismatchError, SourceError } from "../src/errors.ts";
+import { BackendError, BaseMismatchError, checkOptions, checkPack, described, SourceError } from "../src/errors.ts";
 import { bringsOf, parseBrought } from "../src/format/format.ts";
-import { Queue } from "../src/pace.ts";
 import type { Progress } from "../src/progress.ts";
-import type { EngineTensor } from "../src/session/engine.ts";
+import { type EngineTensor, Queue } from "../src/session/engine.ts";
 import { checkEach, type GroupFile, groupOf } from "../src/session/group.ts";
 import { isIgnored } from "../src/session/match.ts";
 import { SESSION_OPTIONS } from "../src/session/options.ts";
@@ -246,7 +244,7 @@ export class AttachedPack extends Switching<SessionSwitchReport> {
   /** @internal */
   override heard(type: string): void {
     if (type === "devicelost")
-      this.#parts.whole.addEventListener(type, ({ detail }) => this.tell("devicelost", detail), { once: true });
+      this.#parts.whole.addEventListener(type, ({ detail }) => this.tell("devicelost", detail));
   }
 
   /** Resident bytes that come on top of what the pipeline's own sessions hold. */

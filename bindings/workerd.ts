@@ -3,9 +3,8 @@
  * for: when the first is cancelled, that never comes. So only whole packs are shared here, never reads under way.
  */
 
-import { checkOptions, described } from "../src/arguments.ts";
 import { type OpenOptions, openPack, type Pack } from "../src/core/pack.ts";
-import { SourceError } from "../src/errors.ts";
+import { checkOptions, described, SourceError } from "../src/errors.ts";
 import { localSource } from "../src/open-source.ts";
 import { throwIfAborted } from "../src/pace.ts";
 import { type ByteSource, checkRange, type ReadOptions } from "../src/source.ts";

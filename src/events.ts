@@ -34,7 +34,7 @@ export type Listen<Events extends object> = <Type extends keyof Events & string>
 export interface Observable<Events extends object> {
   readonly addEventListener: Listen<Events>;
   readonly removeEventListener: Listen<Events>;
-  /** @internal Called when the first listener is added. */
+  /** @internal Called when the first listener of a type is added. */
   heard(type: string): void;
   /** @internal */
   tell<Type extends keyof Events & string>(type: Type, detail: Events[Type]): void;
@@ -42,18 +42,20 @@ export interface Observable<Events extends object> {
 
 // Bare engines have no EventTarget, so no listener can be added.
 class Platform extends (globalThis.EventTarget ?? (Object as never)) {
-  #heard = false;
+  readonly #heard = new Set<string>();
 
   override addEventListener(...listener: Parameters<EventTarget["addEventListener"]>): void {
     super.addEventListener(...listener);
-    this.#heard = true;
-    this.heard(listener[0]);
+    const [type] = listener;
+    if (this.#heard.has(type)) return;
+    this.#heard.add(type);
+    this.heard(type);
   }
 
   heard(_type: string): void {}
 
   tell(type: string, detail: unknown): void {
-    if (this.#heard) this.dispatchEvent(new CustomEvent(type, { detail }));
+    if (this.#heard.has(type)) this.dispatchEvent(new CustomEvent(type, { detail }));
   }
 }
 

@@ -4,8 +4,8 @@
 
 import { mkdir, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { described } from "./arguments.ts";
 import type { RangeStore } from "./cache/cached.ts";
+import { described } from "./errors.ts";
 
 export type { Adapter, BaseFacts } from "./adapters/adapter.ts";
 export {

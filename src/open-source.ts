@@ -3,7 +3,7 @@
  */
 
 import { openPath } from "#files";
-import { described } from "./arguments.ts";
+import { described } from "./errors.ts";
 import { throwIfAborted } from "./pace.ts";
 import type { FileProgress, OnProgress, WatchedSource } from "./progress.ts";
 import { type AbortOptions, type ByteSource, checkRange, type FetchOptions, type SourceInput } from "./source.ts";

@@ -1,7 +1,7 @@
 /**
  * Progress of reading files, reported in the shape that `progress_callback` of transformers.js is given. Loaded where somebody asks.
  */
-import { described } from "./arguments.ts";
+import { described } from "./errors.ts";
 import type { ByteSource, ReadOptions } from "./source.ts";
 
 /** Progress of one file. */

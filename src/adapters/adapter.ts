@@ -5,8 +5,7 @@
  * Tensors are read on demand, one module at a time, so that packing many adapters holds one module's stack in memory.
  */
 
-import { checkArgument, checkList } from "../arguments.ts";
-import { AdapterError } from "../errors.ts";
+import { AdapterError, checkArgument, checkList } from "../errors.ts";
 import { checkEntry } from "../format/encode.ts";
 import type { Layout, ParameterRole, TaskMetadata } from "../format/format.ts";
 import { wrongKind } from "../format/kind.ts";

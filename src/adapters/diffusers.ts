@@ -5,8 +5,7 @@
  * are read in folder.ts.
  */
 
-import { isPlain } from "../arguments.ts";
-import { AdapterError } from "../errors.ts";
+import { AdapterError, isPlain } from "../errors.ts";
 import { parseJson, type SafetensorsEntry, type SafetensorsFile, type TensorFile } from "../tensor/safetensors.ts";
 import {
   type Adapter,

@@ -4,10 +4,9 @@
  */
 
 import { basename, dirname, extname, join, relative, resolve, sep } from "node:path";
-import { checkList, checkOptions, nearest } from "../arguments.ts";
 import type { WeightHost } from "../core/base.ts";
 import { openDisk } from "../disk.ts";
-import { AdapterError, TaskError } from "../errors.ts";
+import { AdapterError, checkList, checkOptions, nearest, TaskError } from "../errors.ts";
 import { isTaskId } from "../format/directory.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import type { HubOptions } from "../http/hub.ts";

@@ -4,7 +4,7 @@
  * them.
  */
 
-import { AdapterError } from "../errors.ts";
+import { AdapterError, isPlain } from "../errors.ts";
 import { show } from "../tensor/safetensors.ts";
 import type { BaseStart } from "./start.ts";
 
@@ -89,7 +89,7 @@ const UNTOUCHED: readonly unknown[] = [undefined, null, true, false, "gaussian",
  * @throws AdapterError naming the field that is refused or invalid
  */
 export function readPeftConfig(config: unknown, file: string): PeftConfig {
-  if (!isObject(config)) throw new AdapterError("is not a JSON object; expected PEFT's adapter_config.json", { file });
+  if (!isPlain(config)) throw new AdapterError("is not a JSON object; expected PEFT's adapter_config.json", { file });
   const { refuse, wrong, field, numbers } = fieldsOf(config, file);
   if (config.peft_type !== "LORA") throw wrong("peft_type", `"LORA"`, "convert the adapter to LoRA, or train one");
   const warnings = unknownFields(config, refuse);
@@ -148,7 +148,7 @@ function fieldsOf(config: Record<string, unknown>, file: string) {
     /** Numbers by the expressions that PEFT matches names with. */
     numbers(name: string, isValid: (value: unknown) => value is number, what: string): NamePatterns<number> {
       const value = config[name] ?? {};
-      if (!isObject(value)) throw wrong(name, `an object of ${what}s by pattern`);
+      if (!isPlain(value)) throw wrong(name, `an object of ${what}s by pattern`);
       const numbers = Object.entries(value).map(([pattern, number]): [string, number] => {
         if (!isValid(number)) throw refuse(name, `gives ${show(number)} for ${show(pattern)}, expected a ${what}`);
         return [pattern, number];
@@ -179,10 +179,6 @@ const isBias = (value: unknown): value is PeftConfig["bias"] => ["none", "all", 
 
 const isNames = (value: unknown): value is string[] =>
   Array.isArray(value) && value.every((name) => typeof name === "string" && name !== "");
-
-function isObject(value: unknown): value is Record<string, unknown> {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
-}
 
 const isFiniteNumber = (value: unknown): value is number => Number.isFinite(value);
 
@@ -217,7 +213,7 @@ function startOf(init: unknown, refuse: Refuse): Pick<PeftConfig, "start" | "war
 
 function tokenRows(value: unknown, refuse: (message: string) => AdapterError): [string, number[]][] {
   if (value === undefined || value === null) return [];
-  if (!Array.isArray(value) && !isObject(value)) {
+  if (!Array.isArray(value) && !isPlain(value)) {
     throw refuse(`is ${show(value)}, expected an array of row numbers, or an object of such by embedding name`);
   }
   const entries = Array.isArray(value) ? ([["", value]] as const) : Object.entries(value);

@@ -4,10 +4,9 @@
  * Portable: folders are read in folder.ts.
  */
 
-import { checkOptions } from "../arguments.ts";
 import type { BaseInput, WeightHost } from "../core/base.ts";
-import { openHost } from "../core/open-base.ts";
-import { AdapterError } from "../errors.ts";
+import { openHost } from "../core/base-file.ts";
+import { AdapterError, checkOptions } from "../errors.ts";
 import { isHead, type Layout, type TaskMetadata } from "../format/format.ts";
 import { elementsOf } from "../tensor/dtypes.ts";
 import { isFloatDtype, type SafetensorsEntry, show, type TensorFile } from "../tensor/safetensors.ts";

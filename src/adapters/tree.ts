@@ -5,11 +5,10 @@
 
 import { readdir, readFile, stat } from "node:fs/promises";
 import { dirname, extname, join, relative, resolve, sep } from "node:path";
-import { described } from "../arguments.ts";
 import type { WeightHost } from "../core/base.ts";
-import { openHost } from "../core/open-base.ts";
+import { openHost } from "../core/base-file.ts";
 import { openDisk, refuseOtherKinds } from "../disk.ts";
-import { AdapterError } from "../errors.ts";
+import { AdapterError, described } from "../errors.ts";
 import type { HubOptions, SnapshotOptions } from "../http/hub.ts";
 import { type HubName, hubName, isInside } from "../http/hub-name.ts";
 import type { ByteSource } from "../source.ts";

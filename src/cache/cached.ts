@@ -3,8 +3,7 @@
  * says, or the caller who knows what the file must hold; bytes of different versions never meet.
  */
 
-import { checkOptions, described } from "../arguments.ts";
-import { SourceError } from "../errors.ts";
+import { checkOptions, described, SourceError } from "../errors.ts";
 import { fromIntegrity, sha256 } from "../format/fields.ts";
 import { addressOf, openSource } from "../open-source.ts";
 import { throwIfAborted } from "../pace.ts";

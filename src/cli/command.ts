@@ -7,7 +7,6 @@ import { existsSync } from "node:fs";
 import { readdir } from "node:fs/promises";
 import { dirname, join, posix } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
-import { renamedHost } from "../core/open-base.ts";
 import { type OpenOptions, openPack, type Pack } from "../core/pack.ts";
 import { FormatError, SourceError } from "../errors.ts";
 import { type FileKind, kindOfSource } from "../format/kind.ts";
@@ -324,6 +323,7 @@ export class Run {
       return {};
     }
     this.closing(host);
+    const { renamedHost } = await import("../pack/build.ts");
     return { base: names.size > 0 ? renamedHost(host, names) : host };
   }
 

@@ -12,8 +12,8 @@ import { kohyaFile } from "../adapters/kohya.ts";
 import { onnxAdapterFile } from "../adapters/onnx-adapter.ts";
 import { peftFiles } from "../adapters/peft.ts";
 import { describeBase } from "../adapters/tree.ts";
-import { safetensorsHost } from "../core/open-base.ts";
-import { createRuntime } from "../core/runtime.ts";
+import { safetensorsHost } from "../core/base-file.ts";
+import { startRuntime } from "../core/runtime.ts";
 import { wrongKind } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
 import { componentsFile, taskAdapter } from "../pack/expand.ts";
@@ -152,7 +152,7 @@ export const fold: Attach = command({
     const base = await openSafetensors(source).catch(async (error: unknown) => {
       throw await wrongKind(error, source, "a safetensors file");
     });
-    const runtime = run.closing(await createRuntime(pack, { ...options, base: safetensorsHost(base), webgpu: false }));
+    const runtime = run.closing(await startRuntime(pack, { ...options, base: safetensorsHost(base), webgpu: false }));
     const { modules, added } = await runtime.switchTask(task);
     const folded = runtime.changes();
     const entries: SafetensorsEntry[] = [];

@@ -1,7 +1,7 @@
 /**
  * Options of commands: one table gives their values, checks, conflicts and help. Those of several commands are here.
  */
-import { nearest } from "../arguments.ts";
+import { nearest } from "../errors.ts";
 import type { ComponentSelection, Gauge } from "../extract/components.ts";
 import { fromIntegrity } from "../format/fields.ts";
 import { DTYPES, type Dtypes } from "../tensor/dtypes.ts";

@@ -7,7 +7,6 @@
  * factors stay in a cache; a device expands as many as fit at once. Backends arrive by dynamic import, so that an app loads the one it runs.
  */
 
-import { checkChoice } from "../arguments.ts";
 import {
   after,
   at,
@@ -21,6 +20,7 @@ import {
   type Slice,
   type WeightJob,
 } from "../backends/backend.ts";
+import { checkChoice } from "../errors.ts";
 import {
   encodedTensor,
   type PackModule,

@@ -3,8 +3,7 @@
  * alone, without a base.
  */
 
-import { described, isPlain } from "../arguments.ts";
-import { BaseMismatchError, TaskError } from "../errors.ts";
+import { BaseMismatchError, described, isPlain, TaskError } from "../errors.ts";
 import { readTensor, type TaskParameter } from "../format/format.ts";
 import { sameShape } from "./base.ts";
 import type { ActiveTask } from "./kernel-session.ts";

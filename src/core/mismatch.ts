@@ -2,8 +2,7 @@
  * Identity of a base's weights: which of them a module of an adapter is, by its name or by that of another version of transformers;
  * fingerprints; values that tied weights share; and errors for a module whose weight is not there, not as it must be, or not of DoRA's size.
  */
-import { nearest } from "../arguments.ts";
-import { BaseMismatchError } from "../errors.ts";
+import { BaseMismatchError, nearest } from "../errors.ts";
 import { FINGERPRINT_SIZE, type Layout, moduleOf, type PackModule } from "../format/format.ts";
 import { bf16ToF32, type FloatDtype, f16ToF32 } from "../tensor/dtypes.ts";
 import { toUtf8 } from "../text.ts";
@@ -316,12 +315,6 @@ export function fingerprint(name: string, out: number, inputs: number, at: Weigh
   return values;
 }
 
-/** @throws BaseMismatchError as `checkFingerprint` */
-export function checkWeight(module: PackModule, weight: Located, bytes: Uint8Array, bases: Uint8Array): void {
-  const values = weightAt(bytes, weight.dtype, module.out, module.in, weight.transposed);
-  checkFingerprint(module, weight.name, values, bases, SAME_FLOAT);
-}
-
 /**
  * @param least correlation to accept
  * @param name of the weight in the base
@@ -395,12 +388,8 @@ function isTied(one: CpuView & Pick<Parameter, "layout">, table: CpuView): boole
   const matrix = ({ data, byteOffset, dtype }: CpuView, across: boolean): Matrix => {
     return { at: weightAt(data.subarray(byteOffset), dtype, rows, width, across), dtype };
   };
-  return sameValues(matrix(one, liesAcross(one, table.shape)), matrix(table, false), rows, width);
-}
-
-/** True if the rows of a table are the columns of a parameter of its shape. */
-function liesAcross({ shape, layout }: Pick<Parameter, "shape" | "layout">, table: readonly number[]): boolean {
-  return layout === "in-out" || !sameShape(shape, table);
+  const liesAcross = one.layout === "in-out" || !sameShape(one.shape, table.shape);
+  return sameValues(matrix(one, liesAcross), matrix(table, false), rows, width);
 }
 
 /** A base in which tied parameters are looked for. */

@@ -1,19 +1,14 @@
 /**
- * A base model from whatever serves as one: tensors in the user's memory or on a device, written in place, or a safetensors file, which is only
- * read; and its adapted weights: found, held against the pack's fingerprints, and copied.
+ * A base model whose tensors lie in the user's memory or on a device, and are written in place; and the adapted weights of any base: found,
+ * held against the pack's fingerprints, and copied.
  */
 
-import { described, nearest } from "../arguments.ts";
 import { at, type Backend, type Block, type DeviceBuffer, type Slice } from "../backends/backend.ts";
-import { BaseMismatchError, SourceError } from "../errors.ts";
+import { BaseMismatchError, described, nearest } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
-import { wrongKind } from "../format/kind.ts";
-import { openSource } from "../open-source.ts";
-import type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "../source.ts";
+import type { ReadOptions } from "../source.ts";
 import type { FloatDtype } from "../tensor/dtypes.ts";
-import type { SafetensorsFile } from "../tensor/safetensors.ts";
 import {
-  type BaseInput,
   byteLengthOf,
   type CpuView,
   type DeviceTensor,
@@ -24,15 +19,8 @@ import {
   type WeightHost,
 } from "./base.ts";
 import type { KernelSession } from "./kernel-session.ts";
-import { checkWeight, refuseShared, WeightResolver } from "./mismatch.ts";
+import { checkFingerprint, refuseShared, SAME_FLOAT, WeightResolver, weightAt } from "./mismatch.ts";
 import { placeOf, type RuntimeContext, readWeight, type WeightBinding } from "./weights.ts";
-
-/** @throws TypeError when `base` is none of the accepted kinds; SourceError, FormatError when the file cannot be read */
-export async function openHost(base: BaseInput, options: FetchOptions & ReadOptions = {}): Promise<WeightHost> {
-  if (typeof (base as Partial<WeightHost> | null)?.list === "function") return base as WeightHost;
-  if (base instanceof Map) return memoryHost(base);
-  return openSafetensorsHost(await openSource(base as SourceInput, options, "base"), options);
-}
 
 type Tensors = Map<string, Tensor | DeviceTensor>;
 
@@ -137,7 +125,7 @@ export async function copyView(backend: Backend, view: View): Promise<CpuView> {
   return { ...view, data: copy, byteOffset: 0 };
 }
 
-const FLOATS: readonly FloatDtype[] = ["f32", "f16", "bf16"];
+export const FLOATS: readonly FloatDtype[] = ["f32", "f16", "bf16"];
 
 /** Names of the same types in torch, onnxruntime and safetensors. */
 const ELSEWHERE = new Map<unknown, FloatDtype>([
@@ -209,46 +197,6 @@ function viewOf(tensor: Tensor | DeviceTensor): View {
   return { dtype, shape, data: new Uint8Array(buffer, byteOffset, byteLength), byteOffset: 0 };
 }
 
-/** The number format that safetensors call by this name; undefined for others. */
-const floatOf = (dtype = ""): FloatDtype | undefined => FLOATS.find((float) => float.toUpperCase() === dtype);
-
-/** The float tensors of a safetensors file. Read-only. */
-export function safetensorsHost(file: SafetensorsFile): WeightHost {
-  return {
-    *list() {
-      for (const [name, { dtype, shape }] of file.tensors) {
-        const type = floatOf(dtype);
-        if (type) yield { name, shape, dtype: type };
-      }
-    },
-    async read(name, into, options) {
-      const tensor = file.tensors.get(name);
-      const dtype = floatOf(tensor?.dtype);
-      if (!tensor || !dtype) throw new SourceError(`has no float tensor "${name}"`, { file: file.name });
-      const data = await file.read(name, options);
-      into?.set(data);
-      return { dtype, shape: tensor.shape, data: into ?? data, byteOffset: 0 };
-    },
-  };
-}
-
-/**
- * @param source closed with the host, or at once when it is no such file
- * @throws SourceError, FormatError when it cannot be read
- */
-async function openSafetensorsHost(source: ByteSource, options: ReadOptions): Promise<WeightHost> {
-  const close = async (): Promise<void> => source.close?.();
-  // Apps whose weights are in memory need no reader.
-  const { openSafetensors } = await import("../tensor/safetensors.ts");
-  try {
-    return { ...safetensorsHost(await openSafetensors(source, { signal: options.signal })), close };
-  } catch (error) {
-    const refused = await wrongKind(error, source, "a safetensors file");
-    await close();
-    throw refused;
-  }
-}
-
 // Adapted weights of a base.
 
 /**
@@ -306,35 +254,9 @@ export async function loadWeights(
       if (binding.active) backend.upload(binding.active, bytes);
     }
     // Packs that were made without a base have no fingerprints.
-    if (check) checkWeight(binding.module, binding.weight, bytes!, bases);
+    if (!check) continue;
+    const { module, weight } = binding;
+    const values = weightAt(bytes!, weight.dtype, module.out, module.in, weight.transposed);
+    checkFingerprint(module, weight.name, values, bases, SAME_FLOAT);
   }
-}
-
-// A base whose weights are called otherwise than the adapters call them.
-
-/**
- * The same base with some weights under the names of the modules that they are. Read-only.
- * @param names the base's names of weights, by module name
- * @throws BaseMismatchError when the base has no such weight
- */
-export function renamedHost(host: WeightHost, names: ReadonlyMap<string, string>): WeightHost {
-  const parameters = [...host.list()];
-  const known = new Set(parameters.map(({ name }) => name));
-  const weights = new Map<string, string>();
-  for (const [module, weight] of names) {
-    if (!known.has(weight)) {
-      const candidates = nearest(weight, known);
-      throw new BaseMismatchError(
-        `the base has no "${weight}", which "${module}" is said to be; candidates: ${candidates.join(", ") || "none"}`,
-        { module, candidates },
-      );
-    }
-    weights.set(`${module}.weight`, weight);
-  }
-  const modules = new Map([...weights].map(([name, weight]) => [weight, name]));
-  return {
-    list: () => parameters.map((one) => ({ ...one, name: modules.get(one.name) ?? one.name })),
-    read: (name, into, options) => host.read(weights.get(name) ?? name, into, options),
-    ...(host.close && { close: () => host.close!() }),
-  };
 }

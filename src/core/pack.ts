@@ -4,8 +4,16 @@
  * keeps task blobs. Computes nothing.
  */
 /// <reference lib="esnext.disposable" preserve="true" />
-import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
-import { type EigenLoraError, type FormatError, TaskError, type TrustError } from "../errors.ts";
+import {
+  checkChoice,
+  checkOptions,
+  described,
+  type EigenLoraError,
+  type FormatError,
+  nearest,
+  TaskError,
+  type TrustError,
+} from "../errors.ts";
 import { Observable } from "../events.ts";
 import { basesTensors, checkTensors, parseDirectory, parseTask, parseWindow } from "../format/directory.ts";
 import { align64, Fields } from "../format/fields.ts";

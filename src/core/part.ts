@@ -1,7 +1,7 @@
 /**
  * A pack as one file of a model sees it: only the modules that live there, and of each task only what concerns them.
  */
-import { described } from "../arguments.ts";
+import { described } from "../errors.ts";
 import { isOfModule, moduleOf, parseBrought, type TaskBlob } from "../format/format.ts";
 import type { Pack, TaskInfo } from "./pack.ts";
 

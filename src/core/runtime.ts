@@ -1,16 +1,15 @@
 /**
- * The runtime: one pack on one base model, and which task is active. `createRuntime` opens the base, finds the adapted weights in it and picks
- * the backend that they go to. It owns what is resident, orders switches and makes
+ * The runtime: one pack on one base model, and which task is active. `startRuntime` finds the adapted weights in the base and picks the
+ * backend that they go to. The runtime owns what is resident, orders switches and makes
  * each of them happen as a whole or not at all. The arithmetic is the backend's, the bytes are the pack's, the weights are
  * the host's.
  */
 /// <reference lib="esnext.disposable" preserve="true" />
-import { checkChoice, checkOptions, checkPack, nearest } from "../arguments.ts";
 import type { DeviceHandle } from "../backends/backend.ts";
-import { BackendError } from "../errors.ts";
+import { BackendError, checkChoice, checkOptions, nearest } from "../errors.ts";
 import { Changes, now, pacer, throwIfAborted } from "../pace.ts";
-import { FETCH_OPTIONS, type FetchOptions } from "../source.ts";
-import { type BaseInput, type CpuView, onDevice, type View } from "./base.ts";
+import type { FetchOptions } from "../source.ts";
+import { type BaseInput, type CpuView, onDevice, type View, type WeightHost } from "./base.ts";
 import { type ActiveTask, type BackendOptions, createBackend, KernelSession, planTasks } from "./kernel-session.ts";
 import type { Bases, Pack } from "./pack.ts";
 import type { Parameters } from "./parameters.ts";
@@ -350,20 +349,14 @@ export interface RuntimeOptions extends BackendOptions, FetchOptions {
 
 /**
  * Loads the bases, finds the adapted weights in the base model and checks that it is the right one.
- * @throws BaseMismatchError when a module is missing, ambiguous, of another shape or of another model
- * @throws BackendError when the backend asked for cannot start or there is not enough memory
- * @example
- * const runtime = await createRuntime(pack, { base: "model.safetensors" });
- * await runtime.switchTask("sst2");
- * const { data } = runtime.weight("bert.encoder.layer.0.attention.self.query");
+ * @param open opens the base. Default: it is a host or a map of tensors, so that no code for files is loaded
+ * @throws RangeError, TypeError, BaseMismatchError, BackendError as `createRuntime`
  */
-export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): Promise<Runtime> {
-  checkPack("createRuntime", pack);
-  checkOptions("createRuntime", options, [
-    ...(["base", "mode", "policy", "names", "anyBase", "ignore", "modules", "signal"] as const),
-    ...(["backend", "webgpu", "wasm"] as const),
-    ...FETCH_OPTIONS,
-  ]);
+export async function startRuntime(
+  pack: Pack,
+  options: RuntimeOptions,
+  open?: (base: BaseInput) => Promise<WeightHost>,
+): Promise<Runtime> {
   const { base, mode = base ? "folded" : "core", policy = "copy" } = options;
   checkChoice("mode", mode, ["core", "factors", "folded"]);
   checkChoice("policy", policy, ["copy", "reload"]);
@@ -372,7 +365,8 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
   const view = modules === undefined ? pack : (await import("./part.ts")).partOf(pack, modules);
   // A runtime without a base needs none of it.
   const opener = base === undefined ? undefined : await import("./open-base.ts");
-  const opened = await opener?.openHost(base!, options);
+  const given = base instanceof Map ? opener!.memoryHost(base) : (base as WeightHost | undefined);
+  const opened = open && base !== undefined ? await open(base) : given;
   // A host that the caller made is the caller's to close.
   const closeHost = opened === base ? undefined : async () => opened?.close?.();
   let made: Awaited<ReturnType<typeof createBackend>> | undefined;

@@ -1,9 +1,8 @@
 /**
  * Selection of a caller, the task blobs that make it up, and the report of a switch: one shape for the runtime and for sessions.
  */
-import { isPlain } from "../arguments.ts";
 import type { Owner } from "../backends/backend.ts";
-import { BackendError } from "../errors.ts";
+import { BackendError, isPlain } from "../errors.ts";
 import { Observable } from "../events.ts";
 import type { ActiveTask } from "./kernel-session.ts";
 import type { PackView } from "./part.ts";

@@ -1,8 +1,7 @@
 /**
  * A task that comes as a file of its own (SPEC.md, section 7), for an open pack. Loaded when one is added.
  */
-import { checkOptions, described } from "../arguments.ts";
-import { TaskError } from "../errors.ts";
+import { checkOptions, described, TaskError } from "../errors.ts";
 import { isCoded, plainTask } from "../format/coded.ts";
 import { isTaskId, parseEntry, parseTask, signatureOf } from "../format/directory.ts";
 import { align64, decode, Fields, integrityOf } from "../format/fields.ts";

@@ -2,11 +2,10 @@
  * Modes "core" and "factors": the terms of the active task, for models that add the low-rank term themselves (docs/runtime.md, "Unfolded"),
  * and `apply`, which adds it for a batch. Loaded where a runtime does not fold.
  */
-import { checkArgument, nearest } from "../arguments.ts";
 import { after, at, type Slice } from "../backends/backend.ts";
-import { TaskError } from "../errors.ts";
+import { checkArgument, nearest, TaskError } from "../errors.ts";
 import { wasmFloats } from "../format/coded-wasm.ts";
-import type { PackModule, TaskBlob } from "../format/format.ts";
+import { encodedTensor, type PackModule, type TaskBlob } from "../format/format.ts";
 import { atOnce, paced, pacer } from "../pace.ts";
 import { isQuantized, placeTensor } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
@@ -366,8 +365,8 @@ function readRows(
 ): void {
   if (stored) {
     const { blob, tensor, strength } = stored;
-    const { dtype, byteOffset, byteLength } = tensor;
-    const bytes = blob.bytes.subarray(byteOffset, byteOffset + byteLength);
+    const { dtype } = tensor;
+    const bytes = encodedTensor(blob.bytes, tensor);
     const whole = strength === 1 && (!turned || rows === rank);
     const fast = whole && isQuantized(dtype) && wasmFloats(dtype, bytes, rows, width, turned);
     if (fast) return out.set(fast, turned ? 0 : row * width);

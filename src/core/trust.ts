@@ -2,8 +2,7 @@
  * Checks a file against what a caller trusts, before any of it is used (SPEC.md, section 8), with hashes and Ed25519 signatures of the
  * platform's WebCrypto. Loaded when `openPack` is given a hash, keys or revoked tasks.
  */
-import { described } from "../arguments.ts";
-import { TrustError } from "../errors.ts";
+import { described, TrustError } from "../errors.ts";
 import { fromIntegrity, integrityOf, sha256, toIntegrity } from "../format/fields.ts";
 import type { Directory, Section, Signature, TaskFile, Window } from "../format/format.ts";
 import type { AbortOptions } from "../source.ts";

@@ -6,7 +6,6 @@
 import { atOnce } from "../pace.ts";
 import { align4, BITS, bf16ToF32, DTYPES, type Dtype, f16ToF32, isQuantized } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
-import { fromHex } from "../text.ts";
 import { isCoded, MOST_CODED_DIRECTORY } from "./coded.ts";
 import { MOST, parseEntry } from "./directory.ts";
 import { encodeSection } from "./encode-coded.ts";
@@ -526,4 +525,11 @@ function padded(parts: readonly Uint8Array[], offset: number): Uint8Array[] {
     end += gap + part.length;
   }
   return chunks;
+}
+
+/** @throws TypeError when `digits` is not an even number of hexadecimal digits */
+function fromHex(digits: string): Uint8Array<ArrayBuffer> {
+  if (!/^([0-9a-f]{2})*$/i.test(digits))
+    throw new TypeError(`expected hexadecimal digits, two a byte, got "${digits}"`);
+  return Uint8Array.from({ length: digits.length / 2 }, (_, i) => Number.parseInt(digits.slice(2 * i, 2 * i + 2), 16));
 }

@@ -1,8 +1,7 @@
 /**
  * Packs, models and adapters behind a URL, read by HTTP ranges; whole where the server has none. Loaded when a URL is opened.
  */
-import { described } from "../arguments.ts";
-import { SourceError } from "../errors.ts";
+import { described, SourceError } from "../errors.ts";
 import { pacer, throwIfAborted } from "../pace.ts";
 import {
   type ByteSource,

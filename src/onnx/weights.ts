@@ -2,11 +2,10 @@
  * Values of a model's weights, which weights a model has twice, and a model as a base for a runtime: read-only, since changes of a task
  * reach a model through what runs it. The reader of quantised weights is loaded only for models that have some.
  */
-import { checkOptions } from "../arguments.ts";
 import type { CpuView, View, WeightHost } from "../core/base.ts";
 import { fingerprint, type Matrix, sameValues, type WeightAt, weightAt } from "../core/mismatch.ts";
 import { BaseMismatchError, FormatError, SourceError } from "../errors.ts";
-import { FETCH_OPTIONS, type ReadOptions, type SourceInput } from "../source.ts";
+import type { ReadOptions } from "../source.ts";
 import type { FloatDtype } from "../tensor/dtypes.ts";
 import {
   asMatrix,
@@ -22,7 +21,7 @@ import {
   pieceShape,
   type Stored,
 } from "./modules.ts";
-import { type ModelFile, type ModelOptions, readModel } from "./read.ts";
+import type { ModelFile } from "./read.ts";
 import { readTensor } from "./tensors.ts";
 
 /** @throws FormatError, SourceError as `readTensor`; FormatError when the quantisation is not supported */
@@ -211,23 +210,6 @@ function ambiguous({ model }: ModelFile, parameter: OnnxParameter): BaseMismatch
 }
 
 // A model as a base.
-
-/**
- * Opens a model and finds its parameters. The file is read whole and stays in memory; files next to it are read when a weight in them is.
- * Closing the host releases those.
- *
- * @example
- * const base = await openOnnxHost("model.onnx");
- * const runtime = await createRuntime(pack, { base });
- *
- * @throws FormatError when the file is truncated or is no ONNX model
- * @throws SourceError when the file cannot be read; `read` throws it also for missing external files, and BaseMismatchError
- *   for a name that several weights of different values have
- */
-export async function openOnnxHost(input: SourceInput, options: ModelOptions = {}): Promise<WeightHost> {
-  checkOptions("openOnnxHost", options, ["onProgress", "external", "signal", ...FETCH_OPTIONS]);
-  return onnxHost(await readModel(input, options));
-}
 
 /** The float parameters of a model in memory. Read-only. @param pieces parts of packed parameters, or made of several */
 export function onnxHost(file: ModelFile, pieces: readonly OnnxParameter[] = []): WeightHost {

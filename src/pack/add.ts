@@ -1,8 +1,7 @@
 /** New tasks for a pack that exists: adapters are brought onto its bases. */
 import { type Adapter, checkAdapters, listed, refuseBoth } from "../adapters/adapter.ts";
-import { checkPack } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
-import { AdapterError, TaskError } from "../errors.ts";
+import { AdapterError, checkPack, TaskError } from "../errors.ts";
 import {
   type Basis,
   type BySide,

@@ -16,10 +16,10 @@ import {
   sharedModules,
 } from "../adapters/adapter.ts";
 import { inBase } from "../adapters/start.ts";
-import type { BaseInput } from "../core/base.ts";
+import type { BaseInput, WeightHost } from "../core/base.ts";
+import { openHost } from "../core/base-file.ts";
 import { fingerprint, WeightResolver, weightAt } from "../core/mismatch.ts";
-import { openHost } from "../core/open-base.ts";
-import { AdapterError } from "../errors.ts";
+import { AdapterError, BaseMismatchError, nearest } from "../errors.ts";
 import type { ModuleExtraction, ModuleStack, SideBasis } from "../extract/components.ts";
 import { createExtractor, type Extractor } from "../extract/extractor.ts";
 import { type SharedSides, UNSHARED } from "../extract/sides.ts";
@@ -427,4 +427,31 @@ export async function readFingerprints(
     // The caller's own source may be read again.
     if (typeof base === "string" || base instanceof URL) await host.close?.();
   }
+}
+
+/**
+ * The same base with some weights under the names of the modules that they are. Read-only.
+ * @param names the base's names of weights, by module name
+ * @throws BaseMismatchError when the base has no such weight
+ */
+export function renamedHost(host: WeightHost, names: ReadonlyMap<string, string>): WeightHost {
+  const parameters = [...host.list()];
+  const known = new Set(parameters.map(({ name }) => name));
+  const weights = new Map<string, string>();
+  for (const [module, weight] of names) {
+    if (!known.has(weight)) {
+      const candidates = nearest(weight, known);
+      throw new BaseMismatchError(
+        `the base has no "${weight}", which "${module}" is said to be; candidates: ${candidates.join(", ") || "none"}`,
+        { module, candidates },
+      );
+    }
+    weights.set(`${module}.weight`, weight);
+  }
+  const modules = new Map([...weights].map(([name, weight]) => [weight, name]));
+  return {
+    list: () => parameters.map((one) => ({ ...one, name: modules.get(one.name) ?? one.name })),
+    read: (name, into, options) => host.read(weights.get(name) ?? name, into, options),
+    ...(host.close && { close: () => host.close!() }),
+  };
 }

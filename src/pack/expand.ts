@@ -4,10 +4,10 @@
  */
 
 import { type Adapter, type AdapterModule, f32Bytes, type SavedTensor } from "../adapters/adapter.ts";
-import { checkOptions, checkPack } from "../arguments.ts";
 import { tilesOf } from "../backends/backend.ts";
 import type { Pack } from "../core/pack.ts";
 import { checkExpansion } from "../core/terms.ts";
+import { checkOptions, checkPack } from "../errors.ts";
 import {
   type Coefficients,
   encodedTensor,

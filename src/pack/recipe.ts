@@ -2,8 +2,9 @@
  * The recipe of a pack: what is stored, for whom, and in which numbers. Plain data, made of options before any adapter is read;
  * `encode.ts` makes sections of it, `build.ts` a pack.
  */
-import { checkOptions } from "../arguments.ts";
+
 import type { BaseInput } from "../core/base.ts";
+import { checkOptions } from "../errors.ts";
 import { type ComponentSelection, checkRank, checkSelection, type ExtractOptions } from "../extract/components.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import type { OnWork } from "../work.ts";

@@ -4,9 +4,8 @@
  */
 
 import type { Adapter, SharedModule } from "../adapters/adapter.ts";
-import { checkArgument, checkChoice, checkOptions } from "../arguments.ts";
 import { openPack, type Pack } from "../core/pack.ts";
-import { AdapterError } from "../errors.ts";
+import { AdapterError, checkArgument, checkChoice, checkOptions } from "../errors.ts";
 import type { SideBasis } from "../extract/components.ts";
 import { byTask, expectedBits, roundingLoss, type Spectrum, spectrumOf } from "../extract/factors.ts";
 import { costOf, encodeSpans, type SharedSides, type SideChoice, type SideCost, type Spans } from "../extract/sides.ts";

@@ -2,11 +2,10 @@
  * Writing packs: fresh ones of a new basis or of the basis of an open pack, appends, signatures; with the entropy coding of what is
  * stored (SPEC.md, appendix A), where it takes fewer bytes.
  */
-import { checkPack, described } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { ALGORITHM, importKey, publicKeyBytes, signedMessage } from "../core/trust.ts";
-import { TrustError } from "../errors.ts";
+import { checkPack, described, TrustError } from "../errors.ts";
 import type { Extractor } from "../extract/extractor.ts";
 import { isCoded } from "../format/coded.ts";
 import { basesTensors, parseBasis, parseTask, taskTensors } from "../format/directory.ts";

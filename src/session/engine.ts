@@ -1,11 +1,12 @@
 /**
  * A runtime of ONNX models, as sessions and trainers use one. All code in `src/` runs models through this interface; only a binding knows
  * the runtime. To add a runtime, implement `Engine` in one file and hand it to
- * `createSession`: `bindings/ort-engine.ts` and `test/support/plain-engine.ts` are two of them.
+ * `createSession`: `bindings/ort-engine.ts` and `test/support/plain-engine.ts` are two of them. `Queue` orders its runs and switches.
  */
 import type { DeviceBuffer, DeviceHandle } from "../backends/backend.ts";
 import type { Feed } from "../onnx/feeds.ts";
 import type { DetachedModel } from "../onnx/write.ts";
+import { Changes } from "../pace.ts";
 
 /** A value that goes into a model or comes out of it. Structural: the runtime's own tensors fit. */
 export interface EngineTensor {
@@ -89,4 +90,51 @@ export function toTensors(engine: Engine, feeds: ReadonlyMap<string, Feed>): Ten
 /** The values of a tensor, wherever it is. */
 export async function dataOf(tensor: EngineTensor): Promise<unknown> {
   return tensor.getData ? tensor.getData() : tensor.data;
+}
+
+/** Calls and changes. Each call sees the changes asked for before it and none that is asked for later. */
+export class Queue extends Changes {
+  readonly #calls = new Set<Promise<unknown>>();
+
+  /** Does `work` after the changes asked for before, whether or not they succeed. Later changes may overlap it. */
+  call<Result>(work: () => Promise<Result>): Promise<Result> {
+    const call = this.changed.then(work);
+    this.#track(call);
+    return call;
+  }
+
+  /**
+   * Does `work` after the changes asked for before. Calls asked for before may still be under way.
+   * @param after called once those have ended, when `work` has succeeded
+   */
+  override change<Result>(work: () => Promise<Result>, after?: (result: Result) => unknown): Promise<Result> {
+    const calls = [...this.#calls];
+    const change = super.change(work);
+    if (after) this.#track(Promise.all([change, ...calls]).then(([result]) => after(result)));
+    return change;
+  }
+
+  /** Does `work` after the calls and changes asked for before, and before those asked for later. */
+  alone<Result>(work: () => Promise<Result>): Promise<Result> {
+    const calls = [...this.#calls];
+    return this.change(async () => {
+      await Promise.all(calls);
+      // Code that awaits one of the calls goes on before anything changes, however many microtasks that takes.
+      await new Promise((resolve) => setTimeout(resolve));
+      return work();
+    });
+  }
+
+  /** Resolves when nothing is under way any more. */
+  async end(): Promise<void> {
+    do {
+      await this.changed;
+      await Promise.all(this.#calls);
+    } while (this.#calls.size > 0);
+  }
+
+  #track(work: Promise<unknown>): void {
+    const settled: Promise<unknown> = work.catch(() => undefined).then(() => this.#calls.delete(settled));
+    this.#calls.add(settled);
+  }
 }

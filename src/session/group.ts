@@ -2,7 +2,6 @@
  * Several files of one model, an encoder and a decoder, a UNet and its text encoders: which modules of the pack live in which, a session
  * on each, and one switch for all.
  */
-import { checkArgument, checkOptions, checkPack, described } from "../arguments.ts";
 import type { Pack, TaskInfo } from "../core/pack.ts";
 import { partOf } from "../core/part.ts";
 import {
@@ -13,13 +12,12 @@ import {
   type Selection,
   Switching,
 } from "../core/selection.ts";
-import { BackendError, BaseMismatchError } from "../errors.ts";
+import { BackendError, BaseMismatchError, checkArgument, checkOptions, checkPack, described } from "../errors.ts";
 import { isOfModule, moduleOf } from "../format/format.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import { tellReady } from "../open-source.ts";
-import { Queue } from "../pace.ts";
 import type { SourceInput } from "../source.ts";
-import type { Engine } from "./engine.ts";
+import { type Engine, Queue } from "./engine.ts";
 import { ModelMatcher, type Table } from "./match.ts";
 import { SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
 import { broughtBy } from "./prepare.ts";
@@ -133,7 +131,6 @@ export class SessionGroup<
   #options: SessionSwitchOptions = {};
   #task: Selection = null;
   #closed: Promise<void> | undefined;
-  #watched = false;
 
   /** @internal Use `createSessions`, or the function of a binding. */
   constructor(pack: Pack, sessions: ReadonlyMap<Name, Session<T>>) {
@@ -185,8 +182,7 @@ export class SessionGroup<
 
   /** @internal */
   override heard(type: string): void {
-    if (type !== "devicelost" || this.#watched) return;
-    this.#watched = true;
+    if (type !== "devicelost") return;
     // Sessions of one runtime have one device: the first event is enough.
     const once = new AbortController();
     for (const session of this.#all)

@@ -3,7 +3,6 @@
  * switches; its delivery brings tasks to the model, the engine runs it.
  */
 
-import { checkArgument, checkChoice, checkOptions, checkPack, described } from "../arguments.ts";
 import type { Pack, TaskInfo } from "../core/pack.ts";
 import {
   copySelection,
@@ -14,17 +13,17 @@ import {
   type SwitchReport,
 } from "../core/selection.ts";
 import type { AddTaskOptions } from "../core/trust.ts";
-import { BackendError, TaskError } from "../errors.ts";
+import { BackendError, checkArgument, checkChoice, checkOptions, checkPack, described, TaskError } from "../errors.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import { externalFiles } from "../onnx/tensors.ts";
 import { detachWeights } from "../onnx/write.ts";
 import { tellReady } from "../open-source.ts";
-import { now, Queue, throwIfAborted } from "../pace.ts";
+import { now, throwIfAborted } from "../pace.ts";
 import { type SourceInput, unlessAborted } from "../source.ts";
 import { sum } from "../tensor/dtypes.ts";
 import type { CacheWatch } from "./caches.ts";
 import { type Active, type Delivery, inputDelivery, type ProbeReport, type SessionParts } from "./delivery.ts";
-import type { Engine, Tensors } from "./engine.ts";
+import { type Engine, Queue, type Tensors } from "./engine.ts";
 import { type Mode, SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
 import { type PreparedModel, prepareModel } from "./prepare.ts";
 import type { RowModel, RowTasks } from "./rows.ts";
@@ -201,7 +200,6 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
   readonly #rowModel: Omit<RowModel, "model">;
   /** Made by the first run with one task per row. */
   #rows: RowTasks | undefined;
-  #watched = false;
   #active: Active;
   /** The selection that a switch under way leads to. */
   #coming: Selection = null;
@@ -259,8 +257,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
 
   /** @internal */
   override heard(type: string): void {
-    if (type !== "devicelost" || this.#watched) return;
-    this.#watched = true;
+    if (type !== "devicelost") return;
     const { gpu } = this.#engine;
     const watch = async (): Promise<void> => {
       const { device } = await gpu!.device();

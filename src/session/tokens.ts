@@ -1,7 +1,7 @@
 /**
  * Texts as a model's inputs, by a tokenizer as it is: one of transformers.js, one of @huggingface/tokenizers, or a function of one's own.
  */
-import { checkOptions, described } from "../arguments.ts";
+import { checkOptions, described } from "../errors.ts";
 import type { Engine, Tensors } from "./engine.ts";
 
 /** Inputs of a batch by name: tensors of the runtime, or objects with their fields (transformers.js). */

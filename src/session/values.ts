@@ -359,14 +359,14 @@ export async function unfoldingEvaluator(model: PreparedModel, bases: Uint8Array
   }
 }
 
-/** Makes the evaluator of mode "folded". @param options base and device @throws as `createRuntime` */
+/** Makes the evaluator of mode "folded". @param options base and device @throws as `startRuntime` */
 export async function foldingEvaluator(model: PreparedModel, options: RuntimeOptions): Promise<TaskEvaluator> {
   const { pack, names, keep, base } = model;
   const heads = [...base.heads.keys()].flatMap((head) => [`${head}.weight`, `${head}.bias`]);
   const inputs = new Set([...heads, ...base.biases.keys()]);
-  const { createRuntime } = await import("../core/runtime.ts");
+  const { startRuntime } = await import("../core/runtime.ts");
   const how = { ...options, names, ...(keep && { modules: keep }), ignore: [...base.ignored, ...inputs] };
-  const runtime = await createRuntime(pack, { ...how, anyBase: true });
+  const runtime = await startRuntime(pack, { ...how, anyBase: true });
   return new TaskEvaluator(model, { folding: { runtime, inputs } });
 }
 

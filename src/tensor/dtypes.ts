@@ -227,6 +227,22 @@ export function placeTensor(
   }
 }
 
+/** The integers of a quantised tensor [rows, width], row-major. */
+export function decodeIntegers(type: QuantizedDtype, bytes: Uint8Array, rows: number, width: number): Int8Array {
+  const out = new Int8Array(rows * width);
+  for (let row = 0; row < rows; row++) {
+    const start = scaleBytes(type, rows) + row * rowBytes(type, width);
+    unpackRow(type, bytes, start, out.subarray(row * width, (row + 1) * width));
+  }
+  return out;
+}
+
+/** The scales of a quantised tensor's rows. */
+export function decodeScales(bytes: Uint8Array, rows: number): Float32Array {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  return Float32Array.from({ length: rows }, (_, row) => f16ToF32(view.getUint16(2 * row, true)));
+}
+
 /** The integers of a packed row that begins at `start`. Each type has a loop of its own; `quantizedAt` takes four times as long. */
 export function unpackRow(type: QuantizedDtype, bytes: Uint8Array, start: number, out: Int8Array): void {
   const width = out.length;

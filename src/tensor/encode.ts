@@ -1,10 +1,10 @@
 /**
- * Writes encoded tensors, and reads the integers and scales of one apart (SPEC.md, section 5). Values are read in `dtypes.ts`; switching
- * does without this file.
+ * Writes encoded tensors (SPEC.md, section 5). They are read in `dtypes.ts`: apps that switch or learn on a session do without this file.
  */
 import {
   BITS,
   type Dtype,
+  decodeIntegers,
   encodeFloats,
   f16ToF32,
   f32ToF16,
@@ -14,7 +14,6 @@ import {
   scaleBytes,
   setInteger,
   tensorBytes,
-  unpackRow,
 } from "./dtypes.ts";
 
 /** Largest integer a quantised type stores; the smallest is its negative, so that 0 is exact and the range symmetric. */
@@ -80,7 +79,7 @@ export function storing<T>(
  */
 export function encodeTensor(
   type: Dtype,
-  values: ArrayLike<number>,
+  values: Float32Array | Float64Array,
   rows: number,
   width: number,
   steps?: ArrayLike<number>,
@@ -103,7 +102,7 @@ export function encodeTensor(
 
 function encodeIntegers(
   type: QuantizedDtype,
-  values: ArrayLike<number>,
+  values: Float32Array | Float64Array,
   rows: number,
   width: number,
   bytes: Uint8Array<ArrayBuffer>,
@@ -163,7 +162,7 @@ const LEAST_SCALE = 0.4;
 
 /** The f16 scale of a row with the least squared error. */
 function bestScale(
-  values: ArrayLike<number>,
+  values: Float32Array | Float64Array,
   start: number,
   width: number,
   peak: number,
@@ -180,14 +179,8 @@ function bestScale(
     halves.push(half);
   }
   if (halves.length === 0) return whole;
-  const row = values instanceof Float64Array ? values.subarray(start, start + width) : rowOf(values, start, width);
+  const row = new Float64Array(values.subarray(start, start + width));
   return halves[find(row, Float64Array.from(halves, f16ToF32), largest)]!;
-}
-
-function rowOf(values: ArrayLike<number>, start: number, width: number): Float64Array {
-  const row = new Float64Array(width);
-  for (let i = 0; i < width; i++) row[i] = values[start + i]!;
-  return row;
 }
 
 const findScale: FindScale = (values, scales, largest) => {
@@ -228,7 +221,7 @@ const CLIPPED = 0.02;
  * @throws UnstorableError
  */
 export function encodeSteps(
-  values: ArrayLike<number>,
+  values: Float32Array | Float64Array,
   rows: number,
   width: number,
   wanted: ArrayLike<number>,
@@ -278,20 +271,4 @@ export function narrowed(tensors: readonly Integers[]): { dtype: QuantizedDtype;
     return bytes;
   });
   return { dtype, encoded };
-}
-
-/** The integers of a quantised tensor [rows, width], row-major. */
-export function decodeIntegers(type: QuantizedDtype, bytes: Uint8Array, rows: number, width: number): Int8Array {
-  const out = new Int8Array(rows * width);
-  for (let row = 0; row < rows; row++) {
-    const start = scaleBytes(type, rows) + row * rowBytes(type, width);
-    unpackRow(type, bytes, start, out.subarray(row * width, (row + 1) * width));
-  }
-  return out;
-}
-
-/** The scales of a quantised tensor's rows. */
-export function decodeScales(bytes: Uint8Array, rows: number): Float32Array {
-  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  return Float32Array.from({ length: rows }, (_, row) => f16ToF32(view.getUint16(2 * row, true)));
 }

@@ -3,7 +3,7 @@
  * little-endian tensors. The reader trusts nothing: every rule of the reference's `validate` is checked before a tensor
  * is read. It does not know what the tensors mean. `TensorFile` is what readers of other formats give, too.
  */
-import { FormatError, SourceError } from "../errors.ts";
+import { FormatError, isPlain, SourceError } from "../errors.ts";
 import { paced, pacer } from "../pace.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
 import { fromUtf8 } from "../text.ts";
@@ -152,10 +152,6 @@ export async function openSafetensors(source: ByteSource, options: HeaderOptions
 }
 
 type Fail = (part: string, message: string, cause?: unknown) => FormatError;
-
-function isObject(value: unknown): value is Record<string, unknown> {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
-}
 
 /** Reads what there is of each tensor by itself, in pieces: all at once 10 MB would take 100 ms. */
 function* parseHeader(
@@ -351,7 +347,7 @@ export function isSize(value: unknown): value is number {
 
 function checkTensor(name: string, value: unknown, dataStart: number, fail: Fail): SafetensorsTensor {
   const part = `tensor ${name}`;
-  if (!isObject(value)) throw fail(part, `is ${show(value)}, expected {dtype, shape, data_offsets}`);
+  if (!isPlain(value)) throw fail(part, `is ${show(value)}, expected {dtype, shape, data_offsets}`);
   const { dtype, shape, data_offsets: offsets } = value;
   const bits = typeof dtype === "string" ? SAFETENSORS_BITS.get(dtype) : undefined;
   if (bits === undefined) {

@@ -5,10 +5,9 @@
  */
 
 import { type Adapter, checkAdapter } from "../adapters/adapter.ts";
-import { checkOptions } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
-import { FormatError, TaskError } from "../errors.ts";
+import { checkOptions, FormatError, TaskError } from "../errors.ts";
 import { type BySide, gauged, memberPair, openModule, type Subspace } from "../extract/components.ts";
 import { addScaled, backwardSolve, centred, cholesky, dot, forwardSolve } from "../extract/linalg.ts";
 import { fastProducts } from "../extract/wasm-products.ts";

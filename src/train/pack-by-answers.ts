@@ -6,17 +6,23 @@
  */
 
 import { type Adapter, checkAdapters, sharedModules } from "../adapters/adapter.ts";
-import { checkArgument, checkOptions, checkPack } from "../arguments.ts";
 import type { WeightHost } from "../core/base.ts";
-import { renamedHost } from "../core/open-base.ts";
 import { openPack, type Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
-import { AdapterError, BackendError, BaseMismatchError, TaskError } from "../errors.ts";
+import {
+  AdapterError,
+  BackendError,
+  BaseMismatchError,
+  checkArgument,
+  checkOptions,
+  checkPack,
+  TaskError,
+} from "../errors.ts";
 import { encodeTaskFile, placeOf, type TaskToWrite } from "../format/encode.ts";
 import { readModel } from "../onnx/read.ts";
 import { onnxHost } from "../onnx/weights.ts";
 import { projectAdapters, storedDtypes } from "../pack/add.ts";
-import { type Built, buildPack, readFingerprints } from "../pack/build.ts";
+import { type Built, buildPack, readFingerprints, renamedHost } from "../pack/build.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import type { BuildOptions } from "../pack/recipe.ts";
 import type { BuildReport } from "../pack/report.ts";

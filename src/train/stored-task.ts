@@ -17,8 +17,8 @@ import {
 import { bringsOf, encodedTensor, misfitLabels, type TaskBlob, type TaskMetadata } from "../format/format.ts";
 import { atOnce } from "../pace.ts";
 import { narrowTerms } from "../pack/tasks.ts";
-import { BITS, type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
-import { decodeScales, encodeTensor, toInteger } from "../tensor/encode.ts";
+import { BITS, type Dtype, decodeScales, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
+import { encodeTensor, toInteger } from "../tensor/encode.ts";
 import type { Term } from "../tensor/term.ts";
 import { type HeadLayer, layersOf, type State } from "./state.ts";
 import { storingTrained, type TrainedParameter, type TrainedTerms, tensorOf } from "./trained-terms.ts";

@@ -4,7 +4,7 @@
  * computed only at positions with something to learn, since a vocabulary has tens of thousands of classes.
  */
 
-import { checkList, nearest } from "../arguments.ts";
+import { checkList, nearest } from "../errors.ts";
 import type { Feed } from "../onnx/feeds.ts";
 import type { Engine, EngineTensor } from "../session/engine.ts";
 import type { Session } from "../session/session.ts";

@@ -2,9 +2,8 @@
  * A model that a trainer can train, and a session as such a model: factors and a head in; logits, loss and gradients out.
  */
 
-import { checkArgument } from "../arguments.ts";
 import type { TrainingGraph } from "../autodiff/graph.ts";
-import { BaseMismatchError } from "../errors.ts";
+import { BaseMismatchError, checkArgument } from "../errors.ts";
 import { dataOf, type EngineTensor, type Tensors } from "../session/engine.ts";
 import type { Session } from "../session/session.ts";
 import type { BatchFeeds } from "../session/tokens.ts";

@@ -3,10 +3,9 @@
  * way from a batch to its inputs.
  */
 
-import { checkChoice, checkList, checkOptions } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
-import { TaskError } from "../errors.ts";
+import { checkChoice, checkList, checkOptions, TaskError } from "../errors.ts";
 import { plainTask } from "../format/coded.ts";
 import { parseTask } from "../format/directory.ts";
 import { encodeTaskFile } from "../format/encode.ts";

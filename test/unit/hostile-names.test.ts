@@ -19,7 +19,7 @@ const evil = "\u001b[2J\u009b2J\r\nwarning: forged\u2028\u202e\u2066\u007f";
 const turned = "\u202eksat\u2069";
 const dangerous = /[^\P{Cc}\n]|[\p{Bidi_Control}\u2028\u2029]/u;
 
-const encoded = encodeTensor("f32", [1, 2], 1, 2);
+const encoded = encodeTensor("f32", Float32Array.of(1, 2), 1, 2);
 const side = { kind: "column", K: 1, mean: false, dtype: "f32", explained: 1, encoded } as const;
 const { description, bases } = encodeBasis({
   producer: `someone${evil}`,
@@ -30,7 +30,12 @@ const { description, bases } = encodeBasis({
   modules: [{ name: `layer${evil}`, out: 2, in: 2, layout: "out-in", A: [side], B: [side] }],
 });
 const basisId = toHex(await sha256(description, bases));
-const coefficients = { kind: "column", mean: false, dtype: "f32", encoded: encodeTensor("f32", [1], 1, 1) } as const;
+const coefficients = {
+  kind: "column",
+  mean: false,
+  dtype: "f32",
+  encoded: encodeTensor("f32", Float32Array.of(1), 1, 1),
+} as const;
 const blob = encodeTask(
   [{ module: 0, rank: 1, A: coefficients, B: coefficients }],
   [{ name: `head${evil}`, role: "saved", shape: [1, 2], dtype: "f32", encoded }],

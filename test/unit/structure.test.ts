@@ -12,7 +12,7 @@ const root = fileURLToPath(new URL("../..", import.meta.url));
 
 /** Lowest first. A file belongs to the first entry that it is or lies in. */
 const LAYERS: readonly (readonly string[])[] = [
-  ["src/errors.ts", "src/arguments.ts", "src/events.ts", "src/globals.ts", "src/text.ts", "src/pace.ts", "src/work.ts"],
+  ["src/errors.ts", "src/events.ts", "src/globals.ts", "src/text.ts", "src/pace.ts", "src/work.ts"],
   [
     "src/source.ts",
     "src/progress.ts",

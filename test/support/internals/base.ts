@@ -1,6 +1,6 @@
 /** Reaches inside the built package for tests: numbers, names and small things that tests make material with. */
 
-export { nearest } from "../../../dist/src/arguments.js";
+export { nearest } from "../../../dist/src/errors.js";
 export { type HubName, hubName } from "../../../dist/src/http/hub-name.js";
 export { openSource } from "../../../dist/src/open-source.js";
 export { atOnce } from "../../../dist/src/pace.js";
