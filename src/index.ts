@@ -93,5 +93,5 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
     ...(["backend", "webgpu", "wasm"] as const),
     ...FETCH_OPTIONS,
   ]);
-  return startRuntime(pack, options, async (base) => (await import("./core/base-file.ts")).openHost(base, options));
+  return startRuntime(pack, options, async (base) => (await import("./core/open-base.ts")).openHost(base, options));
 }

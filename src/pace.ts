@@ -53,8 +53,8 @@ export function throwIfAborted(signal: AbortSignal | undefined): void {
 }
 
 /** The reason of an aborted signal; an `AbortError` where it has none, as in React Native. */
-export function reasonOf({ reason }: AbortSignal): unknown {
-  return reason ?? Object.assign(new Error("This operation was aborted"), { name: "AbortError" });
+export function reasonOf(signal: AbortSignal): unknown {
+  return signal.reason ?? Object.assign(new Error("This operation was aborted"), { name: "AbortError" });
 }
 
 /** Lets everything else that waits in the event loop have its turn. */

@@ -5,7 +5,7 @@
  */
 
 import type { BaseInput, WeightHost } from "../core/base.ts";
-import { openHost } from "../core/base-file.ts";
+import { openHost } from "../core/open-base.ts";
 import { AdapterError, checkOptions } from "../errors.ts";
 import { isHead, type Layout, type TaskMetadata } from "../format/format.ts";
 import { elementsOf } from "../tensor/dtypes.ts";

@@ -6,7 +6,7 @@
 import { readdir, readFile, stat } from "node:fs/promises";
 import { dirname, extname, join, relative, resolve, sep } from "node:path";
 import type { WeightHost } from "../core/base.ts";
-import { openHost } from "../core/base-file.ts";
+import { openHost } from "../core/open-base.ts";
 import { openDisk, refuseOtherKinds } from "../disk.ts";
 import { AdapterError, described } from "../errors.ts";
 import type { HubOptions, SnapshotOptions } from "../http/hub.ts";

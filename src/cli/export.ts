@@ -12,7 +12,7 @@ import { kohyaFile } from "../adapters/kohya.ts";
 import { onnxAdapterFile } from "../adapters/onnx-adapter.ts";
 import { peftFiles } from "../adapters/peft.ts";
 import { describeBase } from "../adapters/tree.ts";
-import { safetensorsHost } from "../core/base-file.ts";
+import { safetensorsHost } from "../core/open-base.ts";
 import { startRuntime } from "../core/runtime.ts";
 import { wrongKind } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";

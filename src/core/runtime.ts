@@ -217,7 +217,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   readWeight(name: string): Promise<CpuView> {
     return this.#queue.change(async () => {
       const view = this.weight(name);
-      return (await import("./open-base.ts")).copyView(this.#parts.kernels.backend, view);
+      return (await import("./load-base.ts")).copyView(this.#parts.kernels.backend, view);
     });
   }
 
@@ -364,8 +364,8 @@ export async function startRuntime(
   const { modules, backend: asked = "auto", signal, anyBase } = options;
   const view = modules === undefined ? pack : (await import("./part.ts")).partOf(pack, modules);
   // A runtime without a base needs none of it.
-  const opener = base === undefined ? undefined : await import("./open-base.ts");
-  const given = base instanceof Map ? opener!.memoryHost(base) : (base as WeightHost | undefined);
+  const loader = base === undefined ? undefined : await import("./load-base.ts");
+  const given = base instanceof Map && !open ? loader!.memoryHost(base) : (base as WeightHost | undefined);
   const opened = open && base !== undefined ? await open(base) : given;
   // A host that the caller made is the caller's to close.
   const closeHost = opened === base ? undefined : async () => opened?.close?.();
@@ -382,7 +382,7 @@ export async function startRuntime(
     if (policy === "reload" && (opened?.begin || inPlace)) {
       throw new TypeError('policy "reload" needs a base that is read from a file; this host is written in place');
     }
-    const { resolver, bindings = [] } = (opened && opener?.bindWeights(opened, view.modules, options.names)) ?? {};
+    const { resolver, bindings = [] } = (opened && loader?.bindWeights(opened, view.modules, options.names)) ?? {};
     const stays = folded && (!opened?.begin || inPlace);
     const onCpu = stays ? undefined : `${folded ? "weights" : "terms"} are wanted on the CPU`;
     bases = await view.bases({ signal });
@@ -390,9 +390,9 @@ export async function startRuntime(
     made = await createBackend(inPlace ? { ...options, backend: "webgpu" } : options, onCpu);
     const { backend, passedOver } = made;
     const kernels = new KernelSession(backend, view.modules, bases.bytes);
-    const host = inPlace && base instanceof Map ? opener!.memoryHost(base, backend) : opened;
+    const host = inPlace && base instanceof Map ? loader!.memoryHost(base, backend) : opened;
     const keep = { pristine: folded && policy === "copy", active: folded && !host?.begin };
-    if (host) await opener!.loadWeights(bindings, host, kernels, bases.bytes, keep, { signal, anyBase });
+    if (host) await loader!.loadWeights(bindings, host, kernels, bases.bytes, keep, { signal, anyBase });
     // A device that has no memory left says so only now.
     await backend.finish();
     const context = { view, mode, kernels, host, resolver, bindings, ignored: new Set(options.ignore) };

@@ -17,8 +17,8 @@ import {
 } from "../adapters/adapter.ts";
 import { inBase } from "../adapters/start.ts";
 import type { BaseInput, WeightHost } from "../core/base.ts";
-import { openHost } from "../core/base-file.ts";
 import { fingerprint, WeightResolver, weightAt } from "../core/mismatch.ts";
+import { openHost } from "../core/open-base.ts";
 import { AdapterError, BaseMismatchError, nearest } from "../errors.ts";
 import type { ModuleExtraction, ModuleStack, SideBasis } from "../extract/components.ts";
 import { createExtractor, type Extractor } from "../extract/extractor.ts";
