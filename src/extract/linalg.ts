@@ -73,7 +73,13 @@ export function transpose(x: Float64Array, rows: number, width: number): Float64
 }
 
 /** Σ x[xAt + k]·y[yAt + k] over `count` values. Four partial sums, because one would wait for each addition to end. */
-export function dot(x: Float64Array, xAt: number, y: Float64Array, yAt: number, count: number): number {
+export function dot<T extends Float32Array | Float64Array>(
+  x: T,
+  xAt: number,
+  y: T,
+  yAt: number,
+  count: number,
+): number {
   let s0 = 0;
   let s1 = 0;
   let s2 = 0;

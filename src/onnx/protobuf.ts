@@ -336,6 +336,8 @@ export function toBinary<Name extends keyof Messages>(name: Name, message: Messa
 /** Writes from the end, so that a message's length is known when it is due. Without bytes, it counts. */
 class Writer {
   readonly #bytes: Uint8Array | undefined;
+  /** Texts that were met: a value's name stands where it is made, and wherever it is used. */
+  readonly #texts = new Map<string, Uint8Array>();
   #at: number;
 
   constructor(bytes: Uint8Array | undefined) {
@@ -372,10 +374,17 @@ class Writer {
     else if (type === "float") this.#put(new Uint8Array(Float32Array.of(value as number).buffer));
     else if (type === "int32" || type === "int64") this.#varint(value as number | bigint);
     else {
-      const bytes = type === "bytes" ? (value as Uint8Array) : bytesOf(value as string);
+      const bytes = type === "bytes" ? (value as Uint8Array) : this.#bytesOf(value as string);
       this.#put(bytes);
       this.#varint(bytes.length);
     }
+  }
+
+  #bytesOf(text: string): Uint8Array {
+    const known = this.#texts.get(text);
+    const bytes = known ?? (typeof TextEncoder === "undefined" ? toUtf8(text) : new TextEncoder().encode(text));
+    if (!known) this.#texts.set(text, bytes);
+    return bytes;
   }
 
   #put(bytes: ArrayLike<number>): void {
@@ -405,7 +414,3 @@ function textOf(bytes: Uint8Array): string {
 }
 
 let decoder: TextDecoder | undefined;
-
-function bytesOf(text: string): Uint8Array {
-  return typeof TextEncoder === "undefined" ? toUtf8(text) : new TextEncoder().encode(text);
-}

@@ -10,6 +10,7 @@
  */
 
 import type { Pack } from "../core/pack.ts";
+import { dot } from "../extract/linalg.ts";
 import {
   type PackModule,
   readTensor,
@@ -145,13 +146,8 @@ export class TrainedTerms {
         if (!basis) continue;
         const { K, width, values: E } = basis;
         const alpha = this.part(gradients, name, `alpha${which}`)!;
-        for (const [at] of alpha.entries()) {
-          const row = Math.floor(at / K) * width;
-          const k = (at % K) * width;
-          let sum = 0;
-          for (let i = 0; i < width; i++) sum += rows[row + i]! * E[k + i]!;
-          alpha[at] = sum;
-        }
+        for (let at = 0; at < alpha.length; at++)
+          alpha[at] = dot(rows, Math.floor(at / K) * width, E, (at % K) * width, width);
       }
     }
     return gradients;
@@ -169,9 +165,13 @@ function expandRows(
   for (let row = 0; row < count; row++) {
     if (mean) sums.set(E.subarray(K * width, (K + 1) * width));
     else sums.fill(0);
-    for (let k = 0; k < K; k++) {
-      const a = alpha[row * K + k]!;
-      for (let i = 0, at = k * width; i < width; i++) sums[i]! += a * E[at + i]!;
+    // Components go by fours, since loading and storing sums takes most of the time; the last times 0 stands in for those beyond it.
+    for (let k = 0; k < K; k += 4) {
+      const at = (i: number): number => Math.min(k + i, K - 1) * width;
+      const by = (i: number): number => (k + i < K ? alpha[row * K + k + i]! : 0);
+      const [p, q, r, s] = [at(0), at(1), at(2), at(3)] as const;
+      const [a, b, c, d] = [by(0), by(1), by(2), by(3)] as const;
+      for (let i = 0; i < width; i++) sums[i]! += a * E[p + i]! + b * E[q + i]! + c * E[r + i]! + d * E[s + i]!;
     }
     rows.set(sums, row * width);
   }
