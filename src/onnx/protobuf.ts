@@ -336,8 +336,6 @@ export function toBinary<Name extends keyof Messages>(name: Name, message: Messa
 /** Writes from the end, so that a message's length is known when it is due. Without bytes, it counts. */
 class Writer {
   readonly #bytes: Uint8Array | undefined;
-  /** Texts that were met: a value's name stands where it is made, and wherever it is used. */
-  readonly #texts = new Map<string, Uint8Array>();
   #at: number;
 
   constructor(bytes: Uint8Array | undefined) {
@@ -373,18 +371,19 @@ class Writer {
     if (schema) this.#varint(this.message(schema, value as Proto));
     else if (type === "float") this.#put(new Uint8Array(Float32Array.of(value as number).buffer));
     else if (type === "int32" || type === "int64") this.#varint(value as number | bigint);
+    else if (type === "string" && /^[ -~]*$/.test(value as string)) this.#ascii(value as string);
     else {
-      const bytes = type === "bytes" ? (value as Uint8Array) : this.#bytesOf(value as string);
+      const bytes = type === "bytes" ? (value as Uint8Array) : toUtf8(value as string);
       this.#put(bytes);
       this.#varint(bytes.length);
     }
   }
 
-  #bytesOf(text: string): Uint8Array {
-    const known = this.#texts.get(text);
-    const bytes = known ?? (typeof TextEncoder === "undefined" ? toUtf8(text) : new TextEncoder().encode(text));
-    if (!known) this.#texts.set(text, bytes);
-    return bytes;
+  /** Names are ASCII: an encoder would take most of the time that writing takes. */
+  #ascii(text: string): void {
+    this.#at -= text.length;
+    for (let i = 0; this.#bytes && i < text.length; i++) this.#bytes[this.#at + i] = text.charCodeAt(i);
+    this.#varint(text.length);
   }
 
   #put(bytes: ArrayLike<number>): void {
