@@ -1,6 +1,6 @@
 /**
  * `eigenlora/browser`: what a page needs, in one file that imports nothing, for pages without a bundler. It holds
- * `eigenlora` and its subpaths `onnxruntime`, `transformers`, `session`, `onnx` and `cache`, and the trainer of
+ * `eigenlora` and its subpaths `onnxruntime`, `transformers`, `session`, `onnx`, `cache` and `webgpu`, and the trainer of
  * `eigenlora/train`. Import all of it from here: what other subpaths export are other classes.
  */
 export * from "../bindings/onnxruntime.ts";
@@ -27,3 +27,4 @@ export {
   type TrainingStep,
   type Unlabelled,
 } from "./train/index.ts";
+export { type WebgpuOptions, webgpu } from "./webgpu.ts";

@@ -1,16 +1,11 @@
 /**
- * Browsers, workers and React Native have no files, and may have WebGPU: `#files` of package.json is this unless the condition `node` is set.
+ * Browsers, workers and React Native have no files, and no cache of the Hugging Face Hub: `#files` and `#hub` of package.json are this unless the
+ * condition `node` is set.
  */
-/// <reference types="@webgpu/types" />
-import type { AbortOptions, ByteSource, FetchOptions } from "./source.ts";
+import type { SnapshotOptions } from "./http/hub.ts";
+import type { ByteSource } from "./source.ts";
 
 /** Every string is a URL here, relative ones against the document or worker. */
-export const openPath: ((path: string, options: FetchOptions & AbortOptions) => Promise<ByteSource>) | undefined =
-  undefined;
-
-/** @throws Error where the browser has no WebGPU */
-export async function openGpu(): Promise<object> {
-  const gpu = (globalThis.navigator as Navigator | undefined)?.gpu;
-  if (gpu) return gpu;
-  throw new Error("this browser has no WebGPU, or the page is not served over https");
-}
+export const openPath: ((path: string, name?: string) => Promise<ByteSource>) | undefined = undefined;
+/** Names of the Hub are addresses. */
+export const openHub: ((text: string, options?: SnapshotOptions) => Promise<ByteSource>) | undefined = undefined;

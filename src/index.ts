@@ -7,7 +7,7 @@ import { type Runtime, type RuntimeOptions, startRuntime } from "./core/runtime.
 import { checkOptions, checkPack } from "./errors.ts";
 import { FETCH_OPTIONS } from "./source.ts";
 
-export type { DeviceBuffer, DeviceHandle, Owner } from "./backends/backend.ts";
+export type { DeviceBackend, DeviceBuffer, DeviceHandle, Owner } from "./backends/backend.ts";
 export type {
   BaseInput,
   CpuView,
@@ -18,7 +18,7 @@ export type {
   View,
   WeightHost,
 } from "./core/base.ts";
-export type { BackendOptions } from "./core/kernel-session.ts";
+export type { BackendChoice, BackendOptions } from "./core/kernel-session.ts";
 export type { TaskInfo } from "./core/pack.ts";
 export { type Bases, type BasesOptions, type OpenOptions, openPack, Pack, type PackEvents } from "./core/pack.ts";
 export type { ModuleFilter } from "./core/part.ts";
@@ -90,7 +90,7 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
   checkPack("createRuntime", pack);
   checkOptions("createRuntime", options, [
     ...(["base", "mode", "policy", "names", "anyBase", "ignore", "modules", "signal"] as const),
-    ...(["backend", "webgpu", "wasm"] as const),
+    ...(["backend", "wasm"] as const),
     ...FETCH_OPTIONS,
   ]);
   return startRuntime(pack, options, async (base) => (await import("./core/open-base.ts")).openHost(base, options));

@@ -36,7 +36,7 @@ export async function openSource(
   const text = (input as Partial<URL> | undefined)?.href ?? input;
   if (typeof text === "string") {
     const url = addressOf(text, where);
-    if (!url) return openPath!(text, options);
+    if (!url) return openPath!(text);
     // Loaded late: apps that have the bytes, a Blob or a file do without.
     const { openUrl } = await import("./http/url-source.ts");
     return openUrl(url, options, text);
@@ -60,17 +60,12 @@ export async function watchedOf(
   return (await import("./progress.ts")).watch(source, stage, onProgress, total);
 }
 
-/** Reports that a session is made of a model. */
-export async function tellReady(model: string, onProgress: OnProgress | undefined): Promise<void> {
-  if (onProgress) (await import("./progress.ts")).ready(model, onProgress);
-}
-
 /**
- * The address that a string or URL stands for; undefined for a path, where there are files.
+ * The address that a string or URL stands for, which may be a name of the Hub; undefined for a path, where there are files.
  * @throws TypeError when it is no address, and there are no files
  */
 export function addressOf(text: string, where: string): URL | undefined {
-  if (!/^(https?|blob|data):/i.test(text) && openPath) return undefined;
+  if (!/^(https?|blob|data|hf):/i.test(text) && openPath) return undefined;
   const base = (globalThis as { location?: { href: string } }).location?.href;
   try {
     return new URL(text, base);

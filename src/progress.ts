@@ -120,14 +120,8 @@ export function teller(
   };
 }
 
-/** Reports that a session is made. @param model path or address of its model */
-export function ready(model: string, onProgress: OnProgress): void {
-  const place = placeOf(model);
-  onProgress({ status: "ready", stage: "session", ...place, loaded: 0, total: 0, progress: 100, task: "", model });
-}
-
 /** Folder and name of a file by its path or address. */
-function placeOf(path: string): { readonly name: string; readonly file: string } {
+export function placeOf(path: string): { readonly name: string; readonly file: string } {
   const [file = path] = /[^/\\]+$/.exec(path) ?? [];
   return { name: path.slice(0, -file.length).replace(/[/\\]$/, ""), file };
 }

@@ -5,6 +5,7 @@
 /// <reference types="@webgpu/types" />
 import { createRuntime, openPack } from "eigenlora";
 import { openOnnxHost } from "eigenlora/onnx";
+import { webgpu } from "eigenlora/webgpu";
 import { max, median, min } from "simple-statistics";
 import { decodeTensor } from "../../dist/src/tensor/dtypes.js";
 import { model } from "../../examples/minilm.js";
@@ -117,7 +118,7 @@ export async function measureSwitches(on) {
   let peer = "";
   for await (const one of cases()) {
     const before = on.counts.live;
-    const runtime = await start(one, { backend: "webgpu", webgpu: { device: on.device } });
+    const runtime = await start(one, { backend: webgpu({ device: on.device }) });
     const wasm = await start(one, { backend: "wasm" });
     peer = wasm.backend;
     switches.push({ name: one.name, ...(await measure(on, runtime, wasm, turns)) });

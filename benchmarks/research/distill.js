@@ -13,7 +13,7 @@ import { createEigenSession } from "eigenlora/onnxruntime";
 import { distill } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { mean, sum } from "simple-statistics";
-import { parseTaskFile } from "../../dist/src/core/task-file.js";
+import { parseTaskFile } from "../../dist/src/core/read-task-file.js";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";
 import { MeanDivergence, softmax } from "../../dist/src/train/supervision.js";
 import {

@@ -5,8 +5,8 @@
 
 import { basename, dirname, extname, join, relative, resolve, sep } from "node:path";
 import type { WeightHost } from "../core/base.ts";
-import { openDisk } from "../disk.ts";
 import { AdapterError, checkList, checkOptions, nearest, TaskError } from "../errors.ts";
+import { openPath } from "../files-node.ts";
 import { isTaskId } from "../format/directory.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import type { HubOptions } from "../http/hub.ts";
@@ -101,7 +101,7 @@ export async function readAdapters(paths: readonly string[], options: ReadAdapte
   }
 
   async function open(path: string): Promise<ByteSource> {
-    const source = sources.length < MAX_HELD ? await openDisk(path) : await openOnDemand(path);
+    const source = sources.length < MAX_HELD ? await openPath(path) : await openOnDemand(path);
     sources.push(source);
     return source;
   }
@@ -145,10 +145,10 @@ function rename(found: readonly AdapterLocation[], names: ReadonlyMap<string, st
 
 /** Opens a file anew for every read. */
 async function openOnDemand(path: string): Promise<ByteSource> {
-  const probe = await openDisk(path);
+  const probe = await openPath(path);
   await probe.close?.();
   return localSource(path, probe.byteLength!, async (start, end) => {
-    const source = await openDisk(path);
+    const source = await openPath(path);
     try {
       return await source.read(start, end - start);
     } finally {

@@ -7,10 +7,11 @@ import { readdir, readFile, stat } from "node:fs/promises";
 import { dirname, extname, join, relative, resolve, sep } from "node:path";
 import type { WeightHost } from "../core/base.ts";
 import { openHost } from "../core/open-base.ts";
-import { openDisk, refuseOtherKinds } from "../disk.ts";
 import { AdapterError, described } from "../errors.ts";
+import { openPath, refuseOtherKinds } from "../files-node.ts";
 import type { HubOptions, SnapshotOptions } from "../http/hub.ts";
-import { type HubName, hubName, isInside } from "../http/hub-name.ts";
+import { type HubName, isInside } from "../http/hub-name.ts";
+import { hubName } from "../http/hub-page.ts";
 import type { ByteSource } from "../source.ts";
 import { openGguf } from "../tensor/gguf.ts";
 import { parseJson } from "../tensor/safetensors.ts";
@@ -39,7 +40,7 @@ const DISK: Tree = {
     return found?.isDirectory() ? "folder" : found?.isFile() ? "file" : undefined;
   },
   names: (folder) => readdir(folder),
-  open: (path) => openDisk(path),
+  open: (path) => openPath(path),
   get: async () => {},
   nameOf: (path) => path,
 };

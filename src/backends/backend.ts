@@ -123,6 +123,15 @@ export interface ScaleJob extends WeightJob {
   readonly axis: "rows" | "columns";
 }
 
+/** A backend on a device, as `webgpu()` of `eigenlora/webgpu` makes it. */
+export interface DeviceBackend {
+  readonly name: "webgpu";
+  /** The caller's device, where one was given. */
+  readonly device: DeviceHandle | undefined;
+  /** @internal */
+  readonly start: () => Promise<Backend>;
+}
+
 /** One way to hold and compute weights. Made by `createBackend`; freed by `close`. */
 export interface Backend {
   readonly name: "js" | "wasm" | "webgpu";

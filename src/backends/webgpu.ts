@@ -5,22 +5,19 @@
  */
 /// <reference types="@webgpu/types" />
 
-import { openGpu } from "#files";
+import { openDawn } from "#gpu";
 import * as shaders from "../../kernels/wgsl.ts";
 import { BackendError } from "../errors.ts";
 import { align4, DTYPES, type Dtype, rowBytes, scaleBytes, tensorBytes } from "../tensor/dtypes.ts";
 import type * as backend from "./backend.ts";
 import { after, at, checkLength, checkSlice, weightBytes } from "./backend.ts";
 
+/** Options of `webgpu`. */
 export interface WebgpuOptions {
-  /** The device to compute on, which stays the caller's. Absent: one is requested, and destroyed by `close`. */
+  /** The device to compute on, for instance the one that the model runs on; it stays the caller's. Absent: the system's is requested. */
   readonly device?: backend.DeviceHandle | undefined;
-  /** Refuse an adapter that computes on the CPU. */
-  readonly hardware?: boolean | undefined;
-  /** Milliseconds to wait for the device, each time. Default: 60 000. */
+  /** Milliseconds to wait for the device before it counts as lost. Default: 60 000. */
   readonly timeout?: number | undefined;
-  /** Most bytes that a kernel sees of one buffer, if less than the device allows: larger weights are folded in parts. */
-  readonly bindingBytes?: number;
 }
 
 /** GPUBufferUsage, which is a global in browsers only. */
@@ -40,9 +37,12 @@ const ACROSS = 16;
 
 /**
  * A backend on the device given, or on one of the system's.
+ * @param options `bindingBytes`: most bytes that a kernel sees of one buffer, if less than the device allows; larger weights are folded in parts
  * @throws BackendError when there is no WebGPU, no adapter, no device, or a shader is refused
  */
-export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<backend.Backend> {
+export async function createWebgpuBackend(
+  options: WebgpuOptions & { readonly bindingBytes?: number } = {},
+): Promise<backend.Backend> {
   const opened = await openDevice(options);
   const modules = new Map<string, GPUShaderModule>();
   const compiled = Object.entries(shaders).map(async ([name, code]) =>
@@ -689,21 +689,19 @@ const TIMEOUT = 60_000;
  * @throws BackendError when there is no WebGPU, no adapter, the adapter gives no device, or does not answer
  * @throws TypeError when the given device is none
  */
-async function openDevice({ device: given, hardware, timeout = TIMEOUT }: WebgpuOptions) {
+async function openDevice({ device: given, timeout = TIMEOUT }: WebgpuOptions) {
   if (given) {
     const { adapterInfo, createShaderModule } = given as GPUDevice;
-    if (typeof createShaderModule !== "function") throw new TypeError("webgpu.device: expected a WebGPU device");
+    if (typeof createShaderModule !== "function") throw new TypeError("webgpu: device: expected a WebGPU device");
     return { device: given, description: describe(adapterInfo), close() {} };
   }
   try {
-    const gpu = (await openGpu()) as GPU;
+    const gpu = ((globalThis.navigator as Navigator | undefined)?.gpu ?? (await openDawn?.())) as GPU | undefined;
+    if (!gpu) throw new Error("this browser has no WebGPU, or the page is not served over https");
     const asked = gpu.requestAdapter({ powerPreference: "high-performance" });
     const adapter = await inTime(asked, timeout, "the adapter");
     if (!adapter)
       throw new Error("there is no adapter; a driver may be missing, or the browser may have WebGPU disabled");
-    if (hardware && adapter.info.isFallbackAdapter) {
-      throw new Error(`the adapter is software (${describe(adapter.info)}); ask for it with backend: "webgpu"`);
-    }
     // Limits are raised only where they decide which weights fit: the size of a buffer, and how much of it a kernel sees.
     const { maxBufferSize, maxStorageBufferBindingSize } = adapter.limits;
     const requested = adapter.requestDevice({

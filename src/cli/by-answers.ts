@@ -6,7 +6,7 @@ import { rmdir } from "node:fs/promises";
 import { createEngine } from "../../bindings/ort-engine.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
-import { parseTaskFile } from "../core/task-file.ts";
+import { parseTaskFile } from "../core/read-task-file.ts";
 import type { TaskToWrite } from "../format/encode.ts";
 import type { Built } from "../pack/build.ts";
 import type { BuildOptions } from "../pack/recipe.ts";

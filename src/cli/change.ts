@@ -6,7 +6,7 @@ import { readFile } from "node:fs/promises";
 import { resolve } from "node:path";
 import { type Adapter, refuseBases } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
-import { parseTaskFile, readTaskFile } from "../core/task-file.ts";
+import { parseTaskFile, readTaskFile } from "../core/read-task-file.ts";
 import { keyName } from "../core/trust.ts";
 import { TaskError } from "../errors.ts";
 import type { Sign, TaskToWrite } from "../format/encode.ts";

@@ -11,7 +11,7 @@ import { type OpenOptions, openPack, type Pack } from "../core/pack.ts";
 import { FormatError, SourceError } from "../errors.ts";
 import { type FileKind, kindOfSource } from "../format/kind.ts";
 import type { HubOptions } from "../http/hub.ts";
-import { hubName, hubText } from "../http/hub-name.ts";
+import { hubName, hubText } from "../http/hub-page.ts";
 import { openSource } from "../open-source.ts";
 import type { BuildOptions } from "../pack/recipe.ts";
 import type { OnProgress } from "../progress.ts";

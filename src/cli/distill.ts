@@ -6,7 +6,7 @@ import { resolve } from "node:path";
 import type { EigenSession } from "../../bindings/onnxruntime.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
-import { parseTaskFile } from "../core/task-file.ts";
+import { parseTaskFile } from "../core/read-task-file.ts";
 import { TaskError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import { sha256 } from "../format/fields.ts";

@@ -152,7 +152,7 @@ export const fold: Attach = command({
     const base = await openSafetensors(source).catch(async (error: unknown) => {
       throw await wrongKind(error, source, "a safetensors file");
     });
-    const runtime = run.closing(await startRuntime(pack, { ...options, base: safetensorsHost(base), webgpu: false }));
+    const runtime = run.closing(await startRuntime(pack, { ...options, base: safetensorsHost(base) }));
     const { modules, added } = await runtime.switchTask(task);
     const folded = runtime.changes();
     const entries: SafetensorsEntry[] = [];

@@ -1,8 +1,9 @@
 /**
  * The program: its commands, help, version, and errors as people and `--json` see them. Only the command that was asked for is loaded.
  */
-import { reasonOf } from "../disk.ts";
+
 import { EigenLoraError } from "../errors.ts";
+import { reasonOf } from "../files-node.ts";
 import { VERSION } from "../format/format.ts";
 import type { Attach, Result } from "./command.ts";
 import { Command, CommanderError } from "./commander.ts";

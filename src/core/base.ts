@@ -79,7 +79,7 @@ export interface Tensor {
   readonly layout?: Layout;
 }
 
-/** A weight on the WebGPU device that is given as `webgpu: { device }`. The runtime folds into the buffer in place. */
+/** A weight on the WebGPU device that is given as `webgpu({ device })`. The runtime folds into the buffer in place. */
 export interface DeviceTensor {
   readonly dtype: FloatDtype;
   readonly shape: readonly number[];

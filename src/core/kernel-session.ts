@@ -4,7 +4,7 @@
  * fold, DoRA's scale. It keeps the bases, and scratch memory from switch to switch.
  *
  * Factors live in one scratch block, for a round of modules at a time. A CPU expands one module after the other, so that its
- * factors stay in a cache; a device expands as many as fit at once. Backends arrive by dynamic import, so that an app loads the one it runs.
+ * factors stay in a cache; a device expands as many as fit at once.
  */
 
 import {
@@ -12,7 +12,7 @@ import {
   at,
   type Backend,
   type Block,
-  type DeviceHandle,
+  type DeviceBackend,
   type ExpandJob,
   type FoldJob,
   type Owner,
@@ -20,7 +20,7 @@ import {
   type Slice,
   type WeightJob,
 } from "../backends/backend.ts";
-import { checkChoice } from "../errors.ts";
+import { described } from "../errors.ts";
 import {
   encodedTensor,
   type PackModule,
@@ -484,25 +484,18 @@ function addProduct(
   }
 }
 
-// The backend that computes. Each arrives by dynamic import, so that an app loads the one it runs.
+// The backend that computes. Those of the CPU arrive by dynamic import, so that an app loads the one it runs.
+
+/** A backend by its name, or one on a device. */
+export type BackendChoice = "wasm" | "js" | DeviceBackend;
 
 /** Which backend computes. */
 export interface BackendOptions {
   /**
-   * "auto" tries webgpu, then wasm, then js. It takes a GPU that is one, and only where results stay there: not for weights in
-   * the CPU's memory, nor for terms that are handed out.
+   * The backend, or several in the order in which they are tried: `[webgpu(), "wasm"]`. Default: `["wasm", "js"]`. Folded weights of a backend on a
+   * device are buffers there.
    */
-  readonly backend?: "auto" | "webgpu" | "wasm" | "js" | undefined;
-  /** `false`: "auto" leaves WebGPU out, so that weights are always in the CPU's memory. */
-  webgpu?:
-    | false
-    | {
-        /** The WebGPU device to use, for instance the one that the model runs on. Without one, the system's is requested. */
-        readonly device?: DeviceHandle | undefined;
-        /** Milliseconds to wait for the device before it counts as lost. Default: 60 000. */
-        readonly timeout?: number;
-      }
-    | undefined;
+  readonly backend?: BackendChoice | readonly BackendChoice[] | undefined;
   wasm?:
     | {
         /** Instead of the best build that this engine validates. */
@@ -513,37 +506,30 @@ export interface BackendOptions {
     | undefined;
 }
 
-const BACKENDS = {
-  webgpu: async ({ backend, webgpu }: BackendOptions): Promise<Backend> => {
-    const { createWebgpuBackend } = await import("../backends/webgpu.ts");
-    // Software is slower than wasm: only who asks for it gets it.
-    return createWebgpuBackend({ hardware: backend !== "webgpu", ...webgpu });
-  },
-  wasm: async ({ wasm }: BackendOptions): Promise<Backend> =>
-    (await import("../backends/wasm.ts")).createWasmBackend(wasm),
-  js: async (): Promise<Backend> => (await import("../backends/js.ts")).createJsBackend(),
-};
-
 /**
- * @param onCpu why results are wanted in the CPU's memory, if they are: "auto" then takes a device only if one is given
+ * Starts the first backend that can.
  * @returns the backend, and why those before it in the order were passed over
- * @throws BackendError when the backend asked for by name cannot start
+ * @throws BackendError when the last one cannot start either; RangeError for what is no backend
  */
-export async function createBackend(
-  options: BackendOptions = {},
-  onCpu?: string,
-): Promise<{ backend: Backend; passedOver: string[] }> {
-  const { backend = "auto", webgpu } = options;
-  checkChoice("backend", backend, ["auto", ...Object.keys(BACKENDS)]);
-  if (backend !== "auto") return { backend: await BACKENDS[backend](options), passedOver: [] };
-  const why = webgpu === false ? "left out" : webgpu?.device ? undefined : onCpu;
-  const passedOver: string[] = why === undefined ? [] : [`webgpu: ${why}`];
-  for (const start of why === undefined ? [BACKENDS.webgpu, BACKENDS.wasm] : [BACKENDS.wasm]) {
+export async function createBackend(options: BackendOptions = {}): Promise<{ backend: Backend; passedOver: string[] }> {
+  const choices = [options.backend ?? (["wasm", "js"] as const)].flat();
+  for (const choice of choices) {
+    if (choice === "wasm" || choice === "js" || typeof choice?.start === "function") continue;
+    throw new RangeError(`backend: expected "wasm", "js" or webgpu() of "eigenlora/webgpu", got ${described(choice)}`);
+  }
+  const passedOver: string[] = [];
+  for (const [i, choice] of choices.entries()) {
     try {
-      return { backend: await start(options), passedOver };
-    } catch (cause) {
-      passedOver.push((cause as Error).message);
+      return { backend: await startBackend(choice, options), passedOver };
+    } catch (error) {
+      if (i === choices.length - 1) throw error;
+      passedOver.push((error as Error).message);
     }
   }
-  return { backend: await BACKENDS.js(), passedOver };
+  throw new RangeError("backend: expected at least one, got an empty list");
+}
+
+async function startBackend(choice: BackendChoice, { wasm }: BackendOptions): Promise<Backend> {
+  if (choice === "wasm") return (await import("../backends/wasm.ts")).createWasmBackend(wasm);
+  return choice === "js" ? (await import("../backends/js.ts")).createJsBackend() : choice.start();
 }

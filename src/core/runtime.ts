@@ -5,7 +5,7 @@
  * the host's.
  */
 /// <reference lib="esnext.disposable" preserve="true" />
-import type { DeviceHandle } from "../backends/backend.ts";
+import type { DeviceBackend, DeviceHandle } from "../backends/backend.ts";
 import { BackendError, checkChoice, checkOptions, nearest } from "../errors.ts";
 import { Changes, now, pacer, throwIfAborted } from "../pace.ts";
 import type { FetchOptions } from "../source.ts";
@@ -361,7 +361,7 @@ export async function startRuntime(
   checkChoice("mode", mode, ["core", "factors", "folded"]);
   checkChoice("policy", policy, ["copy", "reload"]);
   if (mode === "folded" && base === undefined) throw new TypeError('mode "folded" needs a base');
-  const { modules, backend: asked = "auto", signal, anyBase } = options;
+  const { modules, signal, anyBase } = options;
   const view = modules === undefined ? pack : (await import("./part.ts")).partOf(pack, modules);
   // A runtime without a base needs none of it.
   const loader = base === undefined ? undefined : await import("./load-base.ts");
@@ -375,19 +375,19 @@ export async function startRuntime(
     const folded = mode === "folded";
     const placed = [...(opened?.list() ?? [])].find(({ name }) => onDevice(opened!.view?.(name)?.data));
     const inPlace = placed !== undefined;
-    const { device } = options.webgpu || {};
-    if (inPlace && !(device && ["auto", "webgpu"].includes(asked))) {
-      throw new TypeError(`the base's "${placed.name}" lies on a device: pass that device, webgpu: { device }`);
-    }
+    // Weights on a device are folded there or not at all, and WebGPU's own error then says why.
+    const choices = [options.backend].flat() as (DeviceBackend | undefined)[];
+    const device = inPlace ? choices.find((choice) => choice?.device) : undefined;
+    if (inPlace && !device)
+      throw new TypeError(
+        `the base's "${placed.name}" lies on a device: pass that device, backend: webgpu({ device })`,
+      );
     if (policy === "reload" && (opened?.begin || inPlace)) {
       throw new TypeError('policy "reload" needs a base that is read from a file; this host is written in place');
     }
     const { resolver, bindings = [] } = (opened && loader?.bindWeights(opened, view.modules, options.names)) ?? {};
-    const stays = folded && (!opened?.begin || inPlace);
-    const onCpu = stays ? undefined : `${folded ? "weights" : "terms"} are wanted on the CPU`;
     bases = await view.bases({ signal });
-    // Weights on a device are folded there or not at all, and WebGPU's own error then says why.
-    made = await createBackend(inPlace ? { ...options, backend: "webgpu" } : options, onCpu);
+    made = await createBackend(device ? { backend: device } : options);
     const { backend, passedOver } = made;
     const kernels = new KernelSession(backend, view.modules, bases.bytes);
     const host = inPlace && base instanceof Map ? loader!.memoryHost(base, backend) : opened;

@@ -18,7 +18,7 @@ import {
 } from "../format/format.ts";
 import { wrongKind } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
-import { atOnce, paced, pacer } from "../pace.ts";
+import { paced, pacer } from "../pace.ts";
 import { type ByteSource, type ReadOptions, readAll, type SourceInput } from "../source.ts";
 import { toHex } from "../text.ts";
 import type { AddTaskOptions, Trust } from "./trust.ts";
@@ -57,33 +57,6 @@ function mostBytes(first: Uint8Array): number {
   const f: Fields = new Fields(first, "", "");
   const isTask = first.length >= HEAD_BYTES && TASK_FILE_MAGIC.every((byte, i) => byte === first[i]);
   return isTask ? align64(align64(HEAD_BYTES + f.u32(12)) + f.u32(48)) + SIGNATURE_BYTES : HEAD_BYTES;
-}
-
-/** Options of `readTaskFile`. */
-export interface ReadTaskFileOptions extends ReadOptions {
-  /** The pack that the task belongs to: the blob is held against it too, as `pack.addTask` does. Default: the blob is not looked into. */
-  readonly pack?: TaskBasis;
-}
-
-/**
- * Reads a task file: what it says of the task, and which basis it belongs to. Terms, parameters and their numbers need the pack of that basis.
- * @param input path, URL, Blob, ArrayBuffer or any ByteSource
- * @throws SourceError when it cannot be read, FormatError when it is damaged or another kind of file, TaskError when it belongs to another
- *   basis than that of `pack`
- * @example
- * const { basisId } = await readTaskFile("sst2.eigentask");
- * if (basisId === pack.basisId) await pack.addTask("mine", "sst2.eigentask");
- */
-export async function readTaskFile(input: SourceInput, options: ReadTaskFileOptions = {}): Promise<TaskFile> {
-  checkOptions("readTaskFile", options, ["pack", "onBytes", "signal"]);
-  const source = await openSource(input, {}, "readTaskFile");
-  try {
-    const task = await readTask(source, options);
-    if (options.pack) await readBlob(task, task.id, source.name, options.pack, undefined, options.signal);
-    return task;
-  } finally {
-    await source.close?.();
-  }
 }
 
 /**
@@ -162,11 +135,7 @@ export async function readBlob(
  * Checks a task file and cuts it into entry and blob.
  * @throws FormatError saying which rule of SPEC.md, section 7, does not hold
  */
-export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
-  return atOnce(parseInPieces(bytes, file));
-}
-
-function* parseInPieces(bytes: Uint8Array, file: string): Generator<void, TaskFile> {
+export function* parseInPieces(bytes: Uint8Array, file: string): Generator<void, TaskFile> {
   const f: Fields = new Fields(bytes, file, "task file");
   if (bytes.length < HEAD_BYTES) f.fail(`truncated: ${bytes.length} bytes, its head alone has ${HEAD_BYTES}`);
   f.magic(TASK_FILE_MAGIC, "an EigenLoRA task file");

@@ -419,7 +419,7 @@ function placeOf(kernels: kernel.KernelSession, name: "x" | "y", { data, byteOff
   if (onDevice(data)) {
     if (kernels.backend.adopt) return { block: kernels.backend.adopt(data), byteOffset };
     throw new TypeError(
-      `apply: ${name} lies on a device, and the backend is ${kernels.backend.name}: pass webgpu: { device }`,
+      `apply: ${name} lies on a device, and the backend is ${kernels.backend.name}: pass backend: webgpu({ device })`,
     );
   }
   if (!(data instanceof Uint8Array) || byteOffset + 4 * length > data.byteLength)

@@ -1,7 +1,9 @@
 /**
- * Names of what lies on the Hugging Face Hub: `hf:org/name@revision/folder/file`, as `hf://…` too, which is how huggingface_hub writes
- * them, and the addresses of the Hub's pages. A browser knows the first two forms, as addresses of files.
+ * Names of files on the Hugging Face Hub, and their addresses: `hf:org/name@revision/folder/file`, as `hf://…` too, which is how
+ * huggingface_hub writes them.
  */
+
+import type { FetchOptions } from "../source.ts";
 
 /** A repository of the Hub, or a file or folder in it. */
 export interface HubName {
@@ -15,40 +17,36 @@ export interface HubName {
 
 const HUB = "https://huggingface.co";
 
+/** Variables of the environment, which browsers do not have. */
+const environment = (): NodeJS.ProcessEnv => globalThis.process?.env ?? {};
+
 /** Address of the Hub, or of the mirror that HF_ENDPOINT names. @throws TypeError when that is no address */
 export function hubEndpoint(): string {
-  const endpoint = process.env["HF_ENDPOINT"] || HUB;
+  const endpoint = environment()["HF_ENDPOINT"] || HUB;
   if (/^https?:\/\/[^/]/.test(endpoint)) return endpoint.replace(/\/+$/, "");
   throw new TypeError(`HF_ENDPOINT is "${endpoint}", expected an address such as ${HUB}`);
 }
 
-/** Hosts whose pages show repositories. */
-const PAGES = /^https?:\/\/(?:www\.)?(?:huggingface\.co|hf\.co)(?=\/)/i;
-/** Views of a repository in addresses of pages, in front of revision and path. */
-const SHOWN = /^(blob|tree|resolve|raw|blame)$/;
+/** Headers that only the Hub may see, by names in lower case: those given, and the token of HF_TOKEN, or else `token`. */
+export function hubHeaders({ headers = {} }: FetchOptions, token = ""): Record<string, string> {
+  const authorization = (environment()["HF_TOKEN"] || token).trim();
+  const given = Object.entries(headers).map(([name, value]) => [name.toLowerCase(), value]);
+  return { ...(authorization !== "" && { authorization: `Bearer ${authorization}` }), ...Object.fromEntries(given) };
+}
+
 /** Collections of the Hub other than models, in front of org/name. */
 const OTHERS = /^(datasets|spaces|kernels|buckets|collections|papers)\//;
 /** org/name, @revision, /path. A revision with a slash is spelt %2F, but for those of pull requests and conversions. */
 const NAME = /^([^/@]+\/[^/@]+)(?:@(refs\/(?:pr|convert)\/[^/]+|[^/]*))?(?:\/(.*))?$/;
 
 /**
- * Reads a name by its form: nothing is asked.
- * @returns undefined for what is no name of the Hub, such as a path
- * @throws TypeError for one that is not well formed
- */
-export function hubName(text: string): HubName | undefined {
-  const body = /^hf:/i.test(text) ? text : bodyOfPage(text);
-  return body === undefined ? undefined : parsed(body, text);
-}
-
-/**
- * The address that `hf:org/name@revision/file` stands for where there is no cache of the Hub: in browsers.
+ * The address of a file, `hf:org/name@revision/file`, from which it is read by ranges.
  * @throws TypeError for a name that is not well formed, or that names no file
  */
 export function hubFile(text: string): URL {
   const name = parsed(text, text);
   if (name.path === "") throw new TypeError(`${text}: names a repository, and a file of it is needed`);
-  return hubUrl(HUB, name);
+  return hubUrl(hubEndpoint(), name);
 }
 
 /**
@@ -64,7 +62,7 @@ export function hubUrl(endpoint: string, { repository, revision, path }: HubName
 }
 
 /** @param body a name with or without `hf:`; `text` is what messages quote @throws TypeError when it is not well formed */
-function parsed(body: string, text: string): HubName {
+export function parsed(body: string, text: string): HubName {
   const refuse = (problem: string): never => {
     throw new TypeError(`${text}: ${problem}; expected hf:org/name, hf:org/name@revision or hf:org/name/folder/file`);
   };
@@ -81,12 +79,6 @@ function parsed(body: string, text: string): HubName {
   return { repository, revision, path };
 }
 
-/** Writes a name in its short form. */
-export function hubText({ repository, revision, path }: HubName): string {
-  const at = revision === "main" ? "" : `@${/^refs\/(pr|convert)\//.test(revision) ? revision : encoded(revision)}`;
-  return `hf:${repository}${at}${path && `/${path}`}`;
-}
-
 /**
  * Tells if a path stays below where it begins. Names of a repository become paths on this disk and in addresses, where half a character
  * has no spelling: its owner chooses them.
@@ -95,24 +87,8 @@ export function isInside(path: string): boolean {
   return path.split("/").every((part) => !/^\.{0,2}$|[\\\0\p{Cs}]|^[a-z]:/iu.test(part));
 }
 
-/** The part after `hf:` of the name that an address of a page stands for. */
-function bodyOfPage(text: string): string | undefined {
-  const endpoint = hubEndpoint();
-  const rest = text.startsWith(`${endpoint}/`) ? text.slice(endpoint.length) : text.replace(PAGES, "");
-  if (rest === text) return undefined;
-  const parts = rest
-    .replace(/[?#].*$/, "")
-    .split("/")
-    .filter(Boolean)
-    .map(decoded);
-  const [org, name, shown, revision, ...path] = parts;
-  if (revision === undefined || !SHOWN.test(shown!)) return parts.join("/");
-  return [`${org}/${name}@${encoded(revision)}`, ...path].join("/");
-}
-
-const encoded = (part: string): string => part.replaceAll("%", "%25").replaceAll("/", "%2F");
-
-function decoded(part: string): string {
+/** A part of an address without its escapes, or as it is where they are none. */
+export function decoded(part: string): string {
   try {
     return decodeURIComponent(part);
   } catch {

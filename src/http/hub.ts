@@ -11,13 +11,13 @@ import { constants, createReadStream } from "node:fs";
 import { mkdir, open, readdir, readFile, rename, rm, stat, symlink, writeFile } from "node:fs/promises";
 import { homedir } from "node:os";
 import { dirname, join, relative, sep } from "node:path";
-import { openDisk, reasonOf } from "../disk.ts";
 import { nearest, SourceError } from "../errors.ts";
-import { throwIfAborted } from "../pace.ts";
+import { openPath, reasonOf } from "../files-node.ts";
 import { type FileProgress, type OnProgress, teller } from "../progress.ts";
-import { type AbortOptions, type ByteSource, type FetchOptions, type ReadOptions, SharedWork } from "../source.ts";
+import type { AbortOptions, ByteSource, FetchOptions, ReadOptions } from "../source.ts";
 import { fromUtf8 } from "../text.ts";
-import { type HubName, hubEndpoint, hubName, hubText, hubUrl, isInside } from "./hub-name.ts";
+import { type HubName, hubEndpoint, hubHeaders, hubUrl, isInside } from "./hub-name.ts";
+import { hubName, hubText } from "./hub-page.ts";
 import { UrlSource } from "./url-source.ts";
 
 /** Options of requests to the Hub. Default of `headers`: the token of HF_TOKEN, or the one that `hf auth login` has kept. */
@@ -39,15 +39,15 @@ const MOST_LISTING = 2 ** 24;
 const AT_A_TIME = 4;
 
 /**
- * Opens a file of a repository for ranged reads, from the cache. The first read downloads it where it is missing, and reports to `onBytes`.
+ * Opens a file of a repository from the cache, and downloads it first where it is missing.
  * @throws TypeError for a name that is not well formed
- * @throws SourceError when there is no such file, or it may not be read; from a read when it is not what the Hub promises
+ * @throws SourceError when there is no such file, it may not be read, or it is not what the Hub promises
  */
-export async function openHub(text: string, options: FetchOptions & AbortOptions = {}): Promise<ByteSource> {
-  const name = hubName(text)!;
-  // Progress of a pack or model is that of its reads.
-  const snapshot = await openSnapshot(name, { ...options, onProgress: undefined });
-  return snapshot.openWhole(name.path);
+export async function openHub(text: string, options: SnapshotOptions = {}): Promise<ByteSource> {
+  const { path, ...name } = hubName(text)!;
+  const snapshot = await openSnapshot({ ...name, path }, options);
+  const [place] = await snapshot.get([path]);
+  return openPath(place!, snapshot.nameOf(path));
 }
 
 /**
@@ -59,7 +59,8 @@ export async function openSnapshot(name: HubName, options: SnapshotOptions = {})
   const { HF_HUB_CACHE, HF_HUB_OFFLINE = "" } = process.env;
   const cache = join(absolute(HF_HUB_CACHE || join(hubHome(), "hub")), `models--${repository.replace("/", "--")}`);
   const isOffline = /^(1|on|yes|true)$/i.test(HF_HUB_OFFLINE);
-  const hub: Hub = { name, isOffline, endpoint: hubEndpoint(), ...options, headers: await headersOf(options) };
+  const kept = await readFile(join(hubHome(), "token"), "utf8").catch(() => "");
+  const hub: Hub = { name, isOffline, endpoint: hubEndpoint(), ...options, headers: hubHeaders(options, kept) };
   const known = await commitOf(cache, revision);
   if (known !== undefined && (isOffline || known === revision)) {
     const files =
@@ -133,32 +134,8 @@ export class Snapshot {
 
   /** Opens a file for reads of parts, without downloading it as a whole. @throws SourceError as `get` */
   async open(path: string): Promise<ByteSource> {
-    if (await this.#isHere(path)) return openDisk(this.#place(path), this.nameOf(path));
+    if (await this.#isHere(path)) return openPath(this.#place(path), this.nameOf(path));
     return this.#remote(path);
-  }
-
-  /** Opens a file that the first read downloads, where it is missing. @throws SourceError as `get` */
-  async openWhole(path: string): Promise<ByteSource> {
-    const name = this.nameOf(path);
-    if (this.#hub.isOffline || (await this.#isHere(path))) return this.open(path);
-    let coming: SharedWork<ByteSource> | undefined;
-    return {
-      name,
-      byteLength: this.#find(path).size,
-      read: async (offset, length, { signal, onBytes } = {}) => {
-        const download = async (stop: AbortSignal | undefined): Promise<ByteSource> => {
-          const [place] = await this.get([path], { signal: stop, onBytes });
-          throwIfAborted(stop);
-          return openDisk(place!, name);
-        };
-        coming = SharedWork.join(coming, download, signal);
-        return (await coming.wait(signal)).read(offset, length, { signal });
-      },
-      close: async () => {
-        const disk = await coming?.wait(undefined).catch(() => undefined);
-        await disk?.close?.();
-      },
-    };
   }
 
   /** @throws SourceError where the Hub must not be asked */
@@ -301,13 +278,6 @@ function refuse({ name, endpoint, headers: sent }: Hub, { status, headers }: Res
 interface Listing {
   sha: string;
   siblings: { rfilename: string; size: number; blobId: string; lfs?: { sha256: string; size: number } | null }[];
-}
-
-/** The headers that only the Hub may see, by names in lower case: those given, and HF_TOKEN or the token that `hf auth login` has kept. */
-async function headersOf(options: HubOptions): Promise<Record<string, string>> {
-  const given = Object.entries(options.headers ?? {}).map(([name, value]) => [name.toLowerCase(), value]);
-  const token = process.env["HF_TOKEN"] || (await readFile(join(hubHome(), "token"), "utf8").catch(() => ""));
-  return { ...(token.trim() !== "" && { authorization: `Bearer ${token.trim()}` }), ...Object.fromEntries(given) };
 }
 
 // The cache of the Hugging Face Hub on this disk, in the layout of Python's huggingface_hub, so that each finds what the other has

@@ -54,13 +54,14 @@ type ReadBody = (
 ) => Promise<Uint8Array>;
 
 /**
- * Opens an address, or a name of the Hub where there are no files.
+ * Opens an address, or a file of the Hugging Face Hub by its name.
  * @param text source of `url`: a parser of addresses may have changed a name
  * @throws RangeError, TypeError for options, an address or a name that make no sense
  */
 export async function openUrl(url: URL, options: FetchOptions, text: string): Promise<UrlSource> {
-  const address = /^hf:/i.test(text) ? (await import("./hub-name.ts")).hubFile(text) : url;
-  return new UrlSource(address, options);
+  if (!/^hf:/i.test(text)) return new UrlSource(url, options);
+  const { hubFile, hubHeaders } = await import("./hub-name.ts");
+  return new UrlSource(hubFile(text), { ...options, headers: hubHeaders(options) });
 }
 
 /**

@@ -21,7 +21,7 @@ import { LEAST_DETACHED, type OpenExternal, point } from "./tensors.ts";
 
 /** Options for reading a model and the files next to it. */
 export interface ModelOptions extends FetchOptions, AbortOptions {
-  /** Told how far each file is read; takes a function for `progress_callback` of transformers.js. Bytes in memory are not told. */
+  /** Told how far each file is read that is not in memory or in the Hub's cache; takes a `progress_callback` of transformers.js too. */
   readonly onProgress?: OnProgress | undefined;
   /**
    * Chooses the file that the model calls `location` ("model.onnx_data"). Default: the file of that name next to a model given as a path
@@ -56,14 +56,15 @@ export async function readModel(
   options: ModelOptions & { readonly weightsApart?: boolean | undefined } = {},
 ): Promise<ModelFile> {
   const { onProgress } = options;
-  const opened = await openSource(input, options, "model");
+  const opened = await openFile(input, options, "model");
   const locate = options.external ?? siblingsOf(input, opened.name);
   const apart =
     options.weightsApart === true && !options.external && locate !== undefined && opened.folder !== undefined;
   // The runtime reads the weights: there is no telling how many bytes are needed here.
   const total = apart ? (): undefined => undefined : undefined;
+  // A download into the Hub's cache was told already.
   const told = async (source: ByteSource): Promise<ByteSource> =>
-    (await watchedOf(source, "model", onProgress, total)) ?? source;
+    (!/^hf:/.test(source.name) && (await watchedOf(source, "model", onProgress, total))) || source;
   const source = await told(opened);
   const bytes = await readBytes(source, options, apart).finally(() => source.close?.());
   const model = await parsed(bytes, source.name);
@@ -72,7 +73,7 @@ export async function readModel(
     let file = files.get(location);
     if (!file) {
       file = Promise.resolve(locate!(location)).then(async (found) => {
-        const opened = await openSource(found, options, "external");
+        const opened = await openFile(found, options, "external");
         // Weights that were left in the model's own file: that is told already.
         return opened.name === source.name ? opened : told(opened);
       });
@@ -93,6 +94,12 @@ export async function readModel(
       await Promise.all(settled.map((file) => file.status === "fulfilled" && file.value.close?.()));
     },
   };
+}
+
+/** Opens a file of a model: one of the Hugging Face Hub from the Hub's cache, where there is one, since it is read whole. */
+async function openFile(input: SourceInput, options: ModelOptions, where: string): Promise<ByteSource> {
+  const { openHub } = typeof input === "string" && /^hf:/i.test(input) ? await import("#hub") : {};
+  return openHub ? openHub(input as string, { ...options, stage: "model" }) : openSource(input, options, where);
 }
 
 async function readBytes(source: ByteSource, options: ReadOptions, apart: boolean): Promise<Uint8Array> {

@@ -3,7 +3,7 @@
  * stored (SPEC.md, appendix A), where it takes fewer bytes.
  */
 import type { Pack } from "../core/pack.ts";
-import { parseTaskFile } from "../core/task-file.ts";
+import { parseTaskFile } from "../core/read-task-file.ts";
 import { ALGORITHM, importKey, publicKeyBytes, signedMessage } from "../core/trust.ts";
 import { checkPack, described, TrustError } from "../errors.ts";
 import type { Extractor } from "../extract/extractor.ts";

@@ -15,6 +15,7 @@ import type { WeightFile, WeightInput } from "../onnx/replaceable.ts";
 import { onnxHost } from "../onnx/weights.ts";
 import type { DataFile } from "../onnx/write.ts";
 import { elementsOf, sum } from "../tensor/dtypes.ts";
+import { webgpu } from "../webgpu.ts";
 import {
   type Active,
   compareOutputs,
@@ -51,7 +52,7 @@ export async function deviceDelivery(
     await file.close();
     const own = new Map([...tensors].map(([name, { buffer }]) => [name, buffer]));
     const weights = weightsIn(gpu, fed, (name) => own.get(name)!);
-    const evaluator = await foldingEvaluator(parts.prepared, { base: tensors, backend: "webgpu", webgpu: { device } });
+    const evaluator = await foldingEvaluator(parts.prepared, { base: tensors, backend: webgpu({ device }) });
     opened = evaluator;
     const active = (task: Selection, values: InputValues): Active => {
       const { feeds, bytes } = toFeeds(engine, inputs, [values]);
@@ -219,7 +220,7 @@ export async function foldedDelivery(
   const { inputs } = prepared;
   const host = onnxHost(file, weights.pieces);
   // The file is in memory anyway: no second copy of its weights.
-  const evaluator = await foldingEvaluator(prepared, { base: host, webgpu: false, policy: "reload" });
+  const evaluator = await foldingEvaluator(prepared, { base: host, policy: "reload" });
   const pristine = detached.files.reduce((sum, { data }) => sum + data.byteLength, detached.bytes.length);
   const make = async (tasks: LoadedTasks, signal?: AbortSignal): Promise<Active> => {
     const values = await evaluator.evaluate(tasks, signal);

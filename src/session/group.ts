@@ -15,13 +15,19 @@ import {
 import { BackendError, BaseMismatchError, checkArgument, checkOptions, checkPack, described } from "../errors.ts";
 import { isOfModule, moduleOf } from "../format/format.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
-import { tellReady } from "../open-source.ts";
 import type { SourceInput } from "../source.ts";
 import { type Engine, Queue } from "./engine.ts";
 import { ModelMatcher, type Table } from "./match.ts";
 import { SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
 import { broughtBy } from "./prepare.ts";
-import { checkModes, type Session, type SessionSwitchReport, type SessionTypes, sessionOn } from "./session.ts";
+import {
+  checkModes,
+  type Session,
+  type SessionSwitchReport,
+  type SessionTypes,
+  sessionOn,
+  tellReady,
+} from "./session.ts";
 
 /** Options of `createSessions`: of all sessions. */
 export interface GroupOptions extends Omit<SessionOptions, "trainable"> {

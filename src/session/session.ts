@@ -17,7 +17,6 @@ import { BackendError, checkArgument, checkChoice, checkOptions, checkPack, desc
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import { externalFiles } from "../onnx/tensors.ts";
 import { detachWeights } from "../onnx/write.ts";
-import { tellReady } from "../open-source.ts";
 import { now, throwIfAborted } from "../pace.ts";
 import { type SourceInput, unlessAborted } from "../source.ts";
 import { sum } from "../tensor/dtypes.ts";
@@ -57,6 +56,13 @@ export async function createSession<T extends SessionTypes>(
   const session = await sessionOn<T>(engine, file, pack, options);
   await tellReady(file.model.name, options.onProgress);
   return session;
+}
+
+/** Reports that a session is made of a model. */
+export async function tellReady(model: string, onProgress: SessionOptions["onProgress"]): Promise<void> {
+  if (!onProgress) return;
+  const place = (await import("../progress.ts")).placeOf(model);
+  onProgress({ status: "ready", stage: "session", ...place, loaded: 0, total: 0, progress: 100, task: "", model });
 }
 
 /** @throws RangeError for another mode or form of components than there are */

@@ -349,7 +349,7 @@ export class TaskEvaluator {
 export async function unfoldingEvaluator(model: PreparedModel, bases: Uint8Array): Promise<TaskEvaluator> {
   // Cores consist of coefficients alone.
   const expands = model.base.weights.size > 0 || model.modules.some((module) => module.expands);
-  const { backend } = await createBackend(expands ? { webgpu: false } : { backend: "js" });
+  const { backend } = await createBackend(expands ? {} : { backend: "js" });
   try {
     const kernels = new KernelSession(backend, model.view.modules, expands ? bases : new Uint8Array(0));
     return new TaskEvaluator(model, { kernels });

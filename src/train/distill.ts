@@ -6,7 +6,7 @@
 
 import { type Adapter, checkAdapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
-import { parseTaskFile } from "../core/task-file.ts";
+import { parseTaskFile } from "../core/read-task-file.ts";
 import { checkOptions, FormatError, TaskError } from "../errors.ts";
 import { type BySide, gauged, memberPair, openModule, type Subspace } from "../extract/components.ts";
 import { addScaled, backwardSolve, centred, cholesky, dot, forwardSolve } from "../extract/linalg.ts";

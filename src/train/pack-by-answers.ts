@@ -8,7 +8,7 @@
 import { type Adapter, checkAdapters, sharedModules } from "../adapters/adapter.ts";
 import type { WeightHost } from "../core/base.ts";
 import { openPack, type Pack } from "../core/pack.ts";
-import { parseTaskFile } from "../core/task-file.ts";
+import { parseTaskFile } from "../core/read-task-file.ts";
 import {
   AdapterError,
   BackendError,

@@ -4,7 +4,7 @@
  */
 
 import type { Pack } from "../core/pack.ts";
-import { parseTaskFile } from "../core/task-file.ts";
+import { parseTaskFile } from "../core/read-task-file.ts";
 import { checkChoice, checkList, checkOptions, TaskError } from "../errors.ts";
 import { plainTask } from "../format/coded.ts";
 import { parseTask } from "../format/directory.ts";

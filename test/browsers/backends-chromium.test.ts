@@ -3,10 +3,10 @@
  * a window and in a dedicated worker.
  */
 import { readFile } from "node:fs/promises";
-import type { BackendOptions } from "eigenlora";
 import type { Page } from "playwright-core";
 import t from "tap";
-import type { Entry } from "../support/backends-browser.ts";
+import { labelOf } from "../support/backend-list.ts";
+import type { BrowserBackend, Entry } from "../support/backends-browser.ts";
 import { bundle, noChromium, openPage } from "../support/browser.ts";
 import type { Golden } from "../support/compare.ts";
 import { goldenPacks } from "../support/packs.ts";
@@ -18,12 +18,12 @@ interface Realm {
   evaluate<R, A>(call: (argument: A) => R | Promise<R>, argument: A): Promise<R>;
 }
 
-const BACKENDS: readonly BackendOptions[] = [
+const BACKENDS: readonly BrowserBackend[] = [
   { backend: "js" },
   { backend: "wasm", wasm: { variant: "scalar" } },
   { backend: "wasm", wasm: { variant: "simd" } },
   { backend: "wasm", wasm: { variant: "relaxed-simd" } },
-  { backend: "webgpu" },
+  { gpu: true },
 ];
 
 /** Backends of the gate: Node runs the same code with every build, and a worker runs what a window does. */
@@ -62,10 +62,11 @@ t.test("Chromium", { skip: noChromium }, async (t) => {
       t.comment(`${where}: ${gpu.description}: ${gpu.features.join(", ")}`);
     }
     for (const options of BACKENDS) {
-      const name = `${options.wasm?.variant ?? options.backend} in a ${where}`;
-      const skip = options.backend === "webgpu" && !gpu && lacking("chromium", "this Chromium has no WebGPU adapter");
+      const label = options.gpu ? "webgpu" : labelOf(options);
+      const name = `${label} in a ${where}`;
+      const skip = options.gpu && !gpu && lacking("chromium", "this Chromium has no WebGPU adapter");
       for (const what of ["suite", "goldens"] as const) {
-        if (!soak && !GATE[where]![what].includes(options.wasm?.variant ?? options.backend!)) continue;
+        if (!soak && !GATE[where]![what].includes(label)) continue;
         await t.test(`${what}: ${name}`, { skip }, async (t) => {
           const findings = await realm.evaluate(
             ({ what, name, options, goldens }) => (globalThis as unknown as Entry)[what](name, options, goldens),

@@ -26,7 +26,7 @@ const noWebkit = without("webkit", DRIVER, XVFB);
 const { project, given, check } = await prepareCase(t);
 const site = join(project, "site");
 await mkdir(site);
-const OPTIONS = [{ backend: "js" }, { backend: "auto" }, ...WASM];
+const OPTIONS = [{ backend: "js" }, {}, ...WASM];
 const BACKENDS = ["js", "wasm (relaxed-simd)", "wasm (scalar)", "wasm (simd)", "wasm (relaxed-simd)"];
 /** Pages that write outcomes as text: of the case here, of a worker, and of WebGPU. */
 const PAGES = {
@@ -34,7 +34,7 @@ const PAGES = {
   worker: `const worker = new Worker("/thread.js");
 worker.onmessage = ({ data }) => (document.title = data);
 worker.onerror = ({ message }) => (document.title = "failed: " + message);`,
-  webgpu: caseCode([{ backend: "webgpu" }], "(text) => (document.title = text)"),
+  webgpu: caseCode([{ gpu: true }], "(text) => (document.title = text)"),
 };
 for (const [name, code] of Object.entries(PAGES)) {
   await writeFile(join(site, `${name}.js`), await scriptOf(project, code));

@@ -99,7 +99,7 @@ t.test("the public functions", async (t) => {
   for (const [option, message] of [
     [{ mode: "x" }, 'mode: expected "core", "factors" or "folded", got "x"'],
     [{ policy: "x" }, 'policy: expected "copy" or "reload", got "x"'],
-    [{ backend: "gpu" }, 'backend: expected "auto", "webgpu", "wasm" or "js", got "gpu"'],
+    [{ backend: "gpu" }, 'backend: expected "wasm", "js" or webgpu() of "eigenlora/webgpu", got "gpu"'],
   ] as const)
     await t.rejects(createRuntime(open, wrong(option)), new RangeError(message));
   await t.rejects(openPack("x", wrong({ bases: "x" })), new RangeError('bases: expected "now" or "later", got "x"'));

@@ -2,7 +2,7 @@ import { createRuntime, openPack, type Runtime, type Tensor } from "eigenlora";
 import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { backends } from "../support/backend-list.ts";
+import { backends, labelOf } from "../support/backend-list.ts";
 import { seededTensors } from "../support/bases.ts";
 import { bytesOf, checkGolden, tensorsOf } from "../support/compare.ts";
 import { memoryHost } from "../support/internals/runtime.ts";
@@ -13,7 +13,7 @@ import { packFor } from "../support/sessions.ts";
 
 let packed: ReturnType<typeof goldenPacks> | undefined;
 for (const options of await backends()) {
-  t.test(`${options.wasm?.variant ?? options.backend}: PEFT's goldens through pack and runtime`, async (t) => {
+  t.test(`${labelOf(options)}: PEFT's goldens through pack and runtime`, async (t) => {
     const goldens = await (packed ??= goldenPacks());
     t.ok(goldens.length >= 22, `${goldens.length} goldens`);
     for (const golden of goldens) await checkGolden(t, golden, options);
@@ -60,9 +60,9 @@ const { bytes: smallPack } = await packOf(
 );
 
 for (const options of await backends()) {
-  const label = options.wasm?.variant ?? options.backend;
+  const label = labelOf(options);
   // A device reads everything back for a host that is written; webgpu.test.ts has 500 on weights that stay there.
-  const switches = soak ? 10_000 : options.backend === "webgpu" ? 60 : 200;
+  const switches = soak ? 10_000 : typeof options.backend === "object" ? 60 : 200;
   t.test(`${label}: ${switches} random switches without drift; warm ones allocate and read nothing`, async (t) => {
     const pack = await openPack(smallPack);
     const base = seededTensors(pack.modules, "f32");

@@ -4,7 +4,7 @@
  */
 import { createRuntime, openPack } from "eigenlora";
 import t from "tap";
-import { backends } from "../support/backend-list.ts";
+import { backends, labelOf } from "../support/backend-list.ts";
 import { relativeDifference } from "../support/compare.ts";
 import { LOSSLESS, packOf, termDelta } from "../support/packs.ts";
 import { difference, feeds, golden, MODES, model, open, outputOf, packFor, RUNTIMES } from "../support/sessions.ts";
@@ -38,7 +38,7 @@ t.test("the pack says what it holds", async (t) => {
 });
 
 for (const options of await backends()) {
-  const label = options.wasm?.variant ?? options.backend;
+  const label = labelOf(options);
   t.test(`${label}: folded, and back to the bit`, async (t) => {
     const [plain, other] = [await openPack(bytes), await openPack(words)];
     const [first, second] = [await base(), await base()];

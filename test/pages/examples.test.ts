@@ -20,6 +20,7 @@ import { readTask } from "../../examples/minilm.js";
 import { BLOCKS, type Block, blocksIn, PAGES } from "../support/blocks.ts";
 import { answerOf, beTheCdn, launch, noChromium, openPage } from "../support/browser.ts";
 import { folderFor } from "../support/folder.ts";
+import { hubFor } from "../support/huggingface-server.ts";
 import { concat, data, LOSSLESS } from "../support/packs.ts";
 import { packages, python, required } from "../support/required.ts";
 import { surface } from "../tools/api.js";
@@ -150,15 +151,6 @@ t.test("examples compile", async (t) => {
   }
 });
 
-/** Puts a repository into the Hub's cache, as if it had been downloaded. @param files of the folder by path in the repository */
-async function cacheOfHub(place: string, name: string, files: ReadonlyMap<string, string>): Promise<void> {
-  const store = join(place, "hf/hub", `models--${name.replace("/", "--")}`);
-  const commit = "a".repeat(40);
-  await mkdir(join(store, "refs"), { recursive: true });
-  await writeFile(join(store, "refs/main"), commit);
-  for (const [path, file] of files) await cp(join(place, file), join(store, "snapshots", commit, path));
-}
-
 /** Packs a folder of adapters into a file. */
 async function packInto(file: string, adapters: string, options: BuildOptions = {}): Promise<void> {
   const read = await readAdapters([adapters]);
@@ -218,9 +210,10 @@ async function tinyPlace(t: Test): Promise<string> {
   await cp(data("decoder/onnx/model.onnx"), join(place, "llm.onnx"));
   await cp(data("sessions/torchscript.onnx"), join(place, "model.onnx"));
   await cp(data("sessions/base.safetensors"), join(place, "model.safetensors"));
-  await cacheOfHub(place, "org/name", new Map([["tasks.eigen", "tasks.eigen"]]));
-  const model = ["onnx/model.onnx", "onnx/model_q4.onnx"].map((path) => [path, "model.onnx"] as const);
-  await cacheOfHub(place, "org/model", new Map(model));
+  const { hub } = await hubFor(t);
+  hub.push("org/name", new Map([["tasks.eigen", await readFile(join(place, "tasks.eigen"))]]));
+  const model = await readFile(join(place, "model.onnx"));
+  hub.push("org/model", new Map(["onnx/model.onnx", "onnx/model_q4.onnx"].map((path) => [path, model])));
   return place;
 }
 
@@ -302,8 +295,7 @@ async function runInNode(t: Test, place: string, those: typeof modules): Promise
     listed.push({ file: script, names });
   }
   await writeFile(join(place, "examples.json"), JSON.stringify(listed));
-  const env = { ...process.env, HF_HOME: join(place, "hf"), HF_HUB_OFFLINE: "1" };
-  const { stdout } = await promisify(execFile)(process.execPath, [join(folder, "run.js")], { cwd: place, env });
+  const { stdout } = await promisify(execFile)(process.execPath, [join(folder, "run.js")], { cwd: place });
   const results = JSON.parse(stdout.trimEnd().split("\n").at(-1)!) as { error?: string; absent?: string }[];
   for (const [i, { error, absent }] of results.entries()) {
     const { place, packages, code, block } = those[i]!;

@@ -19,7 +19,7 @@ t.test("node, every build of wasm", async (t) => {
   const variants = ["scalar", "simd"] as const;
   const found = [];
   for (const variant of variants) found.push(await engineCase(given, { backend: "wasm", wasm: { variant } }));
-  found.push(await engineCase(given, { backend: "auto" }, 2, server.url("tasks.eigen")));
+  found.push(await engineCase(given, {}, 2, server.url("tasks.eigen")));
   check(t, found, ["wasm (scalar)", "wasm (simd)", /^wasm/]);
 });
 
@@ -31,12 +31,12 @@ const RUNTIMES: readonly [Program, args: string[]][] = [
 for (const [program, args] of RUNTIMES) {
   t.test(`${program}, by HTTP ranges`, { skip: noProgram(program) }, async (t) => {
     const file = join(project, "main.js");
-    await writeFile(file, caseCode([{ backend: "js" }, { backend: "auto" }], "console.log", server.url("tasks.eigen")));
+    await writeFile(file, caseCode([{ backend: "js" }, {}], "console.log", server.url("tasks.eigen")));
     check(t, outcomesOf(await outputOf(program, ...args, file)), ["js", /^wasm/]);
   });
 }
 
-/** Shells. WebAssembly in gjs compiles only synchronously, not as a promise: "auto" passes it over. */
+/** Shells. WebAssembly in gjs compiles only synchronously, not as a promise: it is passed over. */
 const SHELLS: readonly [Program, args: string[], wasm: boolean][] = [
   ["quickjs", ["--script", "--no-unhandled-rejection"], false],
   ["jsc", [], true],
@@ -51,7 +51,7 @@ loop.run();
 for (const [program, args, wasm] of SHELLS) {
   t.test(program, { skip: noProgram(program) }, async (t) => {
     const file = join(project, `${program}.js`);
-    const options = [{ backend: "js" }, { backend: "auto" }, ...(wasm ? WASM : [])];
+    const options = [{ backend: "js" }, {}, ...(wasm ? WASM : [])];
     const code = program === "gjs" ? IN_A_LOOP(options) : caseCode(options, "globalThis.print");
     await writeFile(file, await scriptOf(project, code));
     check(t, outcomesOf(await outputOf(program, ...args, file)), [
@@ -60,14 +60,10 @@ for (const [program, args, wasm] of SHELLS) {
   });
 }
 
-const AUTO = { backend: "auto" };
 for (const exports of [true, false]) {
   const how = exports ? "with package exports" : "without package exports";
   t.test(`hermes, bundled by Metro ${how}`, { skip: noProgram("hermes", "hermesc", "metro") }, async (t) => {
-    await writeFile(
-      join(project, "app.js"),
-      caseCode(exports ? [{ backend: "js" }, AUTO] : [AUTO], "globalThis.print"),
-    );
+    await writeFile(join(project, "app.js"), caseCode(exports ? [{ backend: "js" }, {}] : [{}], "globalThis.print"));
     const bundle = await metro(project, "app.js", { exports });
     const found = outcomesOf(await outputOf("hermes", "-w", bundle));
     check(t, found, exports ? ["js", "js"] : ["js"]);
@@ -112,8 +108,8 @@ const failure = (promise) => promise.then(() => "", (error) => error.name + ": "
 export default {
   async test() {
     const found = [];
-    for (const options of [{ backend: "js" }, { backend: "auto" }])
-      found.push(await engineCase(material, options, options.backend === "auto" ? 2 : 500));
+    for (const options of [{ backend: "js" }, {}])
+      found.push(await engineCase(material, options, options.backend ? 500 : 2));
     for (const module of [scalar, simd, relaxed])
       found.push(await engineCase(material, { backend: "wasm", wasm: { module } }));
     console.log(JSON.stringify(found));

@@ -4,6 +4,7 @@
  */
 import { setFlagsFromString } from "node:v8";
 import type { BackendOptions } from "eigenlora";
+import { webgpu } from "eigenlora/webgpu";
 import t from "tap";
 import { createWebgpuBackend } from "./internals/runtime.ts";
 import { bare, skip, whole } from "./required.ts";
@@ -31,6 +32,10 @@ export async function dawnMissing(): Promise<string | undefined> {
   return reason;
 }
 
+/** Name of a backend in tests: "simd". */
+export const labelOf = ({ backend, wasm }: BackendOptions): string =>
+  wasm?.variant ?? (typeof backend === "object" ? "webgpu" : backend!);
+
 export async function backends(): Promise<BackendOptions[]> {
   const missing = await dawnMissing();
   return [
@@ -42,6 +47,6 @@ export async function backends(): Promise<BackendOptions[]> {
           { backend: "wasm", wasm: { variant: "relaxed-simd" } },
         ] as const)
       : []),
-    ...(missing === undefined ? [{ backend: "webgpu" } as const] : []),
+    ...(missing === undefined ? [{ backend: webgpu() }] : []),
   ];
 }

@@ -3,18 +3,22 @@
  */
 /// <reference types="@webgpu/types" />
 import type { BackendOptions } from "eigenlora";
+import { webgpu } from "eigenlora/webgpu";
 import { backendSuite } from "./backend-suite.ts";
 import { checkGolden, type Golden } from "./compare.ts";
 import { createBackend, createWebgpuBackend } from "./internals/runtime.ts";
 import { type Finding, record } from "./stand-in.ts";
 
+/** A backend, with `gpu` for WebGPU, since options travel to the page as JSON. */
+export type BrowserBackend = BackendOptions & { readonly gpu?: true };
+
 export interface Entry {
   /** WebGPU in this browser, if any: the adapter and its features. */
   adapter(): Promise<{ description: string; features: string[] } | undefined>;
   /** The suite on a backend. WebGPU runs on a device that asks for no features. */
-  suite(name: string, options: BackendOptions): Promise<Finding[]>;
+  suite(name: string, options: BrowserBackend): Promise<Finding[]>;
   /** The golden pairs on a backend, which asks for its device itself. */
-  goldens(name: string, options: BackendOptions, goldens: readonly Golden[]): Promise<Finding[]>;
+  goldens(name: string, options: BrowserBackend, goldens: readonly Golden[]): Promise<Finding[]>;
 }
 
 const requestAdapter = async (): Promise<GPUAdapter | null> => (await navigator.gpu?.requestAdapter()) ?? null;
@@ -37,7 +41,7 @@ export const entry: Entry = {
   },
 
   async suite(name, options) {
-    if (options.backend !== "webgpu") {
+    if (!options.gpu) {
       return record(name, (t) => backendSuite(t, async () => (await createBackend(options)).backend));
     }
     const device = await plainDevice();
@@ -46,8 +50,8 @@ export const entry: Entry = {
     return findings;
   },
 
-  goldens: (name, options, goldens) =>
+  goldens: (name, { gpu, ...options }, goldens) =>
     record(name, async (t) => {
-      for (const golden of goldens) await checkGolden(t, golden, options);
+      for (const golden of goldens) await checkGolden(t, golden, gpu ? { backend: webgpu() } : options);
     }),
 };

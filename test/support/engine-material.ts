@@ -79,14 +79,17 @@ export async function prepareCase(t: Test): Promise<{
   return { project, given, engineCase, check };
 }
 
-/** Code that prints the case's outcomes on these backends as one line. @param url of the pack, if it is not to be opened from its bytes */
+/** Code that prints the case's outcomes on these backends as one line. @param options `{ gpu: true }` for WebGPU @param url of the pack, if it is not to be opened from its bytes */
 export const caseCode = (options: readonly object[], print: string, url?: string): string => `
 import { engineCase } from "./engine-case.js";
 import material from "./material.js";
+import { webgpu } from "eigenlora/webgpu";
 const run = async () => {
   const found = [];
-  for (const options of ${JSON.stringify(options)})
-    found.push(await engineCase(material, options, /auto|webgpu/.test(options.backend) ? 2 : 500, ${JSON.stringify(url)}));
+  for (const { gpu, ...options } of ${JSON.stringify(options)}) {
+    const given = gpu ? { backend: webgpu() } : options;
+    found.push(await engineCase(material, given, options.backend ? 500 : 2, ${JSON.stringify(url)}));
+  }
   return JSON.stringify(found);
 };
 run().then(${print}, (error) => ${print}("failed: " + error + "\\n" + error.stack));

@@ -1,6 +1,7 @@
 /** The promises of `jaxHost`, on any device of jax-js. Runs in Node and in browsers. */
 import { createRuntime, openPack, type Runtime, type RuntimeOptions } from "eigenlora";
 import { type Jax, type JaxTree, jaxHost } from "eigenlora/jax";
+import { webgpu } from "eigenlora/webgpu";
 import { difference } from "./compare.ts";
 import { asKernel, packFor, SELECTIONS, selections, trafficOf, type Weights, weightsOf } from "./frameworks.ts";
 import type { SuiteTest } from "./stand-in.ts";
@@ -47,7 +48,7 @@ const ROWS = Float32Array.from({ length: 27 }, (_, i) => Number(i === 1 || i ===
 
 export function jaxSuite(t: SuiteTest, jax: Module, device: string): void {
   const { numpy: np } = jax;
-  const gpu = (): RuntimeOptions => (device === "webgpu" ? { webgpu: { device: jax.getWebGPUDevice() } } : {});
+  const gpu = (): RuntimeOptions => (device === "webgpu" ? { backend: webgpu({ device: jax.getWebGPUDevice() }) } : {});
   const rows = np.array(ROWS, { shape: [3, 9], device });
 
   function paramsOf(weights: Weights): Params {

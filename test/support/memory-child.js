@@ -19,6 +19,7 @@ WebAssembly.Memory = /** @type {any} */ (
 );
 const { createRuntime, openPack } = await import("eigenlora");
 const { buildPack } = await import("eigenlora/build");
+const { webgpu } = await import("eigenlora/webgpu");
 
 const [, , what = "", model = ""] = process.argv;
 const gpu = what === "webgpu" ? await (await import("./counting-device.js")).countingDevice() : undefined;
@@ -63,8 +64,8 @@ async function weights() {
       return { dtype: /** @type {const} */ ("f32"), shape: [SIZE, SIZE], data, byteOffset: 0 };
     },
   };
-  const backend = /** @type {"js" | "wasm" | "webgpu"} */ (what);
-  const runtime = await createRuntime(pack, { base: host, backend, ...(gpu && { webgpu: { device: gpu.device } }) });
+  const backend = gpu ? webgpu({ device: gpu.device }) : /** @type {"js" | "wasm"} */ (what);
+  const runtime = await createRuntime(pack, { base: host, backend });
   for (const task of ["a", "b", null, "b"]) await runtime.switchTask(task);
   const found = { measured: (await held()) - before, reported: runtime.memory() };
   await runtime.close();

@@ -1,6 +1,7 @@
 /** The promises of `tfjsHost`, on any backend of TF.js. Runs in Node and in browsers. */
 import { createRuntime, openPack, type Runtime, type RuntimeOptions } from "eigenlora";
 import { type Tfjs, tfjsHost } from "eigenlora/tfjs";
+import { webgpu } from "eigenlora/webgpu";
 import { difference } from "./compare.ts";
 import {
   asKernel,
@@ -48,7 +49,7 @@ const GRAPH = ["net.query"];
 export function tfjsSuite(t: SuiteTest, { tf, layers, loadGraphModel }: Modules): void {
   const tensor = ({ shape, data }: Values): Tensor => tf.tensor(data.slice(), shape as never) as unknown as Tensor;
   const gpu = (): RuntimeOptions =>
-    tf.getBackend() === "webgpu" ? { webgpu: { device: (tf.backend() as { device: never }).device } } : {};
+    tf.getBackend() === "webgpu" ? { backend: webgpu({ device: (tf.backend() as { device: never }).device }) } : {};
   const attach = async (of: readonly string[], model: never, more: RuntimeOptions = {}): Promise<Runtime> => {
     const runtime = await createRuntime(await openPack(await packFor(of)), {
       base: tfjsHost(tf, model),

@@ -3,8 +3,9 @@
  * for every kind of term, one task or one per row, from arrays and from buffers of a device.
  */
 import { createRuntime, openPack, type View } from "eigenlora";
+import { webgpu } from "eigenlora/webgpu";
 import t from "tap";
-import { backends, dawnMissing } from "../support/backend-list.ts";
+import { backends, dawnMissing, labelOf } from "../support/backend-list.ts";
 import { values } from "../support/backend-suite.ts";
 import { deltaOf, relativeDifference, tensorsOf } from "../support/compare.ts";
 import { countingDevice } from "../support/counting-device.js";
@@ -36,7 +37,7 @@ function addTerm(
 }
 
 for (const options of await backends()) {
-  const name = options.wasm?.variant ?? options.backend!;
+  const name = labelOf(options);
   t.test(`${name}: every kind of term, one task and one per row`, async (t) => {
     const pack = await openPack(vector("every-kind.eigen"));
     const runtime = await createRuntime(pack, { ...options, mode: "core" });
@@ -156,7 +157,7 @@ t.test(
   async (t) => {
     const { device, counts, close } = await countingDevice();
     t.teardown(close);
-    const runtime = await createRuntime(await openPack(bytes), { mode: "core", backend: "webgpu", webgpu: { device } });
+    const runtime = await createRuntime(await openPack(bytes), { mode: "core", backend: webgpu({ device }) });
     t.teardown(() => runtime.close());
     const oracle = await createRuntime(await openPack(bytes), { mode: "core", backend: "js" });
     const { modules } = runtime.pack;

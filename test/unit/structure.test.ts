@@ -13,19 +13,11 @@ const root = fileURLToPath(new URL("../..", import.meta.url));
 /** Lowest first. A file belongs to the first entry that it is or lies in. */
 const LAYERS: readonly (readonly string[])[] = [
   ["src/errors.ts", "src/events.ts", "src/globals.ts", "src/text.ts", "src/pace.ts", "src/work.ts"],
-  [
-    "src/source.ts",
-    "src/progress.ts",
-    "src/http/",
-    "src/open-source.ts",
-    "src/disk.ts",
-    "src/files-node.ts",
-    "src/files-web.ts",
-  ],
+  ["src/source.ts", "src/progress.ts", "src/http/", "src/open-source.ts", "src/files-node.ts", "src/files-web.ts"],
   ["src/tensor/"],
   ["src/format/"],
   ["src/cache/"],
-  ["src/backends/"],
+  ["src/backends/", "src/webgpu.ts"],
   ["src/core/"],
   ["src/extract/"],
   ["src/adapters/"],

@@ -14,8 +14,9 @@ import {
   type View,
   type WeightHost,
 } from "eigenlora";
+import { webgpu } from "eigenlora/webgpu";
 import t from "tap";
-import { backends, dawnMissing } from "../support/backend-list.ts";
+import { backends, dawnMissing, labelOf } from "../support/backend-list.ts";
 import { countingDevice } from "../support/counting-device.js";
 import { writeSafetensors } from "../support/internals/base.ts";
 import { memoryHost } from "../support/internals/runtime.ts";
@@ -176,7 +177,7 @@ const onDevice: Make = async (pack, base, options) => {
     device.queue.writeBuffer(buffer, 0, padded);
     tensors.set(name, { dtype, shape, buffer });
   }
-  const runtime = await createRuntime(await openPack(pack), { ...options, base: tensors, webgpu: { device } });
+  const runtime = await createRuntime(await openPack(pack), { ...options, base: tensors, backend: webgpu({ device }) });
   return {
     runtime,
     async state() {
@@ -219,7 +220,7 @@ const moving: Make = async (pack, base, options) => {
       }
     },
   };
-  const runtime = await createRuntime(await openPack(pack), { ...options, base: host, webgpu: { device } });
+  const runtime = await createRuntime(await openPack(pack), { ...options, base: host, backend: webgpu({ device }) });
   return {
     runtime,
     async state() {
@@ -372,17 +373,17 @@ async function walk(make: Make, options: BackendOptions, seed: number, steps: nu
 }
 
 for (const options of await backends()) {
-  const label = options.wasm?.variant ?? options.backend;
+  const label = labelOf(options);
   t.test(`${label}: any sequence ends as its last switch alone`, async (t) => {
     const hosts = {
       ...HOSTS,
-      ...(options.backend === "webgpu" && { "buffers of a device": onDevice, "buffers that move": moving }),
+      ...(typeof options.backend === "object" && { "buffers of a device": onDevice, "buffers that move": moving }),
     };
     for (const [host, make] of Object.entries(hosts)) {
       const total = { made: 0, refused: 0, failed: 0, torn: 0 };
-      const runs = options.backend === "js" ? (soak ? 16 : 6) : options.backend === "wasm" ? (soak ? 4 : 2) : 2;
+      const runs = label === "js" ? (soak ? 16 : 6) : options.backend === "wasm" ? (soak ? 4 : 2) : 2;
       for (let seed = 1; seed <= runs; seed++) {
-        const counts = await walk(make, options, seed, options.backend === "webgpu" ? 8 : 16);
+        const counts = await walk(make, options, seed, typeof options.backend === "object" ? 8 : 16);
         for (const [what, count] of Object.entries(counts)) total[what as keyof typeof total] += count;
       }
       t.ok(total.made > runs && total.refused > 0, `${host}: ${JSON.stringify(total)}`);
@@ -405,7 +406,7 @@ for (const [host, make] of Object.entries({ ...HOSTS, ...(gpu && { "buffers of a
         const random = chance(seed);
         const { bytes, ids } = await (packs.get(seed) ?? randomPack(seed));
         const base = randomBase(seed, "f32");
-        const options: BackendOptions = { backend: make === onDevice ? "webgpu" : "js" };
+        const options: BackendOptions = { backend: make === onDevice ? webgpu() : "js" };
         const rig = await make(bytes, base, options);
         let last: Wanted = { selection: null };
         for (let step = 0; step < 6; step++) {

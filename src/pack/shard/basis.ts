@@ -5,7 +5,7 @@
  */
 import { type Adapter, commonBase, compare } from "../../adapters/adapter.ts";
 import type { Pack } from "../../core/pack.ts";
-import { parseTaskFile } from "../../core/task-file.ts";
+import { parseTaskFile } from "../../core/read-task-file.ts";
 import { AdapterError, FormatError, TaskError } from "../../errors.ts";
 import {
   checkSelection,

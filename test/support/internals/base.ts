@@ -1,7 +1,9 @@
 /** Reaches inside the built package for tests: numbers, names and small things that tests make material with. */
 
 export { nearest } from "../../../dist/src/errors.js";
-export { type HubName, hubName } from "../../../dist/src/http/hub-name.js";
+export { openHub } from "../../../dist/src/http/hub.js";
+export type { HubName } from "../../../dist/src/http/hub-name.js";
+export { hubName } from "../../../dist/src/http/hub-page.js";
 export { openSource } from "../../../dist/src/open-source.js";
 export { atOnce } from "../../../dist/src/pace.js";
 export * as dtypes from "../../../dist/src/tensor/dtypes.js";

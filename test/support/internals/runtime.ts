@@ -9,5 +9,5 @@ export { createBackend } from "../../../dist/src/core/kernel-session.js";
 export { memoryHost } from "../../../dist/src/core/load-base.js";
 export { NameMatcher, WeightResolver } from "../../../dist/src/core/mismatch.js";
 export { openHost } from "../../../dist/src/core/open-base.js";
-export { parseTaskFile } from "../../../dist/src/core/task-file.js";
+export { parseTaskFile } from "../../../dist/src/core/read-task-file.js";
 export { Trust } from "../../../dist/src/core/trust.js";
