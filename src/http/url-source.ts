@@ -174,7 +174,7 @@ export class UrlSource implements ByteSource {
       status === 416
         ? `has no ${wanted} (status 416): the file is truncated`
         : status === 401 || status === 403
-          ? `does not give it to you (status ${status}); check the address, or give the option \`headers\``
+          ? `does not give it to you (status ${status}); check the address, give the option \`headers\`, or for the Hugging Face Hub set HF_TOKEN`
           : `answered ${status}; check the address`;
     this.#fail(`the server ${problem}`, { status });
   }
