@@ -262,7 +262,7 @@ t.test("the command line, on the real model", async (t) => {
   await writeFile(
     join(folder, "lines.txt"),
     train
-      .slice(0, 48)
+      .slice(0, 24)
       .map(([text]) => text)
       .join("\n"),
   );
