@@ -170,12 +170,11 @@ export class Snapshot {
       await mkdir(dirname(blob), { recursive: true });
       if (!(await isWhole(blob, file))) await receive(blob, file, source, how.signal, onBytes);
       await mkdir(dirname(place), { recursive: true });
-      await rm(place, { force: true });
-      await symlink(relative(dirname(place), blob), place).catch(async (error: NodeJS.ErrnoException) => {
-        if (error.code === "EEXIST" && (await isWhole(place, file))) return;
-        // Windows allows links to some users only: the file itself lies there then, as Python puts it.
-        await rename(blob, place);
-      });
+      // Others may open the file meanwhile: a link of another name takes its place in one step. Windows allows links to some users only: the
+      // file itself lies there then, as Python puts it.
+      const link = `${place}.${randomUUID().slice(0, 8)}.tmp`;
+      const linked = symlink(relative(dirname(place), blob), link).then(() => link);
+      await rename(await linked.catch(() => blob), place);
       tell?.("done", file.size, file.size);
     } catch (cause) {
       // Errors of the system have a code; those of a signal are its own.

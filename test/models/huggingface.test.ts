@@ -288,9 +288,9 @@ t.test("a download that breaks off goes on where it was", async (t) => {
   t.equal(lstatSync(blob).mode & 0o444, 0o444);
 
   await rm(join(home, "hub"), { recursive: true });
-  const both = await Promise.all([1, 2].map(() => openHub("hf:org/large/weights.bin")));
+  const both = await Promise.all([1, 2, 3, 4, 5, 6].map(() => openHub("hf:org/large/weights.bin")));
   for (const one of both) {
-    t.equal(sha256(await one.read(0, bytes.length)), sha256(bytes), "two at a time do not harm each other");
+    t.equal(sha256(await one.read(0, bytes.length)), sha256(bytes), "six at a time do not harm each other");
     await one.close?.();
   }
 });
