@@ -14,7 +14,7 @@ import { dirname, join, relative, sep } from "node:path";
 import { nearest, SourceError } from "../errors.ts";
 import { openPath, reasonOf } from "../files-node.ts";
 import { type FileProgress, type OnProgress, teller } from "../progress.ts";
-import type { AbortOptions, ByteSource, FetchOptions, ReadOptions } from "../source.ts";
+import type { AbortOptions, ByteSource, FetchOptions } from "../source.ts";
 import { fromUtf8 } from "../text.ts";
 import { type HubName, hubEndpoint, hubHeaders, hubUrl, isInside } from "./hub-name.ts";
 import { hubName, hubText } from "./hub-page.ts";
@@ -44,10 +44,10 @@ const AT_A_TIME = 4;
  * @throws SourceError when there is no such file, it may not be read, or it is not what the Hub promises
  */
 export async function openHub(text: string, options: SnapshotOptions = {}): Promise<ByteSource> {
-  const { path, ...name } = hubName(text)!;
-  const snapshot = await openSnapshot({ ...name, path }, options);
-  const [place] = await snapshot.get([path]);
-  return openPath(place!, snapshot.nameOf(path));
+  const name = hubName(text)!;
+  const snapshot = await openSnapshot(name, options);
+  const [place] = await snapshot.get([name.path]);
+  return openPath(place!, snapshot.nameOf(name.path));
 }
 
 /**
@@ -110,10 +110,10 @@ export class Snapshot {
    * @returns their paths on the disk
    * @throws SourceError when one is not in the repository, or cannot be had
    */
-  async get(paths: readonly string[], { signal, onBytes }: ReadOptions = this.#hub): Promise<string[]> {
+  async get(paths: readonly string[]): Promise<string[]> {
     const missing: string[] = [];
     for (const path of paths) if (!(await this.#isHere(path))) missing.push(path);
-    const { onProgress, stage = "adapter" } = this.#hub;
+    const { onProgress, signal, stage = "adapter" } = this.#hub;
     // All are reported before the first is asked for, so that a listener knows how much there is.
     const waiting = missing.map((path) => {
       const tell = onProgress && teller(this.nameOf(path), stage, onProgress);
@@ -121,9 +121,9 @@ export class Snapshot {
       return { path, tell };
     });
     const stop = new AbortController();
-    const how = { signal: signal ? AbortSignal.any([signal, stop.signal]) : stop.signal, onBytes };
+    const ended = signal ? AbortSignal.any([signal, stop.signal]) : stop.signal;
     const lanes = Array.from({ length: AT_A_TIME }, async () => {
-      for (let next = waiting.shift(); next; next = waiting.shift()) await this.#download(next.path, how, next.tell);
+      for (let next = waiting.shift(); next; next = waiting.shift()) await this.#download(next.path, ended, next.tell);
     });
     await Promise.all(lanes).finally(() => {
       stop.abort();
@@ -154,24 +154,19 @@ export class Snapshot {
   }
 
   /** @throws SourceError when it cannot be had or written, or is not what was promised */
-  async #download(path: string, how: ReadOptions, tell: ReturnType<typeof teller> | undefined): Promise<void> {
+  async #download(path: string, signal: AbortSignal, tell: ReturnType<typeof teller> | undefined): Promise<void> {
     const source = this.#remote(path);
     const file = this.#find(path);
     const blob = join(this.#cache, "blobs", file.hash);
     const place = this.#place(path);
-    let before = 0;
-    const onBytes = (loaded: number): void => {
-      how.onBytes?.(loaded - before);
-      before = loaded;
-      tell?.("progress", loaded, file.size);
-    };
+    const onBytes = (loaded: number): void => tell?.("progress", loaded, file.size);
     tell?.("download", 0, file.size);
     try {
       await mkdir(dirname(blob), { recursive: true });
-      if (!(await isWhole(blob, file))) await receive(blob, file, source, how.signal, onBytes);
+      if (!(await isWhole(blob, file))) await receive(blob, file, source, signal, onBytes);
       await mkdir(dirname(place), { recursive: true });
-      // Others may open the file meanwhile: a link of another name takes its place in one step. Windows allows links to some users only: the
-      // file itself lies there then, as Python puts it.
+      // The link replaces an older one in one step, since others may open the file at any time. Windows allows links to some users only: the
+      // file itself then takes its place, as in Python.
       const link = `${place}.${randomUUID().slice(0, 8)}.tmp`;
       const linked = symlink(relative(dirname(place), blob), link).then(() => link);
       await rename(await linked.catch(() => blob), place);

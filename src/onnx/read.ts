@@ -21,7 +21,7 @@ import { LEAST_DETACHED, type OpenExternal, point } from "./tensors.ts";
 
 /** Options for reading a model and the files next to it. */
 export interface ModelOptions extends FetchOptions, AbortOptions {
-  /** Told how far each file is read that is not in memory or in the Hub's cache; takes a `progress_callback` of transformers.js too. */
+  /** Receives the progress of files, but not of bytes in memory or in the Hub's cache. A `progress_callback` of transformers.js will do. */
   readonly onProgress?: OnProgress | undefined;
   /**
    * Chooses the file that the model calls `location` ("model.onnx_data"). Default: the file of that name next to a model given as a path
