@@ -1,5 +1,5 @@
 /**
- * `eigenlora learn` on the real model: a task file, adding it to the pack, exporting it to PEFT, Ctrl-C, and refusals.
+ * `eigenlora learn` on the real model: a task file, adding it to the pack, exporting it to PEFT, refusals; on a tiny one: seeds, Ctrl-C.
  */
 import { spawnSync } from "node:child_process";
 import { readdir, readFile, rm, writeFile } from "node:fs/promises";
@@ -14,6 +14,7 @@ import { COMMAND_LINE, readExamples, readQuestions } from "../support/internals/
 import { parseTaskFile } from "../support/internals/runtime.ts";
 import { data } from "../support/packs.ts";
 import { difference, NODE, open } from "../support/sessions.ts";
+import { tinyLines, tinyModel } from "../support/tiny-model.ts";
 
 const folder = workIn(t);
 const MODEL = data("minilm/model_fp16.onnx");
@@ -35,6 +36,12 @@ await json(
   "8",
 );
 const learn = words`learn p.eigen rows.jsonl --model ${MODEL} --tokens 32 --epochs 4 --batch 12 --init random`;
+
+// The same on a tiny model, whose steps take milliseconds.
+await json(0, ...words`pack ${["two", "three"].map((id) => data(`sessions/adapters/${id}`))} -o tiny.eigen --k 4`);
+const tinyRows = tinyLines(60).map((text, i) => JSON.stringify({ text, label: names[i % 3] }));
+await writeFile("tiny.jsonl", tinyRows.join("\n"));
+const learnTiny = words`learn tiny.eigen tiny.jsonl ${await tinyModel()} --epochs 4 --batch 2 --init random`;
 
 t.test("learns, adds, verifies, runs, exports", async (t) => {
   const made = await json(0, ...learn, "-o", "mine.eigentask", "--rate", "0.03");
@@ -95,7 +102,7 @@ t.test("learns, adds, verifies, runs, exports", async (t) => {
 });
 
 t.test("the same seed gives the same file; too few examples are not judged", async (t) => {
-  const few = [...learn, "--epochs", "1", "--holdout", "0", "--seed", "7"];
+  const few = [...learnTiny, "--epochs", "1", "--holdout", "0", "--seed", "7"];
   const made = await json(0, ...few, "-o", "x.eigentask");
   t.equal(made["holdout"], null);
   const a = await readFile(join(folder, "x.eigentask"));
@@ -107,8 +114,8 @@ t.test("the same seed gives the same file; too few examples are not judged", asy
 
   const lines = ["one text", "another text"].map((text, i) => JSON.stringify({ text, label: names[i] }));
   await writeFile(join(folder, "two.jsonl"), lines.join("\n"));
-  const two = ["learn", "p.eigen", "two.jsonl", "--model", MODEL, "--epochs", "2", "--tokens", "8", "-o"];
-  const unjudged = (await run(...two, "e.eigentask")).stdout;
+  const two = words`learn tiny.eigen two.jsonl ${await tinyModel()} --epochs 2 -o e.eigentask`;
+  const unjudged = (await run(...two)).stdout;
   t.match(unjudged, /No epoch was judged by examples held back: the last step is kept/);
   t.match(unjudged, /^ +2 +[\d.]+ +kept$/m);
 });
@@ -131,7 +138,7 @@ t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
     await program.parseAsync(words, { from: "user" }).catch(({ tag, message }) => console.log(JSON.stringify({ tag, message, code })));
   `;
   const stopAt = (step: number): Record<string, any> => {
-    const words = [...learn, "-o", "stopped.eigentask", "--force"];
+    const words = [...learnTiny, "-o", "stopped.eigentask", "--force"];
     const { stdout, stderr, signal } = spawnSync(
       process.execPath,
       ["--input-type=module", "-e", program, String(step), ...words],
@@ -150,14 +157,14 @@ t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
   t.equal(exitCode, 130, "a task was written, and not the one that was asked for");
   t.match(made, { interrupted: true, file: "stopped.eigentask", holdout: null });
   // A signal arrives slightly later than it was sent.
-  t.ok(made.steps >= 1 && made.steps < 4, `${made.steps} steps`);
-  t.match(text.join("\n"), /stopped at step \d+ of 16/);
+  t.ok(made.steps >= 1 && made.steps < 24, `${made.steps} steps`);
+  t.match(text.join("\n"), /stopped at step \d+ of 96/);
   t.match(text.join("\n"), /^ +\d +[\d.]+ .*kept\n/m, "what was kept is marked");
-  t.match(text.join("\n"), /\ntrained 1536 coefficients and 1155 head weights; /);
+  t.match(text.join("\n"), /\ntrained 128 coefficients and 99 head weights; /);
   t.equal(parseTaskFile(new Uint8Array(await readFile(join(folder, "stopped.eigentask"))), "stopped").id, "stopped");
 
-  // After the second epoch of four steps some states are judged: the best is kept, however far the steps went.
-  const later = stopAt(9).json;
+  // After the second epoch of 24 steps some states are judged: the best is kept, however far the steps went.
+  const later = stopAt(50).json;
   const judged = later.epochs.flatMap((epoch: any) => epoch.holdout ?? []);
   t.ok(later.interrupted && judged.length >= 2, JSON.stringify(later.epochs));
   t.equal(later.holdout.loss, Math.min(...judged.map(({ loss }: any) => loss)));

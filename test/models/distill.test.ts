@@ -1,10 +1,10 @@
 /**
- * Distilling: on tiny models through the API, on the real one through the command line.
+ * Distilling on tiny models, through the API and the command line; in the soak on the real one, too.
  */
 import { type ChildProcess, spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
 import { cp, mkdir, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { openPack } from "eigenlora";
 import { type Adapter, searchPack } from "eigenlora/build";
@@ -250,119 +250,155 @@ t.test("what cannot be distilled is refused by name", async (t) => {
   await t.rejects(distill(plain, { adapter: three!, feeds: all }), { name: "TypeError", message: /trainable: true/ });
 });
 
-t.test("the command line, on the real model", async (t) => {
-  const folder = workIn(t);
-  const main = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
-  const own = (id: string): string => data(`adapters/own-seed/${id}`);
-  const runAlone = (from: string, args: readonly string[]): { stdout: string; stderr: string } =>
-    spawnSync(process.execPath, [from, ...args], { encoding: "utf8", cwd: folder });
-  const ids = ["debtags-role", "debtags-use", "debtags-game", "debtags-scope"];
-  await json(0, "pack", ...ids.map(own), "-o", "p.eigen", "--k", "6");
-  const { train } = await readTask("debtags-devel");
-  await writeFile(
-    join(folder, "lines.txt"),
-    train
-      .slice(0, 24)
-      .map(([text]) => text)
-      .join("\n"),
-  );
-  const settings = words`--model ${data("minilm/model_fp16.onnx")} --text lines.txt --steps 4 --batch 8 --tokens 16`;
-  const command = ["distill", "p.eigen", own("debtags-role"), own("debtags-devel"), ...settings, "-o", "o.eigen"];
+/** A model with its tokenizer; adapters of a pack, whose last is distilled, and of a task that comes; texts; how to distil. */
+interface Case {
+  readonly with: readonly string[];
+  readonly packed: readonly string[];
+  readonly added: string;
+  readonly stranger: string;
+  readonly lines: readonly string[];
+  readonly how: readonly string[];
+}
 
-  // The first run is killed when its first task is done.
-  const child = spawn(process.execPath, [main, ...command], { cwd: folder, stdio: "ignore" });
-  const gone = new Promise<void>((resolve) => child.on("exit", () => resolve()));
-  const partial = join(folder, "o.eigen.partial");
-  const finished = async (): Promise<string[]> =>
-    (await readdir(partial).catch(() => [])).filter((name) => !name.endsWith(".tmp"));
-  while ((await finished()).length === 0 && child.exitCode === null)
-    await new Promise((resolve) => setTimeout(resolve, 50));
-  child.kill("SIGKILL");
-  await gone;
-  t.equal((await finished()).length, 1);
-  const [name] = await finished();
-  const whole = await readFile(join(partial, name!), "utf8");
-  const damages = ["{}", whole.replace(/"file":\s*"...../, '"file": "AAAAA'), "", whole.slice(0, 1000), "null"];
-  for (const damage of soak ? damages : damages.slice(1, 2)) {
-    await writeFile(join(partial, name!), damage);
-    t.match(await json(1, ...command), {
+const ROLE = data("adapters/own-seed/debtags-role");
+
+async function tinyCase(): Promise<Case> {
+  const of = (id: string): string => data(`sessions/adapters/${id}`);
+  const how = words`--steps 150 --batch 8 --tokens 16`;
+  return {
+    ...{ with: await tinyModel(), packed: [of("three"), of("two")], added: of("five"), stranger: ROLE },
+    ...{ lines: tinyLines(24), how },
+  };
+}
+
+async function minilmCase(): Promise<Case> {
+  const of = (id: string): string => data(`adapters/own-seed/debtags-${id}`);
+  const { train } = await readTask("debtags-devel");
+  return {
+    with: ["--model", data("minilm/model_fp16.onnx")],
+    ...{
+      packed: ["use", "game", "scope", "role"].map(of),
+      added: of("devel"),
+      stranger: data("sessions/adapters/two"),
+    },
+    ...{ lines: train.slice(0, 24).map(([text]) => text), how: words`--steps 4 --batch 8 --tokens 16` },
+  };
+}
+
+for (const [title, caseOf] of [["a tiny model", tinyCase], ...(soak ? [["MiniLM", minilmCase] as const] : [])] as const)
+  t.test(`the command line, on ${title}`, async (t) => {
+    const folder = workIn(t);
+    const main = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
+    const runAlone = (from: string, args: readonly string[]): { stdout: string; stderr: string } =>
+      spawnSync(process.execPath, [from, ...args], { encoding: "utf8", cwd: folder });
+    const given = await caseOf();
+    const last = given.packed.at(-1)!;
+    const ids = given.packed.map((path) => basename(path));
+    const [distilled, added] = [basename(last), basename(given.added)];
+    await json(0, "pack", ...given.packed, "-o", "p.eigen", "--k", "6");
+    await writeFile("lines.txt", given.lines.join("\n"));
+    const files = await readdir(folder);
+    const settings = words`${given.with} --text lines.txt ${given.how}`;
+    const command = ["distill", "p.eigen", last, given.added, ...settings, "-o", "o.eigen"];
+
+    // The first run is killed when its first task is done.
+    const child = spawn(process.execPath, [main, ...command], { cwd: folder, stdio: "ignore" });
+    const gone = new Promise<void>((resolve) => child.on("exit", () => resolve()));
+    const partial = join(folder, "o.eigen.partial");
+    const finished = async (): Promise<string[]> =>
+      (await readdir(partial).catch(() => [])).filter((name) => !name.endsWith(".tmp"));
+    while ((await finished()).length === 0 && child.exitCode === null)
+      await new Promise((resolve) => setTimeout(resolve, 50));
+    child.kill("SIGKILL");
+    await gone;
+    t.equal((await finished()).length, 1);
+    const [name] = await finished();
+    const whole = await readFile(join(partial, name!), "utf8");
+    const damages = ["{}", whole.replace(/"file":\s*"...../, '"file": "AAAAA'), "", whole.slice(0, 1000), "null"];
+    for (const damage of soak ? damages : damages.slice(1, 2)) {
+      await writeFile(join(partial, name!), damage);
+      t.match(await json(1, ...command), {
+        error: {
+          tag: "format",
+          file: /o.eigen.partial/,
+          message: /is damaged: delete it, and the task is distilled again/,
+        },
+      });
+    }
+    // A run without gain says so: here its only task was finished before, and kept as it was.
+    await mkdir(join(folder, "q.eigen.partial"));
+    await writeFile(join(folder, "q.eigen.partial", name!), whole.replace('"distilled"', '"projected"'));
+    const nothing = await run("distill", "p.eigen", given.added, ...settings, "-o", "q.eigen");
+    t.match(nothing.stderr, /^warning: no task got better than it was, .* more than --steps \d+, or more text$/m);
+    await rm(join(folder, "q.eigen"));
+    await writeFile(join(partial, name!), whole);
+    const made = await json(0, ...command);
+    t.match(made, { file: "o.eigen", seconds: Number });
+    t.match(made.tasks, [
+      { id: added, added: true, resumed: true },
+      { id: distilled, added: false, resumed: false, kept: "distilled" },
+    ]);
+    for (const { id, divergence } of made.tasks) {
+      t.ok(divergence.after < 0.9 * divergence.before, `${id}: ${divergence.before} → ${divergence.after}`);
+    }
+    t.same(await readdir(folder), [...files, "o.eigen"].sort(), "nothing is left beside it");
+    t.equal((await json(0, "verify", "o.eigen")).ok, true);
+    const [before, after] = [await openPack(join(folder, "p.eigen")), await openPack(join(folder, "o.eigen"))];
+    t.teardown(async () => (await before.close(), after.close()));
+    t.equal(after.basisId, before.basisId);
+    t.same([...after.tasks.keys()], [...before.tasks.keys(), added]);
+    for (const id of ids) {
+      const same = Buffer.from((await before.load(id)).bytes).equals((await after.load(id)).bytes);
+      t.equal(same, id !== distilled, id);
+      t.same(after.tasks.get(id)!.metadata, before.tasks.get(id)!.metadata);
+    }
+
+    await distillInPlace(t, folder, { main, command });
+
+    await writeFile(join(folder, "empty.txt"), "\n \n");
+    await writeFile(join(folder, "short.txt"), "one\ntwo\none\n");
+    const refuse = async (status: number, expected: object, ...changed: string[]): Promise<void> => {
+      t.match(await json(status, ...command, "--force", ...changed), { error: expected }, changed.join(" "));
+    };
+    await refuse(1, { tag: "source", message: /empty.txt: has no text/ }, "--text", "empty.txt");
+    await refuse(1, { message: /expected 8 texts at least, .* got 2/ }, "--text", "short.txt");
+    await refuse(1, { tag: "source", message: /missing.txt/ }, "--text", "missing.txt");
+    await refuse(
+      1,
+      { tag: "source", message: /nowhere.json: there is no tokenizer.*--tokenizer/ },
+      "--tokenizer",
+      "nowhere.json",
+    );
+    await refuse(2, { tag: "usage", message: /--steps -1/ }, "--steps", "-1");
+    await refuse(2, { tag: "usage", message: /stepps/ }, "--stepps", "3");
+    t.match(await json(2, "distill", "p.eigen", last, "-o", "x"), {
+      error: { tag: "usage", message: /missing --model/ },
+    });
+    const { stranger } = given;
+    const other = await json(1, "distill", "p.eigen", stranger, ...settings, "-o", "x.eigen");
+    const message = new RegExp(basename(stranger));
+    t.match(other, { error: { tag: "adapter", message } }, "an adapter of another base");
+
+    // A fresh install has none of the package's optional peers.
+    const root = fileURLToPath(new URL("../..", import.meta.url));
+    const alone = join(folder, "alone");
+    await mkdir(join(alone, "node_modules"), { recursive: true });
+    await cp(join(root, "dist"), join(alone, "dist"), { recursive: true });
+    await cp(join(root, "package.json"), join(alone, "package.json"));
+    const without = (): object =>
+      JSON.parse(runAlone(join(alone, "dist/src/cli/main.js"), [...command, "--force", "--json"]).stdout);
+    t.match(without(), {
       error: {
-        tag: "format",
-        file: /o.eigen.partial/,
-        message: /is damaged: delete it, and the task is distilled again/,
+        tag: "backend",
+        message:
+          /needs the package onnxruntime-node: npm install onnxruntime-node; where .* NuGet: ONNXRUNTIME_NODE_INSTALL=skip npm install onnxruntime-node/,
       },
     });
-  }
-  // A run without gain says so: here its only task was finished before, and kept as it was.
-  await mkdir(join(folder, "q.eigen.partial"));
-  await writeFile(join(folder, "q.eigen.partial", name!), whole.replace('"distilled"', '"projected"'));
-  const nothing = await run("distill", "p.eigen", own("debtags-devel"), ...settings, "-o", "q.eigen");
-  t.match(nothing.stderr, /^warning: no task got better than it was, .* more than --steps 4, or more text$/m);
-  await rm(join(folder, "q.eigen"));
-  await writeFile(join(partial, name!), whole);
-  const made = await json(0, ...command);
-  t.match(made, { file: "o.eigen", seconds: Number });
-  t.match(made.tasks, [
-    { id: "debtags-devel", added: true, resumed: true },
-    { id: "debtags-role", added: false, resumed: false, kept: "distilled" },
-  ]);
-  for (const { id, divergence } of made.tasks) {
-    t.ok(divergence.after < 0.9 * divergence.before, `${id}: ${divergence.before} → ${divergence.after}`);
-  }
-  t.same(await readdir(folder), ["lines.txt", "o.eigen", "p.eigen"], "nothing is left beside it");
-  t.equal((await json(0, "verify", "o.eigen")).ok, true);
-  const [before, after] = [await openPack(join(folder, "p.eigen")), await openPack(join(folder, "o.eigen"))];
-  t.teardown(async () => (await before.close(), after.close()));
-  t.equal(after.basisId, before.basisId);
-  t.same([...after.tasks.keys()], ["debtags-game", "debtags-role", "debtags-scope", "debtags-use", "debtags-devel"]);
-  for (const id of ids) {
-    const same = Buffer.from((await before.load(id)).bytes).equals((await after.load(id)).bytes);
-    t.equal(same, id !== "debtags-role", id);
-    t.same(after.tasks.get(id)!.metadata, before.tasks.get(id)!.metadata);
-  }
-
-  await distillInPlace(t, folder, { main, command });
-
-  await writeFile(join(folder, "empty.txt"), "\n \n");
-  await writeFile(join(folder, "short.txt"), "one\ntwo\none\n");
-  const refuse = async (status: number, expected: object, ...changed: string[]): Promise<void> => {
-    t.match(await json(status, ...command, "--force", ...changed), { error: expected }, changed.join(" "));
-  };
-  await refuse(1, { tag: "source", message: /empty.txt: has no text/ }, "--text", "empty.txt");
-  await refuse(1, { message: /expected 8 texts at least, .* got 2/ }, "--text", "short.txt");
-  await refuse(1, { tag: "source", message: /missing.txt/ }, "--text", "missing.txt");
-  await refuse(
-    1,
-    { tag: "source", message: /nowhere.json: there is no tokenizer.*--tokenizer/ },
-    "--tokenizer",
-    "nowhere.json",
-  );
-  await refuse(2, { tag: "usage", message: /--steps -1/ }, "--steps", "-1");
-  await refuse(2, { tag: "usage", message: /stepps/ }, "--stepps", "3");
-  t.match(await json(2, "distill", "p.eigen", own("debtags-role"), "-o", "x"), {
-    error: { tag: "usage", message: /missing --model/ },
+    await symlink(join(root, "node_modules/onnxruntime-node"), join(alone, "node_modules/onnxruntime-node"));
+    t.match(without(), {
+      error: { tag: "backend", message: /needs the package @huggingface\/tokenizers: npm install/ },
+    });
   });
-  const other = ["distill", "p.eigen", data("sessions/adapters/two"), ...settings, "-o", "x.eigen"];
-  t.match(await json(1, ...other), { error: { tag: "adapter", message: /two/ } }, "an adapter of another base");
-
-  // A fresh install has none of the package's optional peers.
-  const root = fileURLToPath(new URL("../..", import.meta.url));
-  const alone = join(folder, "alone");
-  await mkdir(join(alone, "node_modules"), { recursive: true });
-  await cp(join(root, "dist"), join(alone, "dist"), { recursive: true });
-  await cp(join(root, "package.json"), join(alone, "package.json"));
-  const without = (): object =>
-    JSON.parse(runAlone(join(alone, "dist/src/cli/main.js"), [...command, "--force", "--json"]).stdout);
-  t.match(without(), {
-    error: {
-      tag: "backend",
-      message:
-        /needs the package onnxruntime-node: npm install onnxruntime-node; where .* NuGet: ONNXRUNTIME_NODE_INSTALL=skip npm install onnxruntime-node/,
-    },
-  });
-  await symlink(join(root, "node_modules/onnxruntime-node"), join(alone, "node_modules/onnxruntime-node"));
-  t.match(without(), { error: { tag: "backend", message: /needs the package @huggingface\/tokenizers: npm install/ } });
-});
 
 /** Distils a pack in place, which nobody else may write to meanwhile. */
 async function distillInPlace(
