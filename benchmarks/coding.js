@@ -50,7 +50,7 @@ const how = { file: "pack", part: "section", before: pack.directory.basisBytes }
 /** @param {Partial<Decoding>} [more] @returns {(bytes: Uint8Array) => Promise<Uint8Array>} */
 const decoder = (more) => (bytes) => decodeSection(bytes, { ...how, ...more });
 const wasm = await clock(decoder(), stored);
-const js = await clock(decoder({ by: async () => undefined }), stored);
+const js = await clock(decoder({ by: () => undefined }), stored);
 const plain = await Promise.all(stored.map(decoder()));
 const total = sum(plain.map(({ length }) => length));
 /** @param {readonly Uint8Array[]} all */

@@ -192,7 +192,7 @@ export async function instantiate<Kernels extends { variant: WebAssembly.Global 
   const memory = new WebAssembly.Memory({ initial: RESERVED_PAGES });
   const module = options.module ?? (await compile(binaries, options.variant));
   try {
-    const kernels = (await WebAssembly.instantiate(module, { env: { memory } })).exports as unknown as Kernels;
+    const kernels = new WebAssembly.Instance(module, { env: { memory } }).exports as unknown as Kernels;
     const variant = WASM_VARIANTS[kernels.variant.value as number]!;
     return { variant, kernels, memory, heap: new Heap(memory, RESERVED_PAGES * PAGE) };
   } catch (cause) {
@@ -209,7 +209,8 @@ async function compile<Variant extends string>(
     const { default: bytes } = await binaries[candidate]();
     try {
       // Compiled instead of validated: edge runtimes, and pages whose policy forbids it, accept the binary and do not compile it.
-      return await WebAssembly.compile(bytes);
+      // At once: promises of WebAssembly.compile may never settle in WebKit's workers.
+      return new WebAssembly.Module(bytes);
     } catch (cause) {
       reasons.push(`${candidate}: ${cause}`);
     }

@@ -53,9 +53,9 @@ const kept: WasmDecoder[] = [];
 let refused = typeof WebAssembly === "undefined";
 
 /** Decodes by WebAssembly, in pieces; undefined where there is none, or too little memory. */
-export async function wasmWork(work: CodedWork): Promise<Generator<void, Uint8Array<ArrayBuffer>> | undefined> {
+export function wasmWork(work: CodedWork): Generator<void, Uint8Array<ArrayBuffer>> | undefined {
   const { stored, before, size } = work;
-  const decoder = withMemory(STORED + stored.length + before.length + size, take() ?? another() ?? (await compiled()));
+  const decoder = withMemory(STORED + stored.length + before.length + size, take() ?? another());
   return decoder && decoded(decoder, work);
 }
 
@@ -138,36 +138,20 @@ function withMemory(bytes: number, decoder: WasmDecoder | undefined): WasmDecode
   }
 }
 
-/** One more decoder at once; undefined where the engine has none, or wants a promise. */
+/** One more decoder, compiled at once (why: src/backends/wasm.ts); undefined where the engine refuses, or there is no memory. */
 function another(): WasmDecoder | undefined {
   if (refused) return undefined;
   try {
     module ??= new WebAssembly.Module(binary);
-    const memory = new WebAssembly.Memory({ initial: 3 });
-    return withExports(memory, new WebAssembly.Instance(module, { env: { memory } }));
-  } catch {
-    return undefined;
-  }
-}
-
-/** The same by a promise. */
-async function compiled(): Promise<WasmDecoder | undefined> {
-  if (refused) return undefined;
-  try {
-    module ??= await WebAssembly.compile(binary);
   } catch {
     refused = true;
     return undefined;
   }
   try {
     const memory = new WebAssembly.Memory({ initial: 3 });
-    return withExports(memory, await WebAssembly.instantiate(module, { env: { memory } }));
+    return { memory, ...new WebAssembly.Instance(module, { env: { memory } }).exports } as unknown as WasmDecoder;
   } catch {
     // There may be memory for one later.
     return undefined;
   }
-}
-
-function withExports(memory: WebAssembly.Memory, { exports }: WebAssembly.Instance): WasmDecoder {
-  return { memory, ...exports } as unknown as WasmDecoder;
 }

@@ -625,7 +625,7 @@ export async function decodeSection(
   };
   return (size < SMALL ? small : large).change(async () => {
     throwIfAborted(signal);
-    return paced((await by(work)) ?? scriptWork(work, refuse), pause ?? pacer(signal));
+    return paced(by(work) ?? scriptWork(work, refuse), pause ?? pacer(signal));
   });
 }
 

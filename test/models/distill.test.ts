@@ -404,14 +404,10 @@ for (const [title, caseOf] of [["a tiny model", tinyCase], ...(soak ? [["MiniLM"
 async function distillInPlace(
   t: Test,
   folder: string,
-  given: {
-    main: string;
-    command: readonly string[];
-  },
+  { main, command: given }: { main: string; command: readonly string[] },
 ): Promise<void> {
-  const { main } = given;
   const pack = join(folder, "q.eigen");
-  const command = given.command.map((word) => (/^[op]\.eigen$/.test(word) ? "q.eigen" : word)).concat("--force");
+  const command = given.map((word) => (/^[op]\.eigen$/.test(word) ? "q.eigen" : word)).concat("--force");
   const names = async (): Promise<string[]> => (await readdir(folder)).filter((name) => name.startsWith("q."));
   /** Starts distilling, and acts when the first of its two tasks is done. @returns how it ended */
   const meanwhile = async (
@@ -444,8 +440,7 @@ async function distillInPlace(
   t.same(await names(), ["q.eigen"]);
 }
 
-/** Distilling on many machines: parts of tasks that `assemble` turns into a pack.
- */
+/** Distilling on many machines: parts of tasks that `assemble` turns into a pack. */
 t.test("tasks distilled in parts make the pack of one part, byte for byte", async (t) => {
   const folder = workIn(t);
   await writeFile(join(folder, "lines.txt"), tinyLines(60).join("\n"));
