@@ -192,7 +192,7 @@ t.test("eight tasks share components; what is finished is not done again; a stop
   const stop = ({ detail }: WorkProgress): void => {
     if (detail === `${adapters[5]!.id} to try a size`) controller.abort();
   };
-  const afresh = { ...options, onProgress: stop, signal: controller.signal, finished: undefined, seed: 1 };
+  const afresh = { ...options, onProgress: stop, signal: controller.signal, finished: undefined, seed: 1, steps: 1 };
   const stopped = await packByAnswers(engine, file, afresh);
   const left = new Set(stopped.report.left);
   t.ok(
