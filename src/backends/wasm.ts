@@ -209,7 +209,7 @@ async function compile<Variant extends string>(
     const { default: bytes } = await binaries[candidate]();
     try {
       // Compiled instead of validated: edge runtimes, and pages whose policy forbids it, accept the binary and do not compile it.
-      // At once: promises of WebAssembly.compile may never settle in WebKit's workers.
+      // Compiled without a promise, because that of WebAssembly.compile may never settle in a worker of WebKit.
       return new WebAssembly.Module(bytes);
     } catch (cause) {
       reasons.push(`${candidate}: ${cause}`);

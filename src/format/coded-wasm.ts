@@ -138,7 +138,7 @@ function withMemory(bytes: number, decoder: WasmDecoder | undefined): WasmDecode
   }
 }
 
-/** One more decoder, compiled at once (why: src/backends/wasm.ts); undefined where the engine refuses, or there is no memory. */
+/** Makes one more decoder, without a promise as in src/backends/wasm.ts. @returns undefined where the engine refuses, or memory lacks */
 function another(): WasmDecoder | undefined {
   if (refused) return undefined;
   try {

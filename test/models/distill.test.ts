@@ -265,10 +265,8 @@ const ROLE = data("adapters/own-seed/debtags-role");
 async function tinyCase(): Promise<Case> {
   const of = (id: string): string => data(`sessions/adapters/${id}`);
   const how = words`--steps 150 --batch 8 --tokens 16`;
-  return {
-    ...{ with: await tinyModel(), packed: [of("three"), of("two")], added: of("five"), stranger: ROLE },
-    ...{ lines: tinyLines(24), how },
-  };
+  const packed = [of("three"), of("two")];
+  return { with: await tinyModel(), packed, added: of("five"), stranger: ROLE, lines: tinyLines(24), how };
 }
 
 async function minilmCase(): Promise<Case> {
@@ -276,12 +274,11 @@ async function minilmCase(): Promise<Case> {
   const { train } = await readTask("debtags-devel");
   return {
     with: ["--model", data("minilm/model_fp16.onnx")],
-    ...{
-      packed: ["use", "game", "scope", "role"].map(of),
-      added: of("devel"),
-      stranger: data("sessions/adapters/two"),
-    },
-    ...{ lines: train.slice(0, 24).map(([text]) => text), how: words`--steps 4 --batch 8 --tokens 16` },
+    packed: ["use", "game", "scope", "role"].map(of),
+    added: of("devel"),
+    stranger: data("sessions/adapters/two"),
+    lines: train.slice(0, 24).map(([text]) => text),
+    how: words`--steps 4 --batch 8 --tokens 16`,
   };
 }
 
