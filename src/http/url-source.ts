@@ -2,7 +2,7 @@
  * Packs, models and adapters behind a URL, read by HTTP ranges; whole where the server has none. Loaded when a URL is opened.
  */
 import { described, SourceError } from "../errors.ts";
-import { pacer, throwIfAborted } from "../pace.ts";
+import { pacer, throwIfAborted, turn } from "../pace.ts";
 import {
   type ByteSource,
   checkRange,
@@ -459,6 +459,8 @@ async function stream(
     void reader.cancel().catch(() => undefined);
     break;
   }
+  // Megabytes of chunks take longer to join than a share of work.
+  await turn();
   return joined(chunks);
 }
 
