@@ -10,7 +10,6 @@
  */
 
 import type { Pack } from "../core/pack.ts";
-import { dot } from "../extract/linalg.ts";
 import {
   type PackModule,
   readTensor,
@@ -143,38 +142,85 @@ export class TrainedTerms {
         const residual = this.part(gradients, name, `private${which}`);
         residual?.set(rows.subarray(rows.length - residual.length));
         const basis = shared?.[which];
-        if (!basis) continue;
-        const { K, width, values: E } = basis;
-        const alpha = this.part(gradients, name, `alpha${which}`)!;
-        for (let at = 0; at < alpha.length; at++)
-          alpha[at] = dot(rows, Math.floor(at / K) * width, E, (at % K) * width, width);
+        if (basis) multiplyRows(basis, rows, this.part(gradients, name, `alpha${which}`)!);
       }
     }
     return gradients;
   }
 }
 
-/** mean + Σ_k alpha[i, k] · E[k] for the first `count` rows. */
+// A step waits for both products. Loads and stores take most of their time, so rows go by twos and components by fours. An odd last row is
+// computed twice; for components beyond the last one stands the last, times 0.
+
+/** rows_i = mean + Σ_k alpha[i, k] · E[k]. */
 function expandRows(
   { K, mean, width, values: E }: SharedBasis,
   count: number,
   alpha: Values,
   rows: Float32Array,
 ): void {
-  const sums = new Float64Array(width);
-  for (let row = 0; row < count; row++) {
-    if (mean) sums.set(E.subarray(K * width, (K + 1) * width));
-    else sums.fill(0);
-    // Components go by fours, since loading and storing sums takes most of the time; the last times 0 stands in for those beyond it.
-    for (let k = 0; k < K; k += 4) {
-      const at = (i: number): number => Math.min(k + i, K - 1) * width;
-      const by = (i: number): number => (k + i < K ? alpha[row * K + k + i]! : 0);
-      const [p, q, r, s] = [at(0), at(1), at(2), at(3)] as const;
-      const [a, b, c, d] = [by(0), by(1), by(2), by(3)] as const;
-      for (let i = 0; i < width; i++) sums[i]! += a * E[p + i]! + b * E[q + i]! + c * E[r + i]! + d * E[s + i]!;
+  const [one, other] = [new Float64Array(width), new Float64Array(width)];
+  for (let row = 0; row < count; row += 2) {
+    const next = Math.min(row + 1, count - 1);
+    for (const sums of [one, other]) {
+      if (mean) sums.set(E.subarray(K * width, (K + 1) * width));
+      else sums.fill(0);
     }
-    rows.set(sums, row * width);
+    for (let k = 0; k < K; k += 4) {
+      const [p, q, r, s] = fromComponent(k, K, width);
+      const by = (row: number, i: number): number => (k + i < K ? alpha[row * K + k + i]! : 0);
+      const [a, b, c, d] = [by(row, 0), by(row, 1), by(row, 2), by(row, 3)];
+      const [e, f, g, h] = [by(next, 0), by(next, 1), by(next, 2), by(next, 3)];
+      for (let i = 0; i < width; i++) {
+        // Arrays here would double the time.
+        const w = E[p + i]!;
+        const x = E[q + i]!;
+        const y = E[r + i]!;
+        const z = E[s + i]!;
+        one[i]! += a * w + b * x + c * y + d * z;
+        other[i]! += e * w + f * x + g * y + h * z;
+      }
+    }
+    rows.set(one, row * width);
+    rows.set(other, next * width);
   }
+}
+
+/** alpha[i, k] = rows_i · E[k]. */
+function multiplyRows({ K, width, values: E }: SharedBasis, rows: Float32Array, alpha: Values): void {
+  const count = alpha.length / K;
+  for (let row = 0; row < count; row += 2) {
+    const next = Math.min(row + 1, count - 1);
+    const [m, n] = [row * width, next * width];
+    for (let k = 0; k < K; k += 4) {
+      const [p, q, r, s] = fromComponent(k, K, width);
+      let [a, b, c, d, e, f, g, h] = [0, 0, 0, 0, 0, 0, 0, 0];
+      for (let i = 0; i < width; i++) {
+        const u = rows[m + i]!;
+        const v = rows[n + i]!;
+        const w = E[p + i]!;
+        const x = E[q + i]!;
+        const y = E[r + i]!;
+        const z = E[s + i]!;
+        a += u * w;
+        b += u * x;
+        c += u * y;
+        d += u * z;
+        e += v * w;
+        f += v * x;
+        g += v * y;
+        h += v * z;
+      }
+      alpha.set([a, b, c, d].slice(0, K - k), row * K + k);
+      alpha.set([e, f, g, h].slice(0, K - k), next * K + k);
+    }
+  }
+}
+
+/** Where four components begin. */
+function fromComponent(k: number, K: number, width: number): [number, number, number, number] {
+  const at = (i: number): number => Math.min(k + i, K - 1) * width;
+  return [at(0), at(1), at(2), at(3)];
 }
 
 /** Rounds values [rows, width] to what a file would hold. */
