@@ -368,8 +368,7 @@ export function f32Bytes(values: Float32Array): Uint8Array {
 
 /** A tensor of f32 to write into a safetensors file. */
 export function f32Entry(name: string, shape: readonly number[], values: Float32Array): SafetensorsEntry {
-  const bytes = f32Bytes(values);
-  return { name, dtype: "F32", shape: [...shape], read: () => bytes };
+  return { name, dtype: "F32", shape: [...shape], read: () => f32Bytes(values) };
 }
 
 /** @throws AdapterError when an adapter brings more than factors, which the format cannot hold */
