@@ -242,3 +242,8 @@ function editDistance(a: string, b: string): number {
   }
   return rows[a.length]![b.length]!;
 }
+
+/** The first few names, and the number of others. */
+export function listed(names: readonly string[], most = 5): string {
+  return names.slice(0, most).join(", ") + (names.length > most ? `, and ${names.length - most} more` : "");
+}

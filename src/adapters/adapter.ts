@@ -5,7 +5,7 @@
  * Tensors are read on demand, one module at a time, so that packing many adapters holds one module's stack in memory.
  */
 
-import { AdapterError, checkArgument, checkList } from "../errors.ts";
+import { AdapterError, checkArgument, checkList, listed } from "../errors.ts";
 import { checkEntry } from "../format/encode.ts";
 import type { Layout, ParameterRole, TaskMetadata } from "../format/format.ts";
 import { wrongKind } from "../format/kind.ts";
@@ -190,11 +190,6 @@ export function readTaskMetadata(task: unknown, file: string): TaskMetadata {
 /** Compares by code units, so that the order is the same on every machine. */
 export function compare(a: string, b: string): number {
   return a < b ? -1 : a > b ? 1 : 0;
-}
-
-/** The first few names, and the number of others. */
-export function listed(names: readonly string[]): string {
-  return names.slice(0, 5).join(", ") + (names.length > 5 ? `, and ${names.length - 5} more` : "");
 }
 
 interface Owner<M extends ModuleShape> {

@@ -128,7 +128,7 @@ function asTransformers(file: GgufFile, name: string, { permuted }: GgufArchitec
         heads === undefined
           ? "the file does not say how many there are"
           : `${out} rows do not make ${heads} heads of an even number of rows`;
-      const how = "Give the base (--base, or base): its folder, config.json or GGUF file";
+      const how = "Give the base (`base`): its folder, config.json or GGUF file";
       throw refuser(file)(key, `${key}: llama.cpp orders the rows of ${name} by heads, and ${why}. ${how}`);
     }
     derived.set(key, {
@@ -250,7 +250,7 @@ export async function ggufFile(adapter: Exportable, base: BaseFacts): Promise<As
     const found = name === undefined ? "is not known" : `"${name}" is none whose names are known`;
     const known = [...ARCHITECTURES.keys()].join(", ");
     throw new AdapterError(
-      `the base's architecture ${found}; expected one of ${known}. Give the base (--base, or base): its config.json or GGUF file`,
+      `the base's architecture ${found}; expected one of ${known}. Give the base (\`base\`): its config.json or GGUF file`,
       { file: adapter.id, field: "architecture" },
     );
   }

@@ -69,7 +69,7 @@ function named(model: string, flat: string, names: FlatNames, file: string): str
 
 const EXPECTED =
   "the module is not known, since kohya's names leave out the dots between its parts. Give the base that the adapter was trained on " +
-  "(--base, or base), whose modules have them";
+  "(`base`), whose modules have them";
 
 const foreignOf: typeof foreignName = (names) =>
   foreignName(names.filter((name) => !isKohyaName(name) || /\.(hada|lokr)_/.test(name)));

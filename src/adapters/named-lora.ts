@@ -3,14 +3,13 @@
  * Runtime and MLX. Every tensor gets its module, or the file is refused. The reader of each format interprets the names.
  */
 
-import { AdapterError } from "../errors.ts";
+import { AdapterError, listed } from "../errors.ts";
 import { show, type TensorFile } from "../tensor/safetensors.ts";
 import {
   type Adapter,
   type AdapterModule,
   compare,
   type Derived,
-  listed,
   openSafetensors,
   readAdapterFile,
   type SavedTensor,

@@ -6,7 +6,7 @@
 
 import type { BaseInput, WeightHost } from "../core/base.ts";
 import { openHost } from "../core/open-base.ts";
-import { AdapterError, checkOptions } from "../errors.ts";
+import { AdapterError, checkOptions, listed } from "../errors.ts";
 import { isHead, type Layout, type TaskMetadata } from "../format/format.ts";
 import { elementsOf } from "../tensor/dtypes.ts";
 import { isFloatDtype, type SafetensorsEntry, show, type TensorFile } from "../tensor/safetensors.ts";
@@ -21,7 +21,6 @@ import {
   type Exportable,
   f32Entry,
   factorsOf,
-  listed,
   openSafetensors,
   rankOf,
   readAdapterFile,
@@ -224,7 +223,7 @@ export function readModule(name: string, keys: ReadonlyMap<KeyRole, string>, giv
   const module: AdapterModule = {
     name,
     out,
-    in: kernel.reduce((a, b) => a * b, inputs),
+    in: inputs * elementsOf(kernel),
     rank,
     layout,
     ...(kernel.length > 0 && { kernel }),
@@ -247,7 +246,7 @@ function started(
 ): AdapterModule {
   if (module.layout === "conv") throw refuse("init_lora_weights", `init_lora_weights is "${start}", for a convolution`);
   if (base === undefined) {
-    const advice = `Give the base's weights, as \`base\` (--base). Or: ${CONVERT}`;
+    const advice = `Give the base's weights, as \`base\`. Or: ${CONVERT}`;
     throw refuse("init_lora_weights", `${withoutBase(start)}. ${advice}`);
   }
   const rank = module.rank + Math.min(module.rank, module.in, module.out);
@@ -669,6 +668,8 @@ function configOf(adapter: Exportable, dora: readonly string[], { heads, biased,
 
   const rank = commonRank(modules);
   const odd = modules.filter((module) => rankOf(module) !== rank);
+  // The anchor leaves nothing for PEFT's `(.*\.)?` in front: each pattern matches one module.
+  const exactly = (name: string): string => `^${name.replaceAll(/[\\^$.*+?()[\]{}|]/g, "\\$&")}`;
   const pattern = Object.fromEntries(odd.map((module) => [exactly(module.name), rankOf(module)]));
   const onlyAdapted = biased.every((owner) => adapter.modules.has(owner));
   return {
@@ -733,9 +734,4 @@ function commonRank(modules: readonly AdapterModule[]): number {
   const counts = new Map<number, number>();
   for (const module of modules) counts.set(rankOf(module), (counts.get(rankOf(module)) ?? 0) + 1);
   return [...counts].sort((a, b) => b[1] - a[1] || a[0] - b[0])[0]?.[0] ?? 1;
-}
-
-/** A PEFT pattern that matches one module only: the anchor leaves nothing for PEFT's `(.*\.)?` in front. */
-function exactly(name: string): string {
-  return `^${name.replaceAll(/[\\^$.*+?()[\]{}|]/g, "\\$&")}`;
 }

@@ -8,7 +8,7 @@ import { readdir } from "node:fs/promises";
 import { dirname, join, posix } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
 import { type OpenOptions, openPack, type Pack } from "../core/pack.ts";
-import { FormatError, SourceError } from "../errors.ts";
+import { FormatError, listed, SourceError } from "../errors.ts";
 import { type FileKind, kindOfSource } from "../format/kind.ts";
 import type { HubOptions } from "../http/hub.ts";
 import { hubName, hubText } from "../http/hub-page.ts";
@@ -95,12 +95,14 @@ export function command<A extends readonly string[], O extends Options>(declared
   };
 }
 
+const flagsOf = (names: readonly string[]): string => names.map(flagOf).join(" or ");
+
 function toOption(flag: string, spec: OptionSpec<unknown>): Option {
   const { value, short = "", help, needs, group, rare, parse } = spec;
   const otherwise = ["string", "number"].includes(typeof spec.default) ? ` Default: ${spec.default}.` : "";
   const option = new Option(
     `${short}${flag}${value ? ` <${value}>` : ""}`,
-    `${help}${otherwise}${needs ? ` Needs ${flagOf(needs)}.` : ""}`,
+    `${help}${otherwise}${needs ? ` Needs ${flagsOf(needs)}.` : ""}`,
   );
   // Otherwise `--no-open` would switch `--open` off.
   option.negate = false;
@@ -129,7 +131,7 @@ async function valuesOf<O extends Options>(
       const why = excludes[other] === "" ? "" : `: ${excludes[other]}`;
       throw new UsageError(`${flagOf(name)} and ${flagOf(other)} exclude each other${why}`);
     }
-    if (needs !== undefined && !isGiven(needs)) throw new UsageError(`${flagOf(name)} needs ${flagOf(needs)}`);
+    if (needs && !needs.some(isGiven)) throw new UsageError(`${flagOf(name)} needs ${flagsOf(needs)}`);
   }
   const values: [string, unknown][] = [];
   // One after the other, so that progress and errors are of one file.
@@ -361,9 +363,7 @@ function onlyOne(files: readonly string[], ending: string, where: string): strin
   if (files.length === 1) return files[0]!;
   const onnx = ending === ".onnx";
   const none = onnx ? "no ONNX model; export one from it (docs/export.md)" : `no file *${ending}`;
-  const more = files.length > LISTED ? ` and ${files.length - LISTED} more` : "";
-  const listed = files.slice(0, LISTED).join(", ");
-  const several = `several ${onnx ? "models" : `files *${ending}`}; name one of ${listed}${more}`;
+  const several = `several ${onnx ? "models" : `files *${ending}`}; name one of ${listed(files, LISTED)}`;
   throw new SourceError(`holds ${files.length === 0 ? none : several}`, { file: where });
 }
 

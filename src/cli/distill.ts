@@ -48,7 +48,7 @@ const OPTIONS = {
   ),
   force: option.force,
   part: option.toggle("Write a part with tasks on a basis instead of a pack, for assemble."),
-  dtype: { ...option.dtype, needs: "part" },
+  dtype: { ...option.dtype("coefficients", "head"), needs: ["part"] },
   text: option.text(
     "LINES.txt",
     "Text like that of the tasks, one on each line, or JSON lines as learn takes them: a few hundred, never your test data. Default: made " +

@@ -73,9 +73,9 @@ const merge: Attach = command({
     ...option.group("Of a basis", {
       ...option.oneOf({ k: option.k, energy: option.energy }),
       centering: option.byDefault("keep", option.choice(["keep", "none"], "Store the mean of the rows, or use none.")),
-      dtype: option.dtype,
+      dtype: option.dtype("basis"),
       base: option.base,
-      names: option.names,
+      names: { ...option.names, needs: ["base"] },
     }),
   },
   async run(paths, { output: file, force, part, anyBase, centering, ...options }, run, out) {
@@ -113,7 +113,7 @@ const project: Attach = command({
   options: {
     output: part,
     force: option.force,
-    dtype: option.dtype,
+    dtype: option.dtype("coefficients", "head"),
     as: option.as,
     anyBase: option.anyBase,
     base: option.readFor,

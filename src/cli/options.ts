@@ -29,8 +29,8 @@ export interface OptionSpec<T> {
   /** Listed by `--help --all` only. */
   readonly rare?: boolean;
   readonly required?: boolean;
-  /** Option without which this one has no effect. */
-  readonly needs?: string;
+  /** The option has no effect unless one of these is given. */
+  readonly needs?: readonly string[];
   /** Reason by name of an option that cannot be given together with this one. */
   readonly excludes?: Readonly<Record<string, string>>;
   readonly reads?: ReadAs;
@@ -202,24 +202,24 @@ export const gauge: Maybe<Gauge> = choice(
 );
 export const rank: Maybe<number> = number("N", "Keep the N strongest directions of each adapter and module.", from(1));
 
-const PARTS = ["basis", "coefficients", "head"];
-export const NUMBERS: string = `Number format: ${DTYPES.join(", ")}; or for each part, as basis=int4,coefficients=f16,head=f16.`;
-export const dtype: Maybe<Partial<Dtypes>> = {
-  value: "TYPE",
-  help: `${NUMBERS} Default: f16.`,
-  parse(given, flag) {
-    const pairs = given.includes("=")
-      ? given.split(",").map((pair) => pair.split("="))
-      : PARTS.map((part) => [part, given]);
-    const checked = (word = "", words: readonly string[]): string => {
-      if (words.includes(word)) return word;
-      throw new UsageError(`${flag} ${given}: "${word}" is not one of ${words.join(", ")}`);
-    };
-    return Object.fromEntries(
-      pairs.map(([part, word]) => [checked(part, PARTS), checked(word, DTYPES)]),
-    ) as Partial<Dtypes>;
-  },
-};
+/** Number formats of these parts of a pack. */
+export function dtype(...parts: readonly (keyof Dtypes)[]): Maybe<Partial<Dtypes>> {
+  const each = parts.length > 1 ? `; or for each part, as ${parts.map((part) => `${part}=f16`).join(",")}` : "";
+  return {
+    value: "TYPE",
+    help: `Number format: ${DTYPES.join(", ")}${each}. Default: f16.`,
+    parse(given, flag) {
+      const pairs = given.includes("=")
+        ? given.split(",").map((pair) => pair.split("="))
+        : parts.map((part) => [part, given]);
+      const checked = (word = "", words: readonly string[]): string => {
+        if (words.includes(word)) return word;
+        throw new UsageError(`${flag} ${given}: "${word}" is not one of ${words.join(", ")}`);
+      };
+      return Object.fromEntries(pairs.map(([part, word]) => [checked(part, parts), checked(word, DTYPES)]));
+    },
+  };
+}
 
 export const k: Maybe<number> = number("N", "Number of components per module and side.", from(1));
 export const energy: Maybe<number> = number(
@@ -270,7 +270,7 @@ export const judged: {
   text: Maybe<string>;
   agreement: Maybe<number>;
 } & typeof runsOn = each(
-  { needs: "model" },
+  { needs: ["model"] },
   {
     minutes: number(
       "N",

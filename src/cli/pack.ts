@@ -52,7 +52,7 @@ const settled = option.each(
       help: "As many components as keep this share of the squared singular values.",
     },
     ...option.each(
-      { rare: true },
+      { rare: true, needs: ["k", "energy"] },
       {
         rank: option.rank,
         step: option.number(
@@ -66,6 +66,7 @@ const settled = option.each(
   },
 );
 const { k, energy, ...how } = settled;
+const ofNumbers = option.dtype("basis", "coefficients", "head");
 
 const OPTIONS = {
   output: option.output("PACK", "The pack to write."),
@@ -86,9 +87,9 @@ const OPTIONS = {
     base: option.base,
     ...how,
     dtype: {
-      ...option.dtype,
+      ...ofNumbers,
       rare: true,
-      help: `${option.NUMBERS} Default: f16 with --k or --energy; else those that lose least for their bytes, and only head= may be given.`,
+      help: `${ofNumbers.help} Without --k or --energy: those that lose least for their bytes, and only head= may be given.`,
       excludes: { model: "with a model, numbers are as coarse as answers allow" },
     },
     ...option.each(
@@ -120,7 +121,7 @@ const OPTIONS = {
         "Most training steps of a task, which end earlier where they gain no more; 0 for none. Default: 240; 24 of a language model.",
         option.from(0),
       ),
-      ...{ needs: "model", rare: true },
+      ...{ needs: ["model"], rare: true },
     },
   }),
   ...option.group("Which adapters", { as: option.as, anyBase: { ...option.anyBase, rare: true } }),
@@ -190,17 +191,14 @@ async function build(adapters: readonly Adapter[], options: PackOptions, run: Ru
   }
   const scratch = run.closing(openScratch(options.output));
   const { progress: onProgress } = out;
-  const numbers = dtype?.basis ?? dtype?.coefficients;
-  if (k === undefined && energy === undefined) {
-    for (const [flag, value] of Object.entries({ rank, step, dtype: numbers }))
-      if (value !== undefined)
-        throw new option.UsageError(
-          `--${flag} needs --k or --energy: otherwise a size or an error decides what is stored, and of --dtype only head= may be given`,
-        );
-  } else {
+  if (k !== undefined || energy !== undefined) {
     const select = option.selection({ k, energy });
     return buildStreamed(adapters, { ...common, onProgress, rank, step, dtype, select }, scratch);
   }
+  if (dtype?.basis ?? dtype?.coefficients)
+    throw new option.UsageError(
+      "--dtype needs --k or --energy: otherwise a size or an error decides what is stored, and of --dtype only head= may be given",
+    );
   const goal: SearchOptions["goal"] = most === undefined ? { kind: "error", max: error } : { kind: "bytes", max: most };
   return searchStreamed(adapters, { ...common, head: dtype?.head, goal, onProgress }, scratch).catch(fail);
 }

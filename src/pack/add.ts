@@ -1,7 +1,7 @@
 /** New tasks for a pack that exists: adapters are brought onto its bases. */
-import { type Adapter, checkAdapters, listed, refuseBoth } from "../adapters/adapter.ts";
+import { type Adapter, checkAdapters, refuseBoth, refuseTwins } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
-import { AdapterError, checkPack, TaskError } from "../errors.ts";
+import { AdapterError, checkPack, listed, TaskError } from "../errors.ts";
 import {
   type Basis,
   type BySide,
@@ -47,11 +47,11 @@ export interface ProjectAdaptersOptions {
   /** Called as the work goes on, with the share that is done, in percent. */
   readonly onProgress?: OnWork | undefined;
   /**
-   * The share of its ΔW that an adapter may lose: it has residual rows for what the components lack, or for all of it where that takes
-   * fewer bytes. Default: as the pack's tasks, which may have none.
+   * The share of its ΔW that an adapter may lose. Residual rows store what the components lack, or all of it if that takes fewer bytes. Default: the
+   * pack's error, if it has one.
    */
   readonly error?: number | undefined;
-  /** The share of its ΔW from which on an adapter is refused; 1 refuses none. Default: 0.5, or `error` where that is more. */
+  /** An adapter that loses a larger share of its ΔW is refused; 1 refuses none. Default: 0.5, or `error` if larger. */
   readonly maxLoss?: number | undefined;
 }
 
@@ -77,6 +77,7 @@ export async function projectAdapters(
   checkAdapters("projectAdapters", adapters);
   if (!(maxLoss >= 0 && maxLoss <= 1))
     throw new RangeError(`projectAdapters: maxLoss: expected a share from 0 to 1, got ${maxLoss}`);
+  refuseTwins(adapters);
   for (const adapter of adapters) checkModules(pack, adapter);
   const bases = await pack.bases();
   try {
@@ -292,7 +293,7 @@ async function spectraOf({ pack, adapters }: Newcomers): Promise<Spectrum[]> {
   return spectra;
 }
 
-/** True where tasks of a pack have residual rows: those of most have some, or not every module has components of all tasks. */
+/** True if new tasks of a pack may have residual rows: the pack has an error, tasks with them, or modules without components of all tasks. */
 function hasRows({ directory, tasks, modules }: Pack): boolean {
   const { step, error } = directory.basis;
   if (error !== undefined || !modules.every(sharedBases)) return true;

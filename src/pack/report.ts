@@ -1,6 +1,7 @@
 /** The report of a pack that was made: one shape for every strategy. */
 
 import { type Adapter, baseModels, commonBase } from "../adapters/adapter.ts";
+import { listed } from "../errors.ts";
 import type { ComponentSelection } from "../extract/components.ts";
 import type { SharedSides } from "../extract/sides.ts";
 import type { ModuleInput } from "../format/encode.ts";
@@ -202,10 +203,9 @@ function strangerWarnings(adapters: readonly Owner[]): string[] {
   return others
     .filter((group) => !(isNamed(group) && isNamed(most!)))
     .map(({ members }) => {
-      const ids = members.slice(0, LISTED).map(({ id }) => `"${id}"`);
-      const more = members.length > LISTED ? ` and ${members.length - LISTED} more` : "";
+      const ids = members.map(({ id }) => `"${id}"`);
       const [adapt, isOther] = members.length > 1 ? ["adapt", "are they"] : ["adapts", "is it"];
-      return `${ids.join(", ")}${more} ${adapt} none of the modules that the others adapt: ${isOther} of another base model?`;
+      return `${listed(ids, LISTED)} ${adapt} none of the modules that the others adapt: ${isOther} of another base model?`;
     });
 }
 
@@ -225,7 +225,7 @@ export function idleWarnings(
   for (const { id, modules, saved } of adapters) {
     if (modules.size === 0 || busy.has(id) || rescaled.has(id)) continue;
     const names = saved.slice(0, LISTED).map(({ name }) => name);
-    const what = names.length > 0 ? `changes only what it brings whole (${names.join(", ")})` : "changes nothing";
+    const what = names.length > 0 ? `changes only what it overrides (${names.join(", ")})` : "changes nothing";
     warnings.set(id, `task "${id}" ${what}: all its updates are 0`);
   }
   return warnings;
@@ -243,7 +243,7 @@ export function fewerWarnings(
   ];
 }
 
-/** The share of its ΔW from which on it is worth a word that a task loses it. */
+/** Share of ΔW above which a task's loss may cause a warning. */
 export const MUCH = 0.3;
 /** A task that loses this many times the median is worse than the rest. */
 const WORSE = 1.5;

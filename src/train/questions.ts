@@ -118,9 +118,7 @@ export async function teacherOutputs(
   } else {
     const words = wordsOf(options.encode, [...session.pack.tasks.values(), adapter]);
     if (session.inputNames.includes("decoder_input_ids"))
-      throw new TypeError(
-        "distill: no text can be made for a model with a decoder of its own: give prompts and completions",
-      );
+      throw new TypeError("no text can be made for a model with a decoder of its own: give prompts and completions");
     const made = (count: number, seed: number): Promise<Row[]> =>
       syntheticQuestions(teacher, adapter.metadata, words, count, uniform(seed));
     // Made separately, so that no line to evaluate by is crossed from one to learn from.
@@ -151,22 +149,20 @@ function questionsOf({ texts, feeds, examples }: Questions): readonly Example[] 
   const ways = Object.entries({ texts, feeds, examples }).flatMap(([name, value]) =>
     value === undefined ? [] : [name],
   );
-  if (ways.length > 1) throw new TypeError(`distill: got ${ways.join(" and ")}, expected one of them`);
+  if (ways.length > 1) throw new TypeError(`got ${ways.join(" and ")}, expected one of them`);
   return examples ?? texts?.map((text) => ({ text })) ?? feeds?.map((feeds): Unlabelled => ({ feeds }));
 }
 
 /** Checks the questions, where there are some. @throws TypeError, RangeError when they are too few or empty */
 export function checkQuestions(options: TeachOptions): void {
-  if (options.encode !== undefined) checkTokenizer("distill: encode", options.encode);
-  else if (!options.feeds) throw new TypeError("distill: texts need `encode`, a tokenizer");
+  if (options.encode !== undefined) checkTokenizer("encode", options.encode);
+  else if (!options.feeds) throw new TypeError("texts need `encode`, a tokenizer");
   const given = questionsOf(options);
   if (!given) return;
   if (given.length < LEAST_TEXTS)
-    throw new RangeError(
-      `distill: expected ${LEAST_TEXTS} texts at least, and some hundreds to gain by; got ${given.length}`,
-    );
+    throw new RangeError(`expected ${LEAST_TEXTS} texts at least, and some hundreds to gain by; got ${given.length}`);
   const empty = given.findIndex(({ text }) => text?.trim() === "");
-  if (empty >= 0) throw new RangeError(`distill: text ${empty} is empty`);
+  if (empty >= 0) throw new RangeError(`text ${empty} is empty`);
 }
 
 /** A model that answers as an adapter itself. */
@@ -327,7 +323,7 @@ function wholeWords(encode: unknown): string[] {
   const { get_vocab, decode } = (encode ?? {}) as Vocabulary;
   if (!get_vocab || !decode)
     throw new TypeError(
-      `distill: expected texts or examples, or a tokenizer with get_vocab and decode in \`encode\`, to make texts from its words`,
+      `expected texts or examples, or a tokenizer with get_vocab and decode in \`encode\`, to make texts from its words`,
     );
   const found = get_vocab.call(encode, false);
   const tokens = found instanceof Map ? [...found] : Object.entries(found as Readonly<Record<string, number>>);
@@ -340,7 +336,7 @@ function wholeWords(encode: unknown): string[] {
     const word = decode.call(encode, [id]).trim();
     return /^[\p{L}\p{M}]{2,}$/u.test(word) ? [word] : [];
   });
-  if (all.length === 0) throw new TypeError(`distill: the vocabulary of \`encode\` has no words; give texts`);
+  if (all.length === 0) throw new TypeError(`the vocabulary of \`encode\` has no words; give texts`);
   return all;
 }
 
@@ -375,8 +371,8 @@ function lengthOf(random: () => number): number {
   return SHORTEST + Math.floor(random() * (LONGEST - SHORTEST + 1));
 }
 
-// Questions for a language model, made of words. Where the task says how it is asked (`template` of its metadata), they are written so, and
-// the model's answers are what it is asked for. Where it does not, half of them are lines of words, and the model goes on from the others.
+// Questions for a language model, made of words. If the task's metadata has a `template`, questions follow it, and the tokens of the model's answers
+// are compared. Otherwise half of the questions are lines of words, and the model continues the rest.
 
 /** Words of an input that a template takes: few are likelier, since most inputs are names and terms. */
 const MOST_INPUT = 6;

@@ -95,7 +95,7 @@ t.test("kohya's names, by their words and by the base's", async (t) => {
     ["unet.double_blocks.0.img_attn.qkv", "unet.time_in.in_layer"],
   );
   await t.rejects(kohya(own), {
-    message: /lora_unet_double_blocks_0_img_attn_qkv.*the module is not known.*--base/s,
+    message: /lora_unet_double_blocks_0_img_attn_qkv.*the module is not known.*`base`/s,
     constructor: AdapterError,
   });
   await t.rejects(kohya(flat("lora_unet_a_b"), { names: ["a.b.weight", "a_b.weight"] }), {
@@ -136,7 +136,7 @@ t.test("what a kohya file cannot hold is refused by name", async (t) => {
 
 t.test("GGUF: heads come from the base, by any of its files", async (t) => {
   const adapter = join(goldens, "gguf", "adapter-f32.gguf");
-  await t.rejects(readOne(adapter), { message: /blk\.0\.attn_k.*orders the rows of llama by heads.*--base/s });
+  await t.rejects(readOne(adapter), { message: /blk\.0\.attn_k.*orders the rows of llama by heads.*`base`/s });
   const folder = t.testdir({
     model: { "config.json": JSON.stringify(HEADS) },
     "few.json": '{"num_attention_heads": 3}',
