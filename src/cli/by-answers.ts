@@ -6,7 +6,7 @@ import { rmdir } from "node:fs/promises";
 import { createEngine } from "../../bindings/ort-engine.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
-import { parseTaskFile } from "../core/read-task-file.ts";
+import { taskIn } from "../core/read-task-file.ts";
 import type { TaskToWrite } from "../format/encode.ts";
 import type { Built } from "../pack/build.ts";
 import type { BuildOptions } from "../pack/recipe.ts";
@@ -67,10 +67,7 @@ export async function addedByAnswers(
   const { ort, encode, asked } = await opened("add", options, adapters);
   const how = { adapters, encode, ...asked, minutes, agreement, signal: run.interrupts(), onProgress: out.progress };
   const outcomes = await tasksByAnswers(createEngine(ort), model, pack, how);
-  return outcomes.map(({ file, agreement, reason }) => {
-    const { id, adapterBytes, metadata, brings, blob } = parseTaskFile(file, "a distilled task");
-    return { entry: { id, adapterBytes, metadata, brings }, blob, agreement, reason };
-  });
+  return outcomes.map(({ file, agreement, reason }) => ({ ...taskIn(file, "a distilled task"), agreement, reason }));
 }
 
 async function opened(command: string, options: JudgedOptions, adapters: readonly Adapter[]) {

@@ -2,6 +2,7 @@
  * Reads task files for tools, without the open pack that they belong to.
  */
 import { checkOptions } from "../errors.ts";
+import type { TaskToWrite } from "../format/encode.ts";
 import type { TaskFile } from "../format/format.ts";
 import { openSource } from "../open-source.ts";
 import { atOnce } from "../pace.ts";
@@ -38,4 +39,10 @@ export async function readTaskFile(input: SourceInput, options: ReadTaskFileOpti
 /** A task file in memory. @throws FormatError saying which rule of SPEC.md, section 7, does not hold */
 export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
   return atOnce(parseInPieces(bytes, file));
+}
+
+/** The task of a task file, as it goes into a pack. It keeps no other part of the file in memory. @throws FormatError as `parseTaskFile` */
+export function taskIn(bytes: Uint8Array, file: string): TaskToWrite {
+  const { id, adapterBytes, metadata, brings, blob } = parseTaskFile(bytes, file);
+  return { entry: { id, adapterBytes, metadata, brings }, blob };
 }

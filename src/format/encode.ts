@@ -1,6 +1,6 @@
 /**
- * SPEC.md as code, the writing half: values in, bytes out. No I/O. What is written here, `format.ts` must be able to read;
- * limits are checked there, so a writer ends by parsing what it wrote.
+ * SPEC.md as code, the writing half: values in, bytes out. No I/O. `directory.ts` must be able to read all of it and
+ * checks limits, so a writer ends by parsing its bytes.
  */
 
 import { atOnce } from "../pace.ts";
@@ -16,9 +16,8 @@ import { pack } from "./msgpackr.ts";
 
 type Bytes = Uint8Array<ArrayBuffer>;
 
-/** One side of one module, ready to be written. */
-export interface SideInput extends Pick<format.Side, "kind" | "K" | "mean" | "explained"> {
-  readonly rank?: number;
+/** Column components of one side of a module, ready to be written; those of whole factors (flat) are only read. */
+export interface SideInput extends Pick<format.Side, "K" | "mean" | "explained"> {
   readonly dtype: Dtype;
   /** Encoded tensor: K rows, then the mean when there is one. */
   readonly encoded: Uint8Array;
@@ -35,7 +34,7 @@ export interface ModuleInput
 }
 
 export interface BasisInput
-  extends Pick<format.BasisDescription, "producer" | "mode" | "gauge" | "centering">,
+  extends Pick<format.BasisDescription, "producer" | "gauge" | "centering">,
     Partial<Pick<format.BasisDescription, "rank" | "step" | "error" | "baseModel">> {
   readonly modules: readonly ModuleInput[];
   /** MessagePack of a typical task blob: coded blobs copy from it. */
@@ -49,7 +48,7 @@ export interface TensorInput {
 }
 
 /** One side's coefficients. */
-interface CoefficientsInput extends TensorInput, Pick<format.Side, "kind" | "mean"> {
+interface CoefficientsInput extends TensorInput, Pick<format.Side, "mean"> {
   /** Which of the side's bases they are over. Default: the first. */
   readonly basis?: number | undefined;
 }
@@ -105,8 +104,7 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
     refuseLarge(which, s, s.K + (s.mean ? 1 : 0));
     place(s.encoded);
     const { K, mean, explained } = s;
-    const flat = s.kind === "flat";
-    return { kind: flat ? 2 : 1, K, rank: flat ? s.rank : undefined, mean, type: DTYPES.indexOf(s.dtype), explained };
+    return { kind: 1, K, mean, type: DTYPES.indexOf(s.dtype), explained };
   };
   const side = (which: string, all: readonly SideInput[] = []): object | object[] | null => {
     const maps = all.map((one) => map(which, one));
@@ -124,8 +122,8 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
     const shape = { name, out, in: inputs, layout: format.LAYOUTS.indexOf(layout), kernel: kernel && [...kernel] };
     return { ...shape, A, B, fingerprint: fingerprint && true };
   });
-  const { producer, mode, gauge, centering, rank, step, error, baseModel = null, header } = basis;
-  const said = pack({ producer, mode, gauge, centering, rank, step, error, baseModel, modules, header });
+  const { producer, gauge, centering, rank, step, error, baseModel = null, header } = basis;
+  const said = pack({ producer, mode: "column", gauge, centering, rank, step, error, baseModel, modules, header });
   // One behind the other, as the basis id takes them: the bases of a large model are not copied for it.
   const both = new Uint8Array(said.length + end);
   both.set(said);
@@ -154,10 +152,10 @@ export function encodeTask(
         refuseLarge(`${what} of ${name}`, tensor, rows);
         tensors.push(tensor.encoded);
       };
-      for (const s of [t.A, t.B]) add("coefficients", s, s?.kind === "column" ? t.rank : 1);
+      for (const s of [t.A, t.B]) add("coefficients", s, t.rank);
       for (const own of [t.ownA, t.ownBt]) add("a row", own, t.rank);
       const side = (s: TermInput["A"], own: TensorInput | undefined): number | null | (number | null)[] => {
-        const over = s ? (s.kind === "column" ? 1 : 2) + (s.mean ? 4 : 0) + 8 * code(s.dtype) : null;
+        const over = s ? 1 + (s.mean ? 4 : 0) + 8 * code(s.dtype) : null;
         return own || s?.basis ? [over, s?.basis ?? 0, own ? code(own.dtype) : null] : over;
       };
       const [A, B] = [side(t.A, t.ownA), side(t.B, t.ownBt)];

@@ -145,8 +145,7 @@ export interface Rows {
 }
 
 /**
- * The pack of a recipe without components of all tasks: encoded some adapters at a time, so that of all others only what they were coded
- * to is in memory.
+ * Makes a pack without components of all tasks, one group of adapters at a time; of the earlier groups only the encoded tasks are kept.
  * @param most numbers of the adapters that are worked on at a time
  */
 export function packRows(
@@ -217,7 +216,7 @@ async function writeTasks(
   const { gauge, centering, rank } = extraction;
   const baseModel = commonBase(adapters);
   // Handed over: the encoded components are in the chunks afterwards, and need not be held twice.
-  const basis = { mode: "column" as const, gauge, centering, rank, step, error, baseModel, modules: modules.splice(0) };
+  const basis = { gauge, centering, rank, step, error, baseModel, modules: modules.splice(0) };
   const { bytes, chunks, blobs } = await newPack(basis, tasks, how);
   meter.reach(1);
   const made = { bytes, blobs, modules: names.length, components, errors, rescaled, sides };
@@ -360,7 +359,7 @@ async function encodeRows(
 
 /** One side as it is written. */
 export function sideInput({ components: K, mean, dtype, explained, encoded }: SideBasis): SideInput {
-  return { kind: "column", K, mean, dtype, explained, encoded };
+  return { K, mean, dtype, explained, encoded };
 }
 
 const TOGETHER = 8;
@@ -435,12 +434,11 @@ export async function readFingerprints(
  * @throws BaseMismatchError when the base has no such weight
  */
 export function renamedHost(host: WeightHost, names: ReadonlyMap<string, string>): WeightHost {
-  const parameters = [...host.list()];
-  const known = new Set(parameters.map(({ name }) => name));
+  const known = new Map([...host.list()].map((parameter) => [parameter.name, parameter]));
   const weights = new Map<string, string>();
   for (const [module, weight] of names) {
     if (!known.has(weight)) {
-      const candidates = nearest(weight, known);
+      const candidates = nearest(weight, known.keys());
       throw new BaseMismatchError(
         `the base has no "${weight}", which "${module}" is said to be; candidates: ${candidates.join(", ") || "none"}`,
         { module, candidates },
@@ -448,9 +446,10 @@ export function renamedHost(host: WeightHost, names: ReadonlyMap<string, string>
     }
     weights.set(`${module}.weight`, weight);
   }
-  const modules = new Map([...weights].map(([name, weight]) => [weight, name]));
+  const renamed = [...weights].map(([name, weight]) => ({ ...known.get(weight)!, name }));
+  for (const weight of weights.values()) known.delete(weight);
   return {
-    list: () => parameters.map((one) => ({ ...one, name: modules.get(one.name) ?? one.name })),
+    list: () => [...known.values(), ...renamed],
     read: (name, into, options) => host.read(weights.get(name) ?? name, into, options),
     ...(host.close && { close: () => host.close!() }),
   };

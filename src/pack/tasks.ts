@@ -1,6 +1,6 @@
 /** An adapter as a task of a pack, encoded: its terms on the pack's bases, and what it changes whole. */
 import type { Adapter, SavedTensor } from "../adapters/adapter.ts";
-import { AdapterError } from "../errors.ts";
+import { AdapterError, FormatError } from "../errors.ts";
 import type { Factor, TaskUpdate } from "../extract/components.ts";
 import { pairNorm, pairOf } from "../extract/factors.ts";
 import {
@@ -13,7 +13,7 @@ import {
 } from "../format/encode.ts";
 import { bringsOf, misfitLabels, mostRank } from "../format/format.ts";
 import { type Dtype, isQuantized, mean, type QuantizedDtype } from "../tensor/dtypes.ts";
-import { advised, encodeSteps, encodeTensor, narrowed, SCALE_DOWN } from "../tensor/encode.ts";
+import { advised, encodeSteps, encodeTensor, narrowed, SCALE_DOWN, UnstorableError } from "../tensor/encode.ts";
 import type { HeadFormat } from "./recipe.ts";
 import type { ModuleError } from "./report.ts";
 
@@ -110,7 +110,7 @@ export function encodedTask(
   if (!A.coefficients && !B.coefficients)
     return encoded({ rank: 0, privateTerms: { rank, dtype, A: A.residual!, Bt: B.residual! } });
   const over = ({ basis, mean = false, coefficients }: Factor): TermInput["A"] =>
-    coefficients && { kind: "column", mean, basis, dtype, encoded: coefficients };
+    coefficients && { mean, basis, dtype, encoded: coefficients };
   return encoded({
     rank,
     A: over(A),
@@ -253,6 +253,7 @@ export function storable<T>(
   try {
     return encode();
   } catch (cause) {
+    if (!(cause instanceof UnstorableError || cause instanceof FormatError)) throw cause;
     throw new AdapterError(`${name} cannot be stored: ${advised(cause, advice)}`, {
       file: adapter.file,
       field: name,

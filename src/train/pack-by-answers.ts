@@ -8,7 +8,7 @@
 import { type Adapter, checkAdapters, sharedModules } from "../adapters/adapter.ts";
 import type { WeightHost } from "../core/base.ts";
 import { openPack, type Pack } from "../core/pack.ts";
-import { parseTaskFile } from "../core/read-task-file.ts";
+import { taskIn } from "../core/read-task-file.ts";
 import {
   AdapterError,
   BackendError,
@@ -58,9 +58,8 @@ export interface ByAnswersOptions
   /** Names of weights, or of their initializers in the model, by module name, for weights that are not found. */
   readonly names?: ReadonlyMap<string, string> | undefined;
   /**
-   * The least agreement of a task with its adapter: the share of held-back answers with the same likeliest class, each counted by how much
-   * likelier the adapter finds that than the second. Default: 0.96 of labels, 0.98 of a
-   * language model's answers, 0.99 of all tokens of texts.
+   * The least agreement of a task with its adapter: the share of held-back answers with the same likeliest class, weighted by the adapter's margin
+   * over the second class. Default: 0.96 of labels, 0.98 of a language model's answers, 0.99 of all tokens of texts.
    */
   readonly agreement?: number | undefined;
   /** Most bytes of the pack, which is then the one whose tasks agree most; instead of `agreement`. Not for `tasksByAnswers`. */
@@ -71,7 +70,7 @@ export interface ByAnswersOptions
   readonly minutes?: number | undefined;
   /** Called after each training step of a task, with the steps of all tasks. */
   readonly onProgress?: OnWork | undefined;
-  /** Where outcomes are kept, so that a call that was stopped goes on: by a key of all that they depend on but the model and questions. */
+  /** Store of finished tasks, so that a stopped call can resume. Keys cover everything that they depend on but the model and questions. */
   readonly finished?: FinishedOutcomes | undefined;
 }
 
@@ -92,7 +91,7 @@ export interface AnsweringTask {
 
 /** Report of `packByAnswers`. What it says of ΔW and terms is from before tasks were distilled. */
 export interface ByAnswersReport extends BuildReport {
-  /** Empty where tasks would take no fewer bytes than in a pack without a model, which it is then. */
+  /** Empty if distilling saves no bytes: the pack is then the one made without a model. */
   readonly answers: readonly AnsweringTask[];
   /** Most training steps of a task. */
   readonly steps: number;
@@ -209,7 +208,7 @@ const MORE_DIFFER = 1.2;
 /** Shares of ΔW that a task stored closer may lose, down to the share of a pack without a model. */
 const CLOSER = [0.45, 0.3, 0.2, DEFAULT_ERROR] as const;
 /**
- * A word's tokens are foreseen from each other, those of a text even more, so that the same agreement says less of them. Of twenty skills
+ * Tokens of a word predict each other, tokens of a text even more, so the same agreement means less there. Of twenty skills
  * of SmolLM2, three that agreed in 97.0 to 97.6 % of answers' tokens had 3 points fewer answers right, six above 99 % had 0.3.
  */
 const DEFAULT_AGREEMENT = { labels: 0.96, answers: 0.98, texts: 0.99 };
@@ -231,7 +230,7 @@ class Answering {
   readonly #outcomes = new Map<string, Outcome>();
   /** Reasons for which tasks cannot be distilled, by id. */
   readonly #refused = new Map<string, string>();
-  /** Steps that trying sizes counts for, whatever it takes: in advance nobody knows how many sizes are tried. */
+  /** Steps that the progress counts for trying sizes, whose number is not known in advance. */
   #trying = 0;
   #done = 0;
 
@@ -348,7 +347,7 @@ class Answering {
     const least = 1 - differ * (1 - wanted);
     const how = { ...this.#options, steps, onStep: ({ step }: TrainingStep) => onStep(step) };
     const { id, file, kept, agreement } = await distilTask(level.session, adapter, task, outputs, how);
-    let best: Outcome = { id, file, kept, agreement, bytes: parseTaskFile(file, id).blob.length };
+    let best: Outcome = { id, file, kept, agreement, bytes: taskIn(file, id).blob.length };
     for (const error of CLOSER) {
       if (best.agreement! >= least) break;
       const made = await closer(level, adapter, error);
@@ -509,12 +508,7 @@ class Making {
   }
 
   async #packed(level: Level, outcomes: readonly Outcome[]): Promise<Built<ByAnswersReport>> {
-    const places = await Promise.all(
-      outcomes.map(({ file }) => {
-        const { id, adapterBytes, metadata, brings, blob } = parseTaskFile(file, "a distilled task");
-        return placeOf({ entry: { id, adapterBytes, metadata, brings }, blob });
-      }),
-    );
+    const places = await Promise.all(outcomes.map(({ file }) => placeOf(taskIn(file, "a distilled task"))));
     const { bytes, chunks } = await freshPack(level.pack, places);
     const answers = outcomes.map(({ file, ...outcome }) => outcome);
     const ratio = level.report.adapterBytes / bytes;

@@ -74,7 +74,7 @@ export function learnedTask(
     const over = (side: "A" | "B"): TermInput["A"] => {
       const basis = shared?.[side];
       const alpha = of(`alpha${side}`);
-      return basis && alpha && { ...alpha, kind: "column", mean: basis.mean, basis: basis.index };
+      return basis && alpha && { ...alpha, mean: basis.mean, basis: basis.index };
     };
     terms.push({
       module,
@@ -191,8 +191,8 @@ export function rowsOf(steps: Float32Array, rows: number): Float32Array {
   return Float32Array.from({ length: rows }, (_, row) => steps[row * width] ?? 0);
 }
 
-// A learned task as a pack with a step stores its tasks: brought into it as an adapter that is added, over what others share and with rows
-// of its own, in integers of as many bits as they are worth.
+// A learned task is added to a pack with a step as adapters are: as coefficients over shared components and as residual rows, in integers of as many
+// bits as they are worth.
 
 interface Learned {
   readonly id: string;

@@ -20,10 +20,9 @@ const turned = "\u202eksat\u2069";
 const dangerous = /[^\P{Cc}\n]|[\p{Bidi_Control}\u2028\u2029]/u;
 
 const encoded = encodeTensor("f32", Float32Array.of(1, 2), 1, 2);
-const side = { kind: "column", K: 1, mean: false, dtype: "f32", explained: 1, encoded } as const;
+const side = { K: 1, mean: false, dtype: "f32", explained: 1, encoded } as const;
 const { description, bases } = encodeBasis({
   producer: `someone${evil}`,
-  mode: `column${evil}`,
   gauge: `as-trained${evil}`,
   centering: `keep${evil}`,
   baseModel: `model${evil}`,
@@ -31,7 +30,6 @@ const { description, bases } = encodeBasis({
 });
 const basisId = toHex(await sha256(description, bases));
 const coefficients = {
-  kind: "column",
   mean: false,
   dtype: "f32",
   encoded: encodeTensor("f32", Float32Array.of(1), 1, 1),

@@ -21,13 +21,12 @@ const folder = folderFor(t);
 const path = join(folder, "many.eigen");
 
 const encoded = encodeTensor("f32", Float32Array.of(1, 2), 1, 2);
-const side = { kind: "column", K: 1, mean: false, dtype: "f32", explained: 1, encoded } as const;
+const side = { K: 1, mean: false, dtype: "f32", explained: 1, encoded } as const;
 const modules = [{ name: "m", out: 2, in: 2, layout: "out-in", A: [side], B: [side] } as const];
-const about = { producer: "test", mode: "column", gauge: "as-trained", centering: "none" };
+const about = { producer: "test", gauge: "as-trained", centering: "none" };
 const { description, bases } = encodeBasis({ ...about, modules });
 const basisId = toHex(await sha256(description, bases));
 const coefficients = {
-  kind: "column",
   mean: false,
   dtype: "f32",
   encoded: encodeTensor("f32", Float32Array.of(1), 1, 1),

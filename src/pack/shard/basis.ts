@@ -5,7 +5,7 @@
  */
 import { type Adapter, commonBase, compare } from "../../adapters/adapter.ts";
 import type { Pack } from "../../core/pack.ts";
-import { parseTaskFile } from "../../core/read-task-file.ts";
+import { taskIn } from "../../core/read-task-file.ts";
 import { AdapterError, FormatError, TaskError } from "../../errors.ts";
 import {
   checkSelection,
@@ -112,7 +112,7 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
     options.onProgress?.({ stage: "merging", done: modules.length, total, unit: "modules" });
   }
   const baseModel = commonBase(statistics.adapters);
-  const { chunks, bytes } = await newPack({ mode: "column", gauge, centering, rank, baseModel, modules }, []);
+  const { chunks, bytes } = await newPack({ gauge, centering, rank, baseModel, modules }, []);
   const components = componentsOf(modules);
   const report: BasisReport = {
     adapters: statistics.adapters.length,
@@ -285,7 +285,7 @@ function refuseOther(basis: Pack, first: TaskPart, part: TaskPart): void {
 async function checkTask(basis: Pack, part: TaskPart, id: string): Promise<{ place: TaskPlace; modules: number }> {
   const bytes = await part.read(id);
   const file = `${part.file}, ${nameOf(id)}`;
-  const { blob, basisId: _, ...entry } = parseTaskFile(bytes, file);
+  const { entry, blob } = taskIn(bytes, file);
   if (entry.id !== id)
     throw new FormatError(`it holds the task "${entry.id}": the part is damaged, make it again`, {
       file: part.file,
@@ -299,7 +299,7 @@ async function checkTask(basis: Pack, part: TaskPart, id: string): Promise<{ pla
   await basis.addTask(id, source);
   const modules = (await basis.load(id)).terms.length;
   basis.removeTask(id);
-  const read = async (): Promise<Uint8Array> => parseTaskFile(await part.read(id), file).blob;
+  const read = async (): Promise<Uint8Array> => taskIn(await part.read(id), file).blob;
   return { place: { ...(await placeOf({ entry, blob })), read }, modules };
 }
 
