@@ -10,7 +10,7 @@ import { BackendError, checkChoice, checkOptions, nearest } from "../errors.ts";
 import { Changes, now, pacer, throwIfAborted } from "../pace.ts";
 import type { FetchOptions } from "../source.ts";
 import { type BaseInput, type CpuView, onDevice, type View, type WeightHost } from "./base.ts";
-import { type ActiveTask, type BackendOptions, createBackend, KernelSession, planTasks } from "./kernel-session.ts";
+import { type BackendOptions, createBackend, KernelSession, planTasks } from "./kernel-session.ts";
 import type { Bases, Pack } from "./pack.ts";
 import type { Parameters } from "./parameters.ts";
 import type { ModuleFilter } from "./part.ts";
@@ -99,12 +99,12 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
    */
   async switchTask(selection: Selection, options: SwitchOptions = {}): Promise<RuntimeSwitchReport> {
     checkOptions("switchTask", options, ["signal", "head"]);
-    return this.activate(copySelection(selection), options);
+    return this.activate({ selection: copySelection(selection), head: options.head }, options.signal);
   }
 
-  /** @internal @param tasks of the selection, where they have been loaded */
-  activate(selection: Selection, options: SwitchOptions, tasks?: readonly ActiveTask[]): Promise<RuntimeSwitchReport> {
-    return this.#queue.change(() => this.switching(selection, () => this.#switch(selection, options, tasks)));
+  /** @internal */
+  activate(selected: Selected, signal: AbortSignal | undefined): Promise<RuntimeSwitchReport> {
+    return this.#queue.change(() => this.switching(selected.selection, () => this.#switch(selected, signal)));
   }
 
   /** @internal @throws BackendError while the weights are no task's */
@@ -113,25 +113,21 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     this.#weights.check();
   }
 
-  async #switch(
-    selection: Selection,
-    options: SwitchOptions,
-    tasks?: readonly ActiveTask[],
-  ): Promise<RuntimeSwitchReport> {
+  async #switch(selected: Selected, signal: AbortSignal | undefined): Promise<RuntimeSwitchReport> {
     const started = now();
-    const { signal, head } = options;
+    const { selection, head } = selected;
     const { kernels, terms } = this.#parts;
     const { reads } = this.pack;
     this.#live();
     throwIfAborted(signal);
     const { bytes, requests } = reads;
-    const change = await this.#load(selection, options, tasks);
+    const change = await this.#load(selected, signal);
     const read = now();
     throwIfAborted(signal);
     kernels.allocated = 0;
     kernels.dispatches = 0;
-    const { selection: formerly, tasks: former, ...how } = this.#now;
-    const activate = await (terms ?? this.#weights).write(change, () => this.#load(formerly, how, former), signal);
+    const former = this.#now;
+    const activate = await (terms ?? this.#weights).write(change, () => this.#load(former), signal);
     const { resolved, weights } = change;
     const allocated = kernels.allocated + (this.#parameters?.allocated ?? 0);
     // No pause from here on: a reader in between would see one task's weights and another one's head.
@@ -153,11 +149,10 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   }
 
   /** Reads everything that a switch needs, before anything is changed. */
-  async #load(selection: Selection, options: SwitchOptions, known?: readonly ActiveTask[]): Promise<TaskChange> {
+  async #load({ selection, head, tasks: known }: Selected, signal?: AbortSignal): Promise<TaskChange> {
     const { view, ignored, host, kernels, terms } = this.#parts;
-    const { signal } = options;
     const pause = pacer(signal);
-    const tasks = known ?? (await loadParts(view, selection, options, ignored));
+    const tasks = known ?? (await loadParts(view, selection, { head, signal }, ignored));
     if (!host) terms?.checkUnbased(tasks);
     let resolved = NOTHING;
     if (tasks.some(({ blob }) => blob.parameters.length > 0)) {
@@ -311,6 +306,9 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
 function moduleName(name: string): string {
   return name.replace(/\.weight$/, "");
 }
+
+/** A selection, with its tasks where they have been loaded. */
+type Selected = Omit<LoadedTasks, "tasks"> & Partial<LoadedTasks>;
 
 interface RuntimeParts extends RuntimeContext {
   readonly passedOver: readonly string[];

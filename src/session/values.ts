@@ -185,10 +185,10 @@ export class TaskEvaluator {
    * @returns all parameters that differ from the base, by the base's names; valid until the next fold
    * @throws as `Runtime.switchTask`
    */
-  async fold({ selection, head, tasks }: LoadedTasks, signal?: AbortSignal): Promise<ReadonlyMap<string, View>> {
+  async fold(loaded: LoadedTasks, signal?: AbortSignal): Promise<ReadonlyMap<string, View>> {
     const { runtime, inputs } = this.#parts.folding!;
-    const inWeights = withParameters(tasks, (name) => !inputs.has(name));
-    await runtime.activate(selection, { head, signal }, inWeights);
+    const tasks = withParameters(loaded.tasks, (name) => !inputs.has(name));
+    await runtime.activate({ ...loaded, tasks }, signal);
     return runtime.changes();
   }
 
