@@ -68,7 +68,7 @@ const WASM_BYTES = 2 ** 32;
 const queues = new WeakMap<object, Queue>();
 
 /**
- * Makes an engine of onnxruntime, for what takes one: `createJudge` of `eigenlora/train`.
+ * Makes an engine of onnxruntime, for functions that take one: `createSession`, and `packByAnswers` of `eigenlora/train`.
  * @param ort the module that is to run models
  * @param session passed to `InferenceSession.create`: `executionProviders`, `graphOptimizationLevel`, …
  * @throws TypeError when `ort` is not such a module

@@ -6,7 +6,7 @@
 import type { DeviceBuffer } from "../backends/backend.ts";
 import type { Layout } from "../format/format.ts";
 import type { ReadOptions, SourceInput } from "../source.ts";
-import { decodeTensor, type FloatDtype, readFloats, rowBytes } from "../tensor/dtypes.ts";
+import { decodeTensor, elementsOf, type FloatDtype, readFloats, rowBytes } from "../tensor/dtypes.ts";
 
 /** A tensor as it lies in memory: little-endian, row-major, `shape` elements of `dtype` from `byteOffset` of `data`. */
 export interface View {
@@ -56,16 +56,15 @@ export interface WeightHost {
   /** The parameter as it is now, where it lies in memory; undefined where it can only be read and written. */
   view?(name: string): View | undefined;
   /**
-   * Called before weights are folded in place. What the model has recorded and will only run later must not compute with the new
-   * weights: hand it to the device first, or move the weights and leave it the old ones. `view` is asked again afterwards; what
-   * it shows then is overwritten as a whole.
+   * Called before weights are folded in place. Work that the model has recorded must not run with the new weights: submit it first, or move the
+   * weights to other memory and leave the old ones to it. `view` is asked again afterwards; what it shows then is overwritten as a whole.
    * @param names of the weights that are folded in place next
    */
   flush?(names: readonly string[]): void | Promise<void>;
   /**
    * Absent: the host cannot be written. The runtime then keeps the folded weights; take them from `runtime.weight`.
    * @param names of all parameters that will change; what speaks against it is best said here, before anything has changed
-   * @param alone those of them whose new values are meant for no other parameter that may lie in the same memory
+   * @param alone subset of `names` whose new values must not reach other parameters in the same memory
    */
   begin?(names: Iterable<string>, alone?: Iterable<string>): Transaction;
   close?(): Promise<void>;
@@ -100,12 +99,12 @@ export function onDevice(data: View["data"] | undefined): data is DeviceBuffer {
 
 /** Bytes of a parameter. */
 export function byteLengthOf({ dtype, shape }: Pick<Parameter, "dtype" | "shape">): number {
-  return shape.reduce((a, b) => a * b, rowBytes(dtype, 1));
+  return rowBytes(dtype, 1) * elementsOf(shape);
 }
 
 /** The values of a view, f32. @param out Default: new memory */
 export function viewValues({ dtype, shape, data, byteOffset }: CpuView, out?: Float32Array): Float32Array {
-  const count = shape.reduce((a, b) => a * b, 1);
+  const count = elementsOf(shape);
   const bytes = data.subarray(byteOffset);
   if (dtype === "f32") return decodeTensor(dtype, bytes, 1, count, out);
   const values = out ?? new Float32Array(count);

@@ -1,10 +1,11 @@
 /**
- * Parameters that tasks override apart from their terms, put together: whose is used, and heads, biases and token rows blended. By names and numbers
- * alone, without a base.
+ * Merges parameters that tasks override apart from their terms: selects a task's parameter, or blends heads, biases and token rows. Uses names and
+ * numbers, no base.
  */
 
 import { BaseMismatchError, described, isPlain, TaskError } from "../errors.ts";
 import { readTensor, type TaskParameter } from "../format/format.ts";
+import { elementsOf, sum } from "../tensor/dtypes.ts";
 import { sameShape } from "./base.ts";
 import type { ActiveTask } from "./kernel-session.ts";
 import type { PackView } from "./part.ts";
@@ -47,7 +48,7 @@ export function refuseMagnitudes(
 }
 
 /**
- * Tasks as they go together: what one brings whole, none of the others changes. A task by itself never does both (SPEC.md, section
+ * Makes tasks compatible: none changes a parameter that another replaces. A task by itself never does both (SPEC.md, section
  * 6.2), and PEFT has no two such adapters on one model.
  * @param head the task of a blend whose saved modules are used: those of the others go, and what the others do to its own
  * @throws TaskError for a blend without `head` in which tasks do both, a head that is none of the tasks, a blend or strength with DoRA
@@ -126,7 +127,7 @@ export function blendHeads(
       { task: change.part.id },
     );
   }
-  const total = changes.reduce((s, c) => s + c.part.strength, 0);
+  const total = sum(changes, ({ part }) => part.strength);
   if (!(total > 0)) {
     throw new TaskError(`the strengths add up to ${total}: say whose "${name}" to use, { head: id }`, {
       task: first.part.id,
@@ -148,7 +149,7 @@ export function blendHeads(
 export function addDifferences(name: string, changes: readonly ParameterChange[], base: Merged | undefined): Merged {
   const shape = base?.shape ?? changes[0]!.parameter.shape;
   const width = shape[shape.length - 1]!;
-  const original = base?.values ?? new Float32Array(shape.reduce((a, b) => a * b, 1));
+  const original = base?.values ?? new Float32Array(elementsOf(shape));
   const values = original.slice();
   const isDelta = ({ parameter }: ParameterChange): boolean => parameter.role === "bias-delta";
   const others = changes.filter((change) => !isDelta(change));

@@ -4,7 +4,7 @@
  */
 import { BaseMismatchError, nearest } from "../errors.ts";
 import { FINGERPRINT_SIZE, type Layout, moduleOf, type PackModule } from "../format/format.ts";
-import { bf16ToF32, type FloatDtype, f16ToF32 } from "../tensor/dtypes.ts";
+import { bf16ToF32, elementsOf, type FloatDtype, f16ToF32, mean } from "../tensor/dtypes.ts";
 import { toUtf8 } from "../text.ts";
 import {
   byteLengthOf,
@@ -144,7 +144,7 @@ function asWeight(module: ModuleToFind, parameter: Parameter): Located | undefin
   const transposed = isTransposed(layout);
   const window = shape.slice(2);
   if (module.kernel?.length === window.length && !sameShape(module.kernel, window)) return undefined;
-  const matrix = [shape[0] ?? 0, shape.slice(1).reduce((a, b) => a * b, 1)];
+  const matrix = [shape[0] ?? 0, elementsOf(shape.slice(1))];
   if (!sameShape(transposed ? [module.in, module.out] : [module.out, module.in], matrix)) return undefined;
   return { ...parameter, transposed, byteLength: byteLengthOf(parameter) };
 }
@@ -340,7 +340,6 @@ export function checkFingerprint(
 /** Pearson correlation; 1 for equal lists, and 0 where one list is constant and they differ. */
 function correlation(a: Float32Array, b: Float32Array): number {
   if (a.every((v, i) => v === b[i])) return 1;
-  const mean = (v: Float32Array): number => v.reduce((sum, x) => sum + x, 0) / v.length;
   const [ma, mb] = [mean(a), mean(b)];
   let [ab, aa, bb] = [0, 0, 0];
   a.forEach((v, i) => {

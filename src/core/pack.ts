@@ -487,8 +487,8 @@ export interface OpenOptions extends FetchOptions, TrustOptions {
    */
   readonly bases?: "now" | "later";
   /**
-   * Most bytes of task blobs to keep; those used least recently go first. Default: 8 MB, or what four of the largest tasks take; what
-   * `prefetch` has read stays then.
+   * Most bytes of task blobs to keep; the least recently used go first. Default: 8 MB, or four times the largest task if that is more; prefetched
+   * tasks then stay.
    */
   readonly maxResidentBytes?: number;
   /**

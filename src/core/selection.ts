@@ -1,9 +1,11 @@
 /**
  * Selection of a caller, the task blobs that make it up, and the report of a switch: one shape for the runtime and for sessions.
  */
+
 import type { Owner } from "../backends/backend.ts";
 import { BackendError, isPlain } from "../errors.ts";
 import { Observable } from "../events.ts";
+import { sum } from "../tensor/dtypes.ts";
 import type { ActiveTask } from "./kernel-session.ts";
 import type { PackView } from "./part.ts";
 
@@ -14,8 +16,7 @@ export type Selection = string | null | Readonly<Record<string, number>>;
 export interface SwitchOptions {
   readonly signal?: AbortSignal | undefined;
   /**
-   * Whose saved modules (classifier) to use in a blend of tasks with different ones. What other tasks do to those is left out, and so
-   * are the others' own.
+   * The task whose saved modules (classifier) a blend uses. Saved modules of the other tasks, and their changes to these modules, are left out.
    */
   readonly head?: string | undefined;
 }
@@ -79,7 +80,7 @@ export interface MemoryReport extends Readonly<Record<Owner, number>> {
 
 /** The bytes by owner, and their sum. */
 export function memoryReport(bytes: Record<Owner | "reserved", number>): MemoryReport {
-  return { ...bytes, total: Object.values(bytes).reduce((a, b) => a + b, 0) };
+  return { ...bytes, total: sum(Object.values(bytes)) };
 }
 
 /** Effects and costs of a switch. */

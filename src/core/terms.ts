@@ -7,7 +7,7 @@ import { checkArgument, nearest, TaskError } from "../errors.ts";
 import { wasmFloats } from "../format/coded-wasm.ts";
 import { encodedTensor, type PackModule, type TaskBlob } from "../format/format.ts";
 import { atOnce, paced, pacer } from "../pace.ts";
-import { isQuantized, placeTensor } from "../tensor/dtypes.ts";
+import { elementsOf, isQuantized, placeTensor, sum } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
 import { type CpuView, onDevice, type View } from "./base.ts";
 import type * as kernel from "./kernel-session.ts";
@@ -186,7 +186,7 @@ export class ActiveTerms {
       atOnce(kernels.fill(plan.Bt, uploaded, secondOf(plan), module.out));
     }
     const vectors = count / rows.length;
-    const inner = kernels.reserve("inner", 4 * vectors * rows.reduce((sum, id) => sum + (plans.get(id)?.rank ?? 0), 0));
+    const inner = kernels.reserve("inner", 4 * vectors * sum(rows, (id) => plans.get(id)?.rank ?? 0));
     const runs: Run[] = [];
     let used = 0;
     for (const [i, id] of rows.entries()) {
@@ -316,7 +316,7 @@ function termOf(
   const isCore = hasCore(plan, mode);
   const wanted = isCore ? undefined : over?.(plan.module);
   const old = oldOf?.(plan.module);
-  const stored = isCore ? plan.A.residual.reduce((sum, rows) => sum + rows.rank, 0) : plan.rank;
+  const stored = isCore ? sum(plan.A.residual, ({ rank }) => rank) : plan.rank;
   const rank = Math.max(stored, 1);
   const factor = (key: "A" | "Bt"): Float32Array => {
     const { expansions, residual } = plan[key];
@@ -324,7 +324,7 @@ function termOf(
     const overComponents = wanted?.has(SIDES[key]) ?? false;
     const bases = module[SIDES[key]];
     const factorWidth = key === "A" ? module.in : module.out;
-    const width = overComponents ? bases.reduce((sum, { tensor }) => sum + tensor.rows, 0) : factorWidth;
+    const width = overComponents ? sum(bases, ({ tensor }) => tensor.rows) : factorWidth;
     const out = reuse(old?.[key], rank * width);
     // Residual and expanded rows fill all of it.
     if (overComponents || stored === 0) out.fill(0);
@@ -411,7 +411,7 @@ function checkShapes(module: PackModule, rows: number, x: View, y: View): number
     throw new RangeError(`apply: x has rows [${ofX!.join(", ")}], y [${ofY!.join(", ")}]`);
   if (rows !== 1 && rows !== x.shape[0])
     throw new RangeError(`apply: ${rows} tasks for ${x.shape[0]} rows; give one per row`);
-  return ofX!.reduce((a, b) => a * b, 1);
+  return elementsOf(ofX!);
 }
 
 /** The vectors where the backend reads and writes them. */

@@ -91,7 +91,7 @@ export class Trust {
   }
 
   /**
-   * What a coded task becomes: packs of before version 1.2 have tasks that were coded anew, whose file has the hash of these bytes.
+   * Checks a decoded task: packs before version 1.2 recoded tasks, and `revoked` may list the hash of the decoded bytes.
    * @throws TrustError when it is revoked
    */
   async checkDecoded(bytes: Uint8Array, part: string, file?: string): Promise<void> {

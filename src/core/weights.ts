@@ -1,7 +1,7 @@
 /**
- * The adapted weights of a base model, folded. Every one has a pristine value, its binding's,
- * and one writer, `FoldedWeights`: it becomes what the task puts in its place, or the pristine value, plus ΔW. Weights that the backend holds
- * are folded in place; those of a host in the CPU's memory pass through it.
+ * The adapted weights of a base model, folded. Each has a pristine value in its binding, and one writer, `FoldedWeights`, which stores the task's
+ * replacement or the pristine value, plus ΔW. Weights that the backend holds are folded in place; those of a host in the CPU's memory pass through
+ * it.
  */
 import { at, type Block, type Slice } from "../backends/backend.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";

@@ -138,8 +138,10 @@ async function inThreads(count: number, open: () => Promise<Thread>): Promise<Ex
       await (started ??= start());
       const thread = idle.pop() ?? (await new Promise<Thread>((resolve) => waiting.push(resolve)));
       try {
-        const question: Question = { kind, subject: owned(subject), options };
-        const buffers = arraysOf(question.subject).map(({ buffer }) => buffer as ArrayBuffer);
+        const sent = owned(subject);
+        const question: Question = { kind, subject: sent, options };
+        const arrays = sent instanceof Uint8Array ? [sent] : sent.members.flatMap(({ A, Bt }) => [A, Bt]);
+        const buffers = arrays.map(({ buffer }) => buffer as ArrayBuffer);
         const answer = (await thread.ask(question, buffers)) as Answer;
         if ("failed" in answer) throw errorOf(answer.failed);
         return answer.result as never;
@@ -174,10 +176,6 @@ export async function createAnswerer(): Promise<(question: unknown) => Promise<A
       return { failed: { name: error instanceof UnstorableError ? "UnstorableError" : name, message, owner } };
     }
   };
-}
-
-function arraysOf(subject: Subject): readonly (Uint8Array | Float32Array)[] {
-  return subject instanceof Uint8Array ? [subject] : subject.members.flatMap(({ A, Bt }) => [A, Bt]);
 }
 
 function errorOf({ name, message, owner }: Failure): Error {

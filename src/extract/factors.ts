@@ -215,8 +215,8 @@ export function mix(
 }
 
 /**
- * The first `kept` rows of each rank, in place: twice their mean less what they were, the reflection that leaves the mean of a stack, and
- * what is stored of it, where it is. Rows of a balanced pair, long and short, become nearly alike; of four exactly so.
+ * Replaces the first `kept` rows of each rank by 2·mean − row, in place: a reflection that preserves the mean of a stack and what is stored of it.
+ * Rows of a balanced pair, long and short, become nearly alike; of four exactly so.
  */
 export function mirror(values: Float64Array, ranks: readonly number[], width: number, kept: number = Infinity): void {
   let from = 0;

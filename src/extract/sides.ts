@@ -306,8 +306,11 @@ export function spansOf(
   const worth = whole.map((pair, i) => leadingRows(pair, worthRows(pair, steps[i]!, (out + inputs) / 2)));
   const side = (which: "A" | "B"): Span[] => {
     const key = FACTORS[which];
-    const rows = worth.map((pair, i) => inSteps(pair, key, steps[i]!));
-    const spaces = whole.map((pair) => unitRows(pair[key], pair.rank));
+    // Rows in units of their steps: the length of each is its singular value over the step.
+    const rows = worth.map((pair, i) => divided(pair[key], rowSteps(pair, steps[i]!)[key], Infinity));
+    const spaces = whole.map(({ rank, [key]: rows }) =>
+      divided(rows, rowSquares(rows, rank, rows.length / rank).map(Math.sqrt), 1),
+    );
     return groupsOf(rows, spaces, which === "A" ? inputs : out, products);
   };
   const spans = { A: side("A"), B: side("B") };
@@ -332,15 +335,6 @@ export function encodeSpans(
     return encodeSide(side, side.components.count, scaled, products);
   };
   return { A: A.map(encode), B: B.map(encode) };
-}
-
-/** Rows in units of their steps: the singular value over the step is the length of each. */
-function inSteps(pair: Pair, key: "A" | "Bt", step: number): Float64Array {
-  return divided(pair[key], rowSteps(pair, step)[key], Infinity);
-}
-
-function unitRows(rows: Float64Array, rank: number): Float64Array {
-  return divided(rows, rowSquares(rows, rank, rows.length / rank).map(Math.sqrt), 1);
 }
 
 /** Each row divided by a number. @param otherwise in the place of numbers that are 0 */

@@ -4,7 +4,7 @@
  *
  * A module of its own instead of a part of the backend's kernels: sections are decoded where there is no backend, and those kernels are
  * loaded without it in the core of every app. Where an engine has no WebAssembly, no SIMD or a policy against it, `coded.ts` decodes.
- * It is compiled at once, without a promise, where an engine does that: pages in older Chromium take no more than 4 kB so, and this is more.
+ * The module is compiled synchronously. Pages in older Chromium refuse that above 4 kB, so `coded.ts` decodes there.
  */
 import binary from "#wasm/coded";
 import { DTYPES, type QuantizedDtype } from "../tensor/dtypes.ts";
@@ -90,8 +90,8 @@ function* decoded(
 }
 
 /**
- * The numbers of an encoded tensor, as `decodeTensor` gives them, valid until anything else is decoded. Undefined where there is no
- * WebAssembly or too little memory, and where compiling needs a promise and no section was decoded yet.
+ * The numbers of an encoded tensor, as `decodeTensor` gives them, valid until anything else is decoded. Undefined where the engine
+ * does not compile the module, or has too little memory.
  * @param turned whether [width, rows] is wanted
  */
 export function wasmFloats(

@@ -51,8 +51,8 @@ export const ROLES: readonly ParameterRole[] = ["saved", "bias", "bias-delta", "
 export const FINGERPRINT_SIZE = 64;
 
 /**
- * Most rows of the factors of a module [out, in] that a task may have: they take at most four times the weight's memory, however few bytes
- * the coefficients have.
+ * Most rows of the factors of a module [out, in] that a task may have: beyond 256 they take at most four times the weight's memory,
+ * however few bytes the coefficients have.
  */
 export function mostRank(inputs: number, out: number): number {
   return Math.min(65_535, Math.max(256, 2 * Math.min(inputs, out)));
@@ -228,7 +228,7 @@ export interface TaskBlob {
   readonly terms: readonly TaskTerm[];
   readonly parameters: readonly TaskParameter[];
   readonly bytes: Uint8Array;
-  /** Bytes that files have for it, its bases included, and how many times as many its terms may become. Undefined for tasks made here. */
+  /** Stored bytes of the task and its bases, and the factor by which its terms may exceed them. Undefined for tasks made here. */
   readonly limit?: { readonly stored: number; readonly times: number } | undefined;
 }
 

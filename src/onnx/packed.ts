@@ -268,7 +268,7 @@ interface AxisPart {
 
 /** Copies `count` rows or columns. @param width bytes of a value */
 export function copyPart(from: AxisPart, to: AxisPart, axis: number, count: number, width: number): void {
-  const inner = from.shape.slice(axis + 1).reduce((a, b) => a * b, width);
+  const inner = width * elementsOf(from.shape.slice(axis + 1));
   const outer = elementsOf(from.shape.slice(0, axis));
   const fromStep = from.shape[axis]! * inner;
   const toStep = to.shape[axis]! * inner;

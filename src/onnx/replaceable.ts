@@ -4,6 +4,7 @@
  */
 
 import { BaseMismatchError, FormatError } from "../errors.ts";
+import { elementsOf } from "../tensor/dtypes.ts";
 import { FLOAT, FLOAT16, origin } from "./linear.ts";
 import { intOf, type OnnxModel, type Use } from "./model.ts";
 import { MOST_PASSED, type OnnxParameter, outputAxis, partSize, pieceShape } from "./modules.ts";
@@ -40,7 +41,7 @@ export function replaceByFile(model: OnnxModel, parameters: readonly OnnxParamet
     if (places.has(parameter.name)) continue;
     const old = model.graph.initializers.get(parameter.initializer)!;
     const width = parameter.dtype === "f32" ? 4 : 2;
-    const byteLength = parameter.shape.reduce((a, b) => a * b, width);
+    const byteLength = width * elementsOf(parameter.shape);
     const offset = Math.ceil(end / 64) * 64;
     end = offset + byteLength;
     places.set(parameter.name, { offset, byteLength, shape: parameter.shape, width });

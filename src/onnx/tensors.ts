@@ -5,7 +5,7 @@
 
 import { FormatError, SourceError } from "../errors.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
-import type { FloatDtype } from "../tensor/dtypes.ts";
+import { elementsOf, type FloatDtype } from "../tensor/dtypes.ts";
 import type { OnnxModel } from "./model.ts";
 import type { TensorProto } from "./protobuf.ts";
 
@@ -94,7 +94,7 @@ export async function readTensor(
   options?: ReadOptions,
 ): Promise<TensorBytes> {
   const type = tensorType(tensor, file);
-  const expected = type.dtype === "other" ? undefined : type.shape.reduce((a, b) => a * b, BYTES[type.dtype]);
+  const expected = type.dtype === "other" ? undefined : BYTES[type.dtype] * elementsOf(type.shape);
   const checkLength = (found: number): void => {
     if (expected === undefined || found === expected) return;
     const what = `${type.dtype} [${type.shape.join(", ")}]`;
@@ -109,7 +109,7 @@ export async function readTensor(
     return { ...type, data };
   }
   const bits = INTEGERS.get(tensor.dataType)?.bits;
-  const ofIntegers = bits && Math.ceil(type.shape.reduce((a, b) => a * b, bits) / 8);
+  const ofIntegers = bits && Math.ceil((bits * elementsOf(type.shape)) / 8);
   const { location, offset, length } = placeOf(tensor, file, expected ?? ofIntegers);
   checkLength(length);
   if (!external) {

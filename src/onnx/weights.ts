@@ -2,11 +2,12 @@
  * Values of a model's weights, which weights a model has twice, and a model as a base for a runtime: read-only, since changes of a task
  * reach a model through what runs it. The reader of quantised weights is loaded only for models that have some.
  */
+
 import type { CpuView, View, WeightHost } from "../core/base.ts";
 import { fingerprint, type Matrix, sameValues, type WeightAt, weightAt } from "../core/mismatch.ts";
 import { BaseMismatchError, FormatError, SourceError } from "../errors.ts";
 import type { ReadOptions } from "../source.ts";
-import type { FloatDtype } from "../tensor/dtypes.ts";
+import { elementsOf, type FloatDtype } from "../tensor/dtypes.ts";
 import {
   asMatrix,
   type Candidate,
@@ -254,7 +255,7 @@ async function readPiece(
   const axis = outputAxis(parameter);
   const shape = pieceShape(parameter);
   const width = parameter.dtype === "f32" ? 4 : 2;
-  const data = new Uint8Array(shape.reduce((a, b) => a * b, width));
+  const data = new Uint8Array(width * elementsOf(shape));
   for (const { initializer, at, from, count } of partsOf(parameter)) {
     const whole = await readTensor(model.graph.initializers.get(initializer)!, model.name, external, options);
     copyPart({ ...whole, start: at }, { data, shape, start: from }, axis, count, width);

@@ -1,6 +1,6 @@
 /**
  * The recipe of a pack: what is stored, for whom, and in which numbers. Plain data, made of options before any adapter is read;
- * `encode.ts` makes sections of it, `build.ts` a pack.
+ * `tasks.ts` makes task blobs of it, `build.ts` a pack.
  */
 
 import type { BaseInput } from "../core/base.ts";
@@ -29,7 +29,7 @@ export interface BuildOptions {
   readonly rank?: number | undefined;
 
   // Number formats, and the work itself.
-  /** Default: f16 for each. */
+  /** Default: f16 for each; with a `step` int8, and int4 for heads. */
   readonly dtype?: Partial<Dtypes> | undefined;
   /**
    * Entropy-coded integers for coefficients, components and residual rows. When an integer goes up by one, ΔW of its module changes by
@@ -44,7 +44,7 @@ export interface BuildOptions {
   readonly headStep?: number | undefined;
   /** The base model, for fingerprints and an early check of names and shapes. Default: none, with a note in the report. */
   readonly base?: BaseInput | undefined;
-  /** Take adapters that name different base models: other names for one, which do not share the end of. Default: false. */
+  /** Accepts adapters that name different base models, for one model whose names end differently. Default: false. */
   readonly anyBase?: boolean | undefined;
 
   /**
@@ -71,7 +71,7 @@ export interface Recipe {
   readonly head: HeadFormat;
   /** Share of the typical norm of ΔW, which the pack says; undefined where number formats say how numbers are stored. */
   readonly step?: number | undefined;
-  /** The share of ΔW that no task may lose. The pack says it, for tasks that come later. */
+  /** The largest share of ΔW that a task may lose, stored in the pack for later tasks. */
   readonly error?: number | undefined;
 }
 

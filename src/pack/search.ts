@@ -103,8 +103,8 @@ const OPTIONS = ["goal", "judge", "head", "base", "anyBase", "workers", "onProgr
 /**
  * Makes packs until one keeps to the goal and is no larger, or loses no more, than it needs to.
  *
- * The chosen pack was itself made and measured; nothing is interpolated. Scores are noisy: ask enough rows. A judge is called five to ten
- * times, and once for the reference.
+ * The chosen pack was itself made and measured; nothing is interpolated. Scores are noisy: ask enough rows. A judge is called up to
+ * twelve times, and once for the reference.
  *
  * @throws RangeError when no pack keeps to the goal, with the least that can be done
  * @throws TypeError when `judge` or `reference` leaves out a task or gives no finite number
@@ -420,7 +420,7 @@ function figuresOf(given: PerTask, ids: readonly string[], who: string): Map<str
 interface Sharing {
   /** Modules by name, without those that share nothing; undefined where the strategy shares nothing. */
   readonly sides?: ReadonlyMap<string, SharedSides>;
-  /** Steps with which each task is expected to lose with them what it was to lose alone with those that were given. */
+  /** Steps with which each sharing task is expected to lose as much as it would lose unshared with the input steps. */
   readonly steps: Steps;
 }
 

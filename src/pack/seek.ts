@@ -46,7 +46,7 @@ const LATE = 4;
 const FILLED = 0.9;
 /** The most that a step changes in a round. */
 const STRIDE = 4;
-/** Where steps of this share make figures no smaller than that share of what they were, so often, numbers are at their end. */
+/** A key is stuck after more than MOST_STUCK finer steps (below FINER) left its figure above STUCK of the least. */
 const FINER = 0.9;
 const STUCK = 0.97;
 const MOST_STUCK = 2;
@@ -158,7 +158,7 @@ export function startSteps(spectra: readonly Spectrum[], max: number, isRounded:
   return new Map(steps);
 }
 
-/** The largest number, about, for which `exceeds` does not hold; halved in octaves. */
+/** The largest number without `exceeds`, within 0.1 %, by geometric bisection. */
 export function bisect(low: number, high: number, exceeds: (middle: number) => boolean): number {
   let least = low;
   let most = high;

@@ -136,7 +136,7 @@ async function probeBuffers(
   base: InputValues,
   device: GPUDevice,
 ): Promise<ProbeReport> {
-  const largest = Math.max(...Object.values(weights).map(({ dims }) => dims.reduce((a, b) => a * b, 4)));
+  const largest = Math.max(...Object.values(weights).map(({ dims }) => 4 * elementsOf(dims)));
   const zeros = device.createBuffer({ label: "eigenlora zeros", size: roundUp16(largest), usage: USAGE });
   const nothing = weightsIn(parts.engine.gpu!, fed, () => zeros);
   try {
@@ -221,7 +221,7 @@ export async function foldedDelivery(
   const host = onnxHost(file, weights.pieces);
   // The file is in memory anyway: no second copy of its weights.
   const evaluator = await foldingEvaluator(prepared, { base: host, policy: "reload" });
-  const pristine = detached.files.reduce((sum, { data }) => sum + data.byteLength, detached.bytes.length);
+  const pristine = detached.bytes.length + sum(detached.files, ({ data }) => data.byteLength);
   const make = async (tasks: LoadedTasks, signal?: AbortSignal): Promise<Active> => {
     const values = await evaluator.evaluate(tasks, signal);
     const changed = await evaluator.fold(tasks, signal);

@@ -1,7 +1,6 @@
 /**
  * Number formats of weights and packs: f32, f16, bf16, and the packed integers int8, int4, int3 with one f16 scale per
- * row (SPEC.md, "Tensors"), on little-endian machines, as all that JavaScript engines run on today are. This file is the
- * plain-JS oracle: the WASM and WebGPU decoders are tested against it.
+ * row (SPEC.md, "Tensors"), on little-endian machines. This file is the plain-JS oracle: the WASM and WebGPU decoders are tested against it.
  * No I/O, no allocation beyond what is returned.
  */
 

@@ -50,16 +50,16 @@ const OPTIONS = [
 ] as const;
 
 /**
- * Options of `distill`. Texts, feeds or examples: 8 at least, some hundreds are better. Without any, texts are made of the words of the
- * tokenizer, which must tell its vocabulary; the user's own teach more.
+ * Options of `distill`. Texts, feeds or examples: 8 at least, some hundreds are better. Default: texts of random words from the tokenizer, which must
+ * list its vocabulary; the user's texts teach more.
  */
 export interface DistillOptions extends TeachOptions {
   /**
-   * Learning rates. Default for coefficients and head: 7 √divergence ÷ steps, at most 0.02; fewer than 240 steps count as 240. Models
-   * that answer token by token: 0.3 √divergence ÷ steps. The divergence is the one when the steps begin: its root tells about how far the
-   * logits are off, and Adam's steps are as long as the rate even where the way is short. A head rate of 0 keeps the adapter's own head,
-   * and is the default where texts are made; a rate of 0 of `terms` keeps the task's coefficients. Private terms: 0.3 × `terms`, token by
-   * token 2 ×. Layers of a head in front of the one with the labels (`inner`): `head` divided by the number of inputs of the layer.
+   * Learning rates. Default for coefficients and head: 7 √divergence ÷ steps, at most 0.02; fewer than 240 steps count as 240. Models that answer
+   * token by token: 0.3 √divergence ÷ steps. The divergence is measured before the first step: its root estimates the error of the logits, and each
+   * of Adam's steps is about as long as the rate. A head rate of 0 keeps the adapter's own head, and is the default where texts are made; a rate of 0
+   * of `terms` keeps the task's coefficients. Private terms: 0.3 × `terms`, token by token 2 ×. Layers of a head in front of the one with the labels
+   * (`inner`): `head` divided by the number of inputs of the layer.
    */
   readonly learningRates?:
     | { readonly terms?: number; readonly privateTerms?: number; readonly head?: number; readonly inner?: number }
@@ -99,16 +99,15 @@ export interface Distilled {
 const tested: WeakSet<Session> = new WeakSet();
 
 /**
- * Total length of all steps of one coefficient, for each root of a nat. Labels: chosen on hold-outs of 12 tasks; their own best values
- * lay between a third and three times of it. Tokens: chosen on hold-outs of two skills of a model with ten times the modules; again
- * between a third and three times.
+ * Total length of a coefficient's steps ÷ √divergence (nats). Labels: chosen on hold-outs of 12 tasks, whose best values were within a factor of
+ * three. Tokens: chosen on hold-outs of two skills of a model with ten times the modules; again between a third and three times.
  */
 const WAY = { labels: 7, tokens: 0.3 };
 const MOST_RATE = 0.02;
 /**
- * Features, the inputs of the head's last layer, are wanted as the adapter has them: they tell more of a line than its labels do, of one
- * in no order above all. Half their squared distance, as a share of their variance, counts so many times as much as the divergence. Of 0, 1, 5,
- * 20, 100 and 200 by KL on test rows of eight tasks of own-seed and of hub; 100 and 200 were no better, and 0 was the worst.
+ * Weight, relative to the divergence, of half the squared distance between features of task and adapter, as a share of their variance. Features, the
+ * inputs of the head's last layer, say more about a line than labels do, above all about random words. Of 0, 1, 5, 20, 100 and 200 by KL on test rows
+ * of eight tasks of own-seed and of hub; 100 and 200 were no better, and 0 was the worst.
  */
 const FEATURES = 20;
 /** Variance ÷ square of the mean, below which features are alike. */
@@ -312,7 +311,7 @@ function ratesOf(
 ): FitOptions["learningRates"] {
   const rate = Math.min(MOST_RATE, (WAY[kind] * Math.sqrt(divergence)) / Math.max(steps, FEW_STEPS[kind]));
   const { terms = rate } = given;
-  // Words in no order teach a head no better than they harm it: it answers as well without, in fewer bytes.
+  // Random words help a head no more than they harm it: untrained it answers as well, in fewer bytes.
   return { terms, privateTerms: PRIVATE[kind] * terms, head: synthetic ? 0 : rate, ...given };
 }
 

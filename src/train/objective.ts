@@ -5,6 +5,7 @@
 
 import type { Pack } from "../core/pack.ts";
 import { BackendError, type EigenLoraError } from "../errors.ts";
+import { dot } from "../extract/linalg.ts";
 import { throwIfAborted } from "../pace.ts";
 import type { AbortOptions } from "../source.ts";
 import { sum, type TaskDtypes } from "../tensor/dtypes.ts";
@@ -193,7 +194,7 @@ export async function checkGradients(
       direction.forEach((d, i) => (moved.all[i]! += by * d));
       return (await evaluate(moved)).loss;
     };
-    const slope = gradient.reduce((sum, g, i) => sum + g * direction[i]!, 0);
+    const slope = dot(gradient, 0, direction, 0, gradient.length);
     let found = 0;
     const agrees = async (by: number): Promise<boolean> => {
       const up = ((await lossAt(by)) - loss) / by;

@@ -152,6 +152,9 @@ export class TrainedTerms {
 // A step waits for both products. Loads and stores take most of their time, so rows go by twos and components by fours. An odd last row is
 // computed twice; for components beyond the last one stands the last, times 0.
 
+const FOUR = [0, 1, 2, 3] as const;
+type Four = [number, number, number, number];
+
 /** rows_i = mean + Σ_k alpha[i, k] · E[k]. */
 function expandRows(
   { K, mean, width, values: E }: SharedBasis,
@@ -167,10 +170,10 @@ function expandRows(
       else sums.fill(0);
     }
     for (let k = 0; k < K; k += 4) {
-      const [p, q, r, s] = fromComponent(k, K, width);
-      const by = (row: number, i: number): number => (k + i < K ? alpha[row * K + k + i]! : 0);
-      const [a, b, c, d] = [by(row, 0), by(row, 1), by(row, 2), by(row, 3)];
-      const [e, f, g, h] = [by(next, 0), by(next, 1), by(next, 2), by(next, 3)];
+      const [p, q, r, s] = FOUR.map((i) => Math.min(k + i, K - 1) * width) as Four;
+      const by = (row: number): Four => FOUR.map((i) => (k + i < K ? alpha[row * K + k + i]! : 0)) as Four;
+      const [a, b, c, d] = by(row);
+      const [e, f, g, h] = by(next);
       for (let i = 0; i < width; i++) {
         // Arrays here would double the time.
         const w = E[p + i]!;
@@ -193,7 +196,7 @@ function multiplyRows({ K, width, values: E }: SharedBasis, rows: Float32Array, 
     const next = Math.min(row + 1, count - 1);
     const [m, n] = [row * width, next * width];
     for (let k = 0; k < K; k += 4) {
-      const [p, q, r, s] = fromComponent(k, K, width);
+      const [p, q, r, s] = FOUR.map((i) => Math.min(k + i, K - 1) * width) as Four;
       let [a, b, c, d, e, f, g, h] = [0, 0, 0, 0, 0, 0, 0, 0];
       for (let i = 0; i < width; i++) {
         const u = rows[m + i]!;
@@ -215,12 +218,6 @@ function multiplyRows({ K, width, values: E }: SharedBasis, rows: Float32Array, 
       alpha.set([e, f, g, h].slice(0, K - k), next * K + k);
     }
   }
-}
-
-/** Where four components begin. */
-function fromComponent(k: number, K: number, width: number): [number, number, number, number] {
-  const at = (i: number): number => Math.min(k + i, K - 1) * width;
-  return [at(0), at(1), at(2), at(3)];
 }
 
 /** Rounds values [rows, width] to what a file would hold. */

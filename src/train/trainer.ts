@@ -85,7 +85,7 @@ export interface FitOptions extends ObjectiveOptions, OptimizerOptions {
   readonly batch?: number | undefined;
   /** Share of each label's examples that judges each epoch; the best epoch is then kept. Default: 0. */
   readonly holdout?: number | undefined;
-  /** Stops between two steps; the best or last state stays, as at the end. */
+  /** Stops between two steps: `fit` throws the signal's reason, and the best or last state stays. */
   readonly signal?: AbortSignal | undefined;
 }
 
