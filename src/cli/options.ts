@@ -1,5 +1,5 @@
 /**
- * Options of commands: one table gives their values, checks, conflicts and help. Those of several commands are here.
+ * Options of commands: the table of a command gives their values, checks, conflicts and help. Those of several commands are here.
  */
 import { nearest } from "../errors.ts";
 import type { ComponentSelection, Gauge } from "../extract/components.ts";
