@@ -467,7 +467,6 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
     [2, /would overwrite/, "hub", "merge", "a.part", "-o", "a.part"],
     [2, /--part and --k exclude each other/, "hub", "merge", "a.part", "--part", "--k", "3", "-o", "x"],
     [2, /unknown option '--error'/, "hub", "merge", "a.part", "--error", "0.3", "-o", "x"],
-    [2, /"head" is not one of basis/, "hub", "merge", "a.part", "--dtype", "head=f32", "-o", "x"],
     [2, /"basis" is not one of coeff/, "hub", "project", "b", "x", "--dtype", "basis=f32", "-o", "x"],
     [2, /--names needs --base/, "hub", "merge", "a.part", "--names", "q=w", "-o", "x"],
     [1, /both hold/, "hub", "merge", "a.part", "ab.part", "-o", "x"],
