@@ -118,7 +118,7 @@ const OPTIONS = {
     distill: {
       ...option.number(
         "STEPS",
-        "Most training steps of a task, which end earlier where they gain no more; 0 for none. Default: 120; 24 of a language model.",
+        "Most training steps of a task, which end earlier where they gain no more; 0 for none. Default: 240; 24 of a language model.",
         option.from(0),
       ),
       ...{ needs: ["model"], rare: true },
