@@ -136,10 +136,13 @@ export const pack: Attach = command({
   options: OPTIONS,
   reads: ["repository"],
   async run(paths, options, run, out) {
-    const { output: file, force, base, model, text, tokenizer, step, dtype } = options;
-    if (step !== undefined && (dtype?.basis ?? dtype?.coefficients) !== undefined)
+    const { output: file, force, base, model, text, tokenizer, step, dtype, k, energy } = options;
+    const numbers = dtype?.basis ?? dtype?.coefficients;
+    if (numbers && step !== undefined)
+      throw new option.UsageError("--step decides the bits of components and coefficients: give only head= of --dtype");
+    if (numbers && (k ?? energy) === undefined)
       throw new option.UsageError(
-        "--step decides how many bits components and coefficients have; leave them out of --dtype",
+        "--dtype needs --k or --energy: otherwise a size or an error decides; only head= may be given",
       );
     const target = await run.target(file, { force, inputs: [base, model, text, tokenizer] });
     const adapters = await run.adapters(paths, options.as, base);
@@ -195,10 +198,6 @@ async function build(adapters: readonly Adapter[], options: PackOptions, run: Ru
     const select = option.selection({ k, energy });
     return buildStreamed(adapters, { ...common, onProgress, rank, step, dtype, select }, scratch);
   }
-  if (dtype?.basis ?? dtype?.coefficients)
-    throw new option.UsageError(
-      "--dtype needs --k or --energy: otherwise a size or an error decides what is stored, and of --dtype only head= may be given",
-    );
   const goal: SearchOptions["goal"] = most === undefined ? { kind: "error", max: error } : { kind: "bytes", max: most };
   return searchStreamed(adapters, { ...common, head: dtype?.head, goal, onProgress }, scratch).catch(fail);
 }

@@ -41,7 +41,7 @@ export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
   return atOnce(parseInPieces(bytes, file));
 }
 
-/** The task of a task file, as it goes into a pack. It keeps no other part of the file in memory. @throws FormatError as `parseTaskFile` */
+/** The task of a task file, as it goes into a pack; its entry holds no bytes of the file. @throws FormatError as `parseTaskFile` */
 export function taskIn(bytes: Uint8Array, file: string): TaskToWrite {
   const { id, adapterBytes, metadata, brings, blob } = parseTaskFile(bytes, file);
   return { entry: { id, adapterBytes, metadata, brings }, blob };

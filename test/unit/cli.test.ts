@@ -60,10 +60,7 @@ t.test("pack to a size, to an error, with less rank; auto says what it tried", a
   const refused = async (...args: string[]): Promise<string> =>
     (await json(2, "pack", ...some, "-o", "x.eigen", ...args))["error"].message;
   t.match(await refused("--bytes", "70kB", "--rank", "4"), /--rank and --bytes exclude each other: a size decides/);
-  t.match(
-    await refused("--error", "0.1", "--dtype", "int4"),
-    /a size or an error decides what is stored, and of --dtype only head=/,
-  );
+  t.match(await refused("--error", "0.1", "--dtype", "int4"), /a size or an error decides; only head=/);
   t.match(await refused("--rank", "2"), /--rank needs --k or --energy/);
   t.match(await refused("--step", "0.05"), /--step needs --k or --energy/);
   t.match(await refused("--bytes", "70kB", "--text", "lines.txt"), /--text needs --model/);
