@@ -10,7 +10,7 @@ import { createEigenSession } from "eigenlora/onnxruntime";
 import { createTrainer, type Encode } from "eigenlora/train";
 import t from "tap";
 import { modelOf } from "../support/graphs.ts";
-import { transpose } from "../support/internals/base.ts";
+import { elementsOf, transpose } from "../support/internals/base.ts";
 import { DEFINITIONS, shadowOf } from "../support/internals/learn.ts";
 import {
   type Attributes,
@@ -93,8 +93,8 @@ const table = (name: string, rows: number, columns: number, of: (angle: number) 
 const cos = table("cos", 16, 4, Math.cos);
 const sin = table("sin", 16, 4, Math.sin);
 const ids = (...rows: number[][]): bigint[][] => rows.map((row) => row.map(BigInt));
-const count = (dims: readonly number[]): number => dims.reduce((a, b) => a * b, 1);
-const weights = (name: string, ...dims: number[]): TensorProto => makeFloats(name, [...noise(count(dims), 99)], dims);
+const weights = (name: string, ...dims: number[]): TensorProto =>
+  makeFloats(name, [...noise(elementsOf(dims), 99)], dims);
 
 const [cos8, sin8] = [table("cos", 16, 8, Math.cos), table("sin", 16, 8, Math.sin)];
 const past = [2, 2, 0, 16] as const;
@@ -175,7 +175,7 @@ t.test("every definition computes what its operator does", async (t) => {
       } else {
         const dims = input as unknown as readonly number[];
         graph.input.push(makeValue(name, 1, dims));
-        const values = noise(count(dims), i + 7).map((v) => 4 * v);
+        const values = noise(elementsOf(dims), i + 7).map((v) => 4 * v);
         feeds[name] = new NODE.Tensor("float32", values, [...dims]) as never;
       }
       return name;

@@ -6,7 +6,7 @@ import type { Feed } from "eigenlora/session";
 import fc from "fast-check";
 import t from "tap";
 import { modelOf } from "../support/graphs.ts";
-import { uniform } from "../support/internals/base.ts";
+import { elementsOf, uniform } from "../support/internals/base.ts";
 import {
   differentiate,
   Emitter,
@@ -317,7 +317,7 @@ const bytes =
   (seed: number, ...dims: number[]) =>
   (name: string): TensorProto => {
     const next = uniform(seed);
-    const rawData = Uint8Array.from({ length: count(dims) }, () => 256 * next());
+    const rawData = Uint8Array.from({ length: elementsOf(dims) }, () => 256 * next());
     return create("TensorProto", { name, dataType: 2, dims: dims.map(BigInt), rawData });
   };
 
@@ -445,7 +445,6 @@ const CASES: Record<string, fc.Arbitrary<Case>> = {
 };
 
 const sizeOf = (dims: Dims, sizes: Sizes): number[] => dims.map((d) => (typeof d === "number" ? d : sizes[d]));
-const count = (dims: readonly number[]): number => dims.reduce((a, b) => a * b, 1);
 
 function valuesOf(kind: Input["values"], many: number, next: () => number): Float32Array {
   if (kind === "positive") return Float32Array.from({ length: many }, () => 0.6 + next());
@@ -462,13 +461,13 @@ function feedsOf({ inputs }: Case, sizes: Sizes, next: () => number): Map<string
   for (const [i, { dims, values, mask, index }] of inputs.entries()) {
     if (dims) {
       const size = sizeOf(dims, sizes);
-      feeds.set(`x${i}`, { dataType: 1, dims: size, data: valuesOf(values, count(size), next) });
+      feeds.set(`x${i}`, { dataType: 1, dims: size, data: valuesOf(values, elementsOf(size), next) });
     } else if (mask) {
       const size = sizeOf(mask, sizes);
       feeds.set(`x${i}`, {
         dataType: 9,
         dims: size,
-        data: Uint8Array.from({ length: count(size) }, () => Number(next() < 0.5)),
+        data: Uint8Array.from({ length: elementsOf(size) }, () => Number(next() < 0.5)),
       });
     } else if (index) {
       feeds.set(`x${i}`, {

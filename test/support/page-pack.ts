@@ -3,7 +3,7 @@ import { readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
 import { writeOfflineWorker } from "../../examples/page/build.js";
-import { freshPack } from "./internals/pack.ts";
+import { allOf, freshPack } from "./internals/pack.ts";
 import { concat } from "./packs.ts";
 
 /** Leaves only these tasks in a built page. */
@@ -11,8 +11,6 @@ export async function keepTasks(folder: string, ids: readonly string[]): Promise
   const path = join(folder, "tasks.eigen");
   const pack = await openPack(await readFile(path));
   for (const id of [...pack.tasks.keys()]) if (!ids.includes(id)) pack.removeTask(id);
-  const chunks: Uint8Array[] = [];
-  for await (const chunk of (await freshPack(pack)).chunks) chunks.push(chunk);
-  await writeFile(path, concat(chunks));
+  await writeFile(path, concat(await allOf((await freshPack(pack)).chunks)));
   await writeOfflineWorker(folder);
 }

@@ -19,9 +19,7 @@ export async function peftAgrees(
   { base, feeds, ours }: { base: string; feeds: object; ours: Float32Array },
 ): Promise<void> {
   const folder = t.testdir({ adapter: {}, "feeds.json": JSON.stringify(feeds) });
-  const chunks: Uint8Array[] = [];
-  for await (const chunk of writeSafetensors(tensors)) chunks.push(chunk);
-  await writeFile(`${folder}/adapter/adapter_model.safetensors`, Buffer.concat(chunks));
+  await writeFile(`${folder}/adapter/adapter_model.safetensors`, writeSafetensors(tensors));
   await writeFile(`${folder}/adapter/adapter_config.json`, JSON.stringify(config));
   const script = fileURLToPath(new URL("trained-oracle.py", import.meta.url));
   const given = [script, base, `${folder}/adapter`, `${folder}/feeds.json`];

@@ -22,7 +22,7 @@ import {
   wasmFloats,
   type wasmWork,
 } from "../support/internals/format.ts";
-import { freshPack } from "../support/internals/pack.ts";
+import { allOf, freshPack } from "../support/internals/pack.ts";
 import { createWasmBackend } from "../support/internals/runtime.ts";
 import { concat } from "../support/packs.ts";
 import { runs } from "../support/required.ts";
@@ -327,20 +327,20 @@ t.test(
       pack.directory.sections.every(({ coded }) => coded),
       "all sections are coded",
     );
-    const chunks: Uint8Array[] = [];
-    for await (const chunk of (await freshPack(pack)).chunks) chunks.push(chunk);
-    t.ok(Buffer.concat(chunks).equals(Buffer.concat(coded.chunks)));
+    t.ok(Buffer.concat(await allOf((await freshPack(pack)).chunks)).equals(Buffer.concat(coded.chunks)));
     const dtype = { basis: "f16", coefficients: "f16", head: "int4" } as const;
-    const [late] = await projectAdapters(pack, [adapters[15]!], dtype, { maxLoss: 1 });
+    const newcomer = adapters[15]!;
+    await t.rejects(projectAdapters(pack, [newcomer, newcomer], dtype), /has the id "\S+", as/);
+    const [late] = await projectAdapters(pack, [newcomer], dtype, { maxLoss: 1 });
     const append = await planAppend(pack, [late!]);
     t.ok(isCoded(append.body.find((part) => part.length > 64)!));
     const bytes = Buffer.concat([Buffer.concat(coded.chunks), ...append.body]);
     Buffer.from(append.superblock).copy(bytes, append.superblockOffset);
     const grown = await openPack(new Uint8Array(bytes));
-    const blob = await grown.load(adapters[15]!.id);
+    const blob = await grown.load(newcomer.id);
     t.equal(blob.terms.length, pack.modules.length);
     const mean = [...grown.tasks.values()].slice(0, 12).reduce((sum, task) => sum + task.bytes / 12, 0);
-    t.ok(grown.tasks.get(adapters[15]!.id)!.bytes < 2 * mean, "about as large as the others");
+    t.ok(grown.tasks.get(newcomer.id)!.bytes < 2 * mean, "about as large as the others");
     const make = (options: object): Promise<unknown> => buildPack(some, options);
     for (const step of [0, -1, NaN, 17]) await t.rejects(make({ step }), /step must be above 0 and at most 16/);
     await t.rejects(make({ step: 0.1, headStep: -1 }), /headStep must be above 0/);

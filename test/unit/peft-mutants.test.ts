@@ -9,7 +9,7 @@ import { EigenLoraError, openPack } from "eigenlora";
 import { type Adapter, buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { uniform } from "../support/internals/base.ts";
+import { elementsOf, uniform } from "../support/internals/base.ts";
 import { soak } from "../support/required.ts";
 
 const goldens = fileURLToPath(new URL("../data/goldens/peft", import.meta.url));
@@ -124,7 +124,7 @@ const ofTensors: readonly ((files: Files, pick: Random) => void)[] = [
     // Other shapes of as many values.
     const tensor = pick(header)[1] as Header;
     const shape = Array.isArray(tensor.shape) ? (tensor.shape as number[]) : [1];
-    const size = shape.reduce((a, b) => a * b, 1);
+    const size = elementsOf(shape);
     tensor.shape = pick([
       shape.toReversed(),
       [size],

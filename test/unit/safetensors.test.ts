@@ -4,7 +4,7 @@ import { type ByteSource, FormatError, SourceError } from "eigenlora";
 import fc from "fast-check";
 import t from "tap";
 import { bytesOf } from "../support/adapters.ts";
-import { openSafetensors, type SafetensorsEntry, writeSafetensors } from "../support/internals/base.ts";
+import { elementsOf, openSafetensors, type SafetensorsEntry, writeSafetensors } from "../support/internals/base.ts";
 import { runs } from "../support/required.ts";
 
 const golden = new Uint8Array(readFileSync(new URL("../data/goldens/peft/plain/base.safetensors", import.meta.url)));
@@ -267,7 +267,7 @@ t.test("what is written is read back, aligned", async (t) => {
       async (specs, notes) => {
         const contents = new Map(
           specs.map(({ name, dtype, shape }, i) => {
-            const length = shape.reduce((a, b) => a * b, 1) * dtypes[dtype];
+            const length = elementsOf(shape) * dtypes[dtype];
             return [name, Uint8Array.from({ length }, (_, j) => 31 * i + j)];
           }),
         );

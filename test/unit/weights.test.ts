@@ -19,6 +19,7 @@ import t from "tap";
 import { backends, dawnMissing, labelOf } from "../support/backend-list.ts";
 import { countingDevice } from "../support/counting-device.js";
 import { writeSafetensors } from "../support/internals/base.ts";
+import { allOf, renamedHost } from "../support/internals/pack.ts";
 import { memoryHost } from "../support/internals/runtime.ts";
 import { concat } from "../support/packs.ts";
 import { chance, randomBase, randomPack, randomSelection, type Wanted } from "../support/random-packs.ts";
@@ -53,12 +54,10 @@ function printTensor({ dtype, shape, data }: Tensor): string {
 
 async function fileOf(base: Map<string, Tensor>): Promise<Uint8Array> {
   const names = { f32: "F32", f16: "F16", bf16: "BF16" } as const;
-  const chunks: Uint8Array[] = [];
   const entries = [...base].map(([name, { dtype, shape, data }]) => {
     return { name, dtype: names[dtype], shape, read: () => data as Uint8Array };
   });
-  for await (const chunk of writeSafetensors(entries)) chunks.push(chunk);
-  return concat(chunks);
+  return concat(await allOf(writeSafetensors(entries)));
 }
 
 /** The base's file with the runtime's changes. */
@@ -458,3 +457,12 @@ for (const [host, make] of Object.entries({ ...HOSTS, ...(gpu && { "buffers of a
         t.ok(counts.seen > 0, "the terms from before are there until all of the new ones are");
     },
   );
+
+t.test("one weight under the names of two modules", async (t) => {
+  const host = memoryHost(new Map([["w", { dtype: "f32", shape: [1, 1], data: Float32Array.of(1) }]]));
+  const listed = renamedHost(host, new Map(["a", "b"].map((name) => [name, "w"]))).list();
+  t.same(
+    Array.from(listed, ({ name }) => name),
+    ["a.weight", "b.weight"],
+  );
+});

@@ -9,6 +9,7 @@ export * from "../../../dist/src/extract/linalg.js";
 export { transpose as transposeMatrix } from "../../../dist/src/extract/linalg.js";
 export { openThread } from "../../../dist/src/extract/threads-node.js";
 export { createWasmProducts } from "../../../dist/src/extract/wasm-products.js";
+export { renamedHost } from "../../../dist/src/pack/build.js";
 export { expandTerm } from "../../../dist/src/pack/expand.js";
 export { completeDtypes } from "../../../dist/src/pack/recipe.js";
 export { lossesOf } from "../../../dist/src/pack/report.js";
