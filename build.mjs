@@ -1,9 +1,10 @@
 /**
  * `npm run build`: makes dist of the sources, and compiles only what has changed.
  *
- * A kernel or a module follows from its source, the compilers and their options alone. Each result is kept by a hash of these, so
- * that an incremental build cannot differ from a clean one. Files of dist that no source asks for are removed; pages that
- * `npm run page` has built there stay. Types are checked by `npm run types`, not here: a module is compiled without the others.
+ * A kernel or a module follows from its source, the compilers and their options alone. Each result is kept by a hash of
+ * these, so that an incremental build cannot differ from a clean one. Files of dist that no source asks for are
+ * removed; pages that `npm run page` has built there stay. Types are checked by `npm run types`, not here: a module is
+ * compiled without the others.
  */
 import { createHash } from "node:crypto";
 import { chmodSync, mkdirSync, readdirSync, readFileSync, renameSync, rmdirSync, rmSync, writeFileSync } from "node:fs";
@@ -138,7 +139,9 @@ const REQUIRE = "import { createRequire } from 'node:module'; const require = cr
 
 const LICENCE = "/*! EigenLoRA Edge, Apache-2.0 */";
 
-/** The viewer of packs as one file: its script and its styles stand in it, and its policy allows them by their hashes. */
+/**
+ * The viewer of packs as one file: its script and its styles stand in it, and its policy allows them by their hashes.
+ */
 async function viewer() {
   const script = await bundle("examples/viewer/main.js", { minify: true, banner: { js: LICENCE } });
   const { code: style } = await esbuild.transform(read("examples/viewer/viewer.css"), { loader: "css", minify: true });
@@ -165,7 +168,10 @@ function write(files) {
   }
 }
 
-/** Removes what is not of this build, and folders that are empty then. @param {string} folder from dist, with a slash behind it */
+/**
+ * Removes what is not of this build, and folders that are empty then.
+ * @param {string} folder from dist, with a slash behind it
+ */
 function prune(folder = "") {
   for (const entry of readdirSync(join(dist, folder), { withFileTypes: true })) {
     const path = `${folder}${entry.name}`;

@@ -1,11 +1,11 @@
 /**
- * Decodes coded sections (SPEC.md, appendix A): the twin of `src/format/coded.ts`, which defines the order of what is coded. A module of
- * its own, for `src/format/coded-wasm.ts`, and for SIMD only, since a table is one vector. It works in pieces, so that the caller can
- * give others a turn. A section that breaks a rule ends in a trap; `fault` and `place` then tell the error and its position. What was
- * decoded becomes floats here too (`floats`).
+ * Decodes coded sections (SPEC.md, appendix A): the twin of `src/format/coded.ts`, which defines the order of what is
+ * coded. A module of its own, for `src/format/coded-wasm.ts`, and for SIMD only, since a table is one vector. It works
+ * in pieces, so that the caller can give others a turn. A section that breaks a rule ends in a trap; `fault` and
+ * `place` then tell the error and its position. What was decoded becomes floats here too (`floats`).
  *
- * Memory: FIRST, LEVELS and GIVEN_LEVEL_OF, which the caller writes once; TABLES, PLACES, GIVEN, LANES and SYMBOLS; from STORED on the
- * stored bytes, the bytes that copies may come from, the section, and a word for each row of a run.
+ * Memory: FIRST, LEVELS and GIVEN_LEVEL_OF, which the caller writes once; TABLES, PLACES, GIVEN, LANES and SYMBOLS;
+ * from STORED on the stored bytes, the bytes that copies may come from, the section, and a word for each row of a run.
  */
 import { decodeIntegers, f16ToF32, rowBytes, scaleBytes } from "./convert";
 
@@ -15,16 +15,16 @@ import { decodeIntegers, f16ToF32, rowBytes, scaleBytes } from "./convert";
 @inline const LEVELS: usize = 5632;
 @inline const GIVEN_LEVEL_OF: usize = 5904;
 /**
- * Tables of 32 bytes each: how often it was used (u8), from byte 14 on the nine sums (u16). The last, 2^15, is negative as an i16 and
- * never moves.
+ * Tables of 32 bytes each: how often it was used (u8), from byte 14 on the nine sums (u16). The last, 2^15, is negative
+ * as an i16 and never moves.
  */
 @inline const TABLES: usize = 6432;
 /** Means of what was seen at each place of a tensor (i16); −1 where there is none yet. */
 @inline const PLACES: usize = 12288;
 @inline const MOST_PLACES: u64 = 4096;
 /**
- * Given frequencies, [levels, 2^11] words: in the highest five bits the symbol, in the lowest twelve its frequency, between them the
- * distance to the first number that stands for it.
+ * Given frequencies, [levels, 2^11] words: in the highest five bits the symbol, in the lowest twelve its frequency,
+ * between them the distance to the first number that stands for it.
  */
 @inline const GIVEN: usize = 20480;
 @inline const GIVEN_LEVELS: usize = 15;
@@ -82,14 +82,20 @@ let until: usize = 0;
 let left: usize = 0;
 let distance: usize = 0;
 
-/** State of a run: its shape, bytes from one tensor to the next, tensors that follow this one, and whether given frequencies code it. */
+/**
+ * State of a run: its shape, bytes from one tensor to the next, tensors that follow this one, and whether given
+ * frequencies code it.
+ */
 let kind: u32 = 0;
 let rows: u32 = 0;
 let width: u32 = 0;
 let stride: usize = 0;
 let more: u32 = 0;
 let given: bool = false;
-/** The words of its rows: in the lowest byte that of the scale before, above it the mean and 1; 0 where there is none yet. */
+/**
+ * The words of its rows: in the lowest byte that of the scale before, above it the mean and 1; 0 where there is none
+ * yet.
+ */
 let known: usize = 0;
 
 /** State of a tensor: its begin, its row, the begin of that row's integers, and the next one of them. */
@@ -97,7 +103,9 @@ let start: usize = 0;
 let row: u32 = 0;
 let values: usize = 0;
 let next: u32 = 0;
-/** Mean magnitude of the row, in 1/64, or 1/1024 where frequencies are given; and the upper byte of the scale before. */
+/**
+ * Mean magnitude of the row, in 1/64, or 1/1024 where frequencies are given; and the upper byte of the scale before.
+ */
 let mean: i32 = 0;
 let likely: u32 = 0;
 
@@ -131,8 +139,9 @@ function bits(count: u32): u32 {
 }
 
 /**
- * The symbol that a state decodes by a table, above the state behind it, which may be below 2^16. Moves the table. Lanes are the sums S₁ to
- * S₈; those above the slot are those that a used table moves upwards. `quick`: 2 for tables that move faster.
+ * The symbol that a state decodes by a table, above the state behind it, which may be below 2^16. Moves the table.
+ * Lanes are the sums S₁ to S₈; those above the slot are those that a used table moves upwards. `quick`: 2 for tables
+ * that move faster.
  */
 @inline
 function pick(x: u32, address: usize, quick: i32): u64 {
@@ -284,7 +293,9 @@ function stands(to: usize, symbol: u32, frequency: u32): usize {
   return to;
 }
 
-/** Begins a row: reads its scale. Its mean is what the row of the tensor before has reached, or else the row before it. */
+/**
+ * Begins a row: reads its scale. Its mean is what the row of the tensor before has reached, or else the row before it.
+ */
 function beginRow(): void {
   const memory = load<u32>(known + (<usize>row << 2));
   const scale = start + (<usize>row << 1);
@@ -374,9 +385,10 @@ function absolute(symbol: i32): i32 {
 }
 
 /**
- * Decodes at most `most` integers of a row by given frequencies, four at a time: while one state waits for its entry, the others go on. States
- * are in registers, since there are millions of integers. No branch decides on the next word, which no processor could predict: whether
- * there was one is asked behind all four. All are written out, since a function gives back one value.
+ * Decodes at most `most` integers of a row by given frequencies, four at a time: while one state waits for its entry,
+ * the others go on. States are in registers, since there are millions of integers. No branch decides on the next word,
+ * which no processor could predict: whether there was one is asked behind all four. All are written out, since a
+ * function gives back one value.
  */
 function byFours(most: u32): void {
   const largest: u32 = (1 << (kind - 1)) - 1;
@@ -510,8 +522,9 @@ function enter(lane: u32): void {
 }
 
 /**
- * Begins to decode at STORED: `stored` bytes, whose head was checked, then `before` bytes that copies may come from, then the section of
- * `size` bytes, which are zeros. The caller has provided the memory; all three together are below 2^30.
+ * Begins to decode at STORED: `stored` bytes, whose head was checked, then `before` bytes that copies may come from,
+ * then the section of `size` bytes, which are zeros. The caller has provided the memory; all three together are below
+ * 2^30.
  */
 export function begin(stored: usize, before: usize, size: usize): void {
   for (let table: usize = 0; table < COUNT; table++) {

@@ -1,6 +1,6 @@
 /**
- * Converts number formats to f32 and back, bit for bit as `src/tensor/dtypes.ts`: rows of encoded tensors in, halves in and out.
- * WebAssembly has no half-precision arithmetic, so halves are converted with integer operations.
+ * Converts number formats to f32 and back, bit for bit as `src/tensor/dtypes.ts`: rows of encoded tensors in, halves in
+ * and out. WebAssembly has no half-precision arithmetic, so halves are converted with integer operations.
  */
 import { accumulate } from "./lanes";
 import { BF16, F16, F32, INT4, INT8 } from "./layout";
@@ -77,8 +77,9 @@ function copyF32(from: usize, to: usize, count: i32): void {
 }
 
 /**
- * Adds four halves, in the high bits of each lane, to `sums` if they are finite: a shift brings exponent and mantissa to their places and
- * leaves the sign in its own, and scaling is as in `f16ToF32`. It is exact, so nothing depends on whether the machine rounds after it.
+ * Adds four halves, in the high bits of each lane, to `sums` if they are finite: a shift brings exponent and mantissa
+ * to their places and leaves the sign in its own, and scaling is as in `f16ToF32`. It is exact, so nothing depends on
+ * whether the machine rounds after it.
  */
 @inline
 export function finiteF16x4Plus(half: v128, sums: v128): v128 {
@@ -93,9 +94,9 @@ export function highHalves(low: v128, high: v128): v128 {
 }
 
 /**
- * Converts eight f32 below 2¹⁶ to halves; `tops` are their high 16 bits. A power of two whose last place is that of the half is added to
- * each, so that the addition rounds and the sum's mantissa ends in the half's. The power's own low bits, 0x3c00, make up for what its
- * exponent adds.
+ * Converts eight f32 below 2¹⁶ to halves; `tops` are their high 16 bits. A power of two whose last place is that of the
+ * half is added to each, so that the addition rounds and the sum's mantissa ends in the half's. The power's own low
+ * bits, 0x3c00, make up for what its exponent adds.
  */
 @inline
 export function f32x8BelowToF16(low: v128, high: v128, tops: v128): v128 {

@@ -1,12 +1,16 @@
 /**
- * The WebAssembly binaries of dist/wasm: a file of each for tools that want a file or a precompiled module, and beside it a module
- * with the same bytes as base64, which every bundler takes without being told about assets.
+ * The WebAssembly binaries of dist/wasm: a file of each for tools that want a file or a precompiled module, and beside
+ * it a module with the same bytes as base64, which every bundler takes without being told about assets.
  */
 import { fileURLToPath } from "node:url";
 import { setFlagsFromString } from "node:v8";
 import { gzipSync } from "node:zlib";
 
-/** Budget of the four run-time binaries together, gzipped: three of the kernels, and the decoder of coded sections (3.1 kB, since it decodes two rows at a time, works in pieces, says what is wrong, and makes floats of integers). Those of extraction are never in a run-time bundle. */
+/**
+ * Budget of the four run-time binaries together, gzipped: three of the kernels, and the decoder of coded sections (3.1
+ * kB, since it decodes two rows at a time, works in pieces, says what is wrong, and makes floats of integers). Those of
+ * extraction are never in a run-time bundle.
+ */
 const MAX_BYTES = 12_300;
 
 const TYPE = "declare const bytes: Uint8Array<ArrayBuffer>;\nexport default bytes;\n";
@@ -19,8 +23,8 @@ const FEATURES = {
 };
 
 /**
- * Compiles one entry of this folder. Memory is imported, so that the caller decides when it grows; there is no garbage collector and no
- * static data.
+ * Compiles one entry of this folder. Memory is imported, so that the caller decides when it grows; there is no garbage
+ * collector and no static data.
  * @param {string} entry name of the file without ".ts"
  * @param {keyof typeof FEATURES} variant
  * @param {boolean} small fewer bytes before a few per cent of speed

@@ -1,6 +1,6 @@
 /**
- * The operations of a backend on linear memory: expand, project, fold and scale as `src/backends/backend.ts` defines them.
- * Loops over pointers: no objects, no checks; the caller has checked every range.
+ * The operations of a backend on linear memory: expand, project, fold and scale as `src/backends/backend.ts` defines
+ * them. Loops over pointers: no objects, no checks; the caller has checked every range.
  */
 import { decode, encode, packedBytes, rowBytes, scaleBytes } from "./convert";
 import { accumulate, bytes, multiply, spread, total, zero } from "./lanes";
@@ -17,7 +17,9 @@ import { multiplyAdd, multiplyAddHalves } from "./multiply";
 @inline const ROWS: i32 = 16;
 @inline const COLUMNS: i32 = 256;
 
-/** Bytes from row to row of a panel of weights: no power of two, since a cache holds few lines that are so far apart. */
+/**
+ * Bytes from row to row of a panel of weights: no power of two, since a cache holds few lines that are so far apart.
+ */
 @inline const PANEL_STRIDE: usize = 4 * COLUMNS + 64;
 
 /** Decodes basis[k.., j..] into the panel: [part, columns] f32, `step` apart. */
@@ -35,8 +37,9 @@ function decodePanel(
 }
 
 /**
- * out[i, j] = Σ_k coefficients[i, k]·basis[k, j], i < rank, k < rows, from ≤ j < to, or that much more with `add`. `from` is a multiple
- * of 32. The basis is decoded once, in panels; bases of more than 256 rows are summed in parts of 256.
+ * out[i, j] = Σ_k coefficients[i, k]·basis[k, j], i < rank, k < rows, from ≤ j < to, or that much more with `add`.
+ * `from` is a multiple of 32. The basis is decoded once, in panels; bases of more than 256 rows are summed in parts of
+ * 256.
  */
 export function expand(
   type: i32, out: usize, coefficients: usize, basis: usize, rank: i32, rows: i32, width: i32, add: bool, from: i32,

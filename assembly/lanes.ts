@@ -1,10 +1,13 @@
 /**
- * Arithmetic on "one or four": every loop is written once over a type V that is f32 or v128 (f64 or v128 for sums in double precision),
- * and compiled for both. The SIMD builds run it on vectors and use the scalar form for the rest at the edges. The three builds differ
- * only in these functions and in the number conversions.
+ * Arithmetic on "one or four": every loop is written once over a type V that is f32 or v128 (f64 or v128 for sums in
+ * double precision), and compiled for both. The SIMD builds run it on vectors and use the scalar form for the rest at
+ * the edges. The three builds differ only in these functions and in the number conversions.
  */
 
-/** Which build this is: 0 scalar; 1 SIMD, which every engine has had since 2021; 2 relaxed SIMD, which fuses multiply and add where the machine can. */
+/**
+ * Which build this is: 0 scalar; 1 SIMD, which every engine has had since 2021; 2 relaxed SIMD, which fuses multiply
+ * and add where the machine can.
+ */
 export const variant: i32 = ASC_FEATURE_RELAXED_SIMD ? 2 : ASC_FEATURE_SIMD ? 1 : 0;
 
 /** Bytes of V. */

@@ -1,6 +1,6 @@
 /**
- * Layout of the first 64 KiB of linear memory. Blocks of the backend begin after it, and there is no static data, so it holds nothing
- * else. Defines also the codes shared with `src/backends/wasm.ts`.
+ * Layout of the first 64 KiB of linear memory. Blocks of the backend begin after it, and there is no static data, so it
+ * holds nothing else. Defines also the codes shared with `src/backends/wasm.ts`.
  */
 
 /** Part of left of four rows, f32 [rank, 4]; and the most ranks that it has room for. */

@@ -32,7 +32,9 @@ function larger(a: v128, b: v128): v128 {
   return i16x8.max_u(i16x8.shl(a, 1), i16x8.shl(b, 1));
 }
 
-/** Adds sums to eight halves each of four rows. Returns false and stores nothing where one is not finite or reaches 2¹⁶. */
+/**
+ * Adds sums to eight halves each of four rows. Returns false and stores nothing where one is not finite or reaches 2¹⁶.
+ */
 @inline
 function putHalves(
   out: usize, base: usize, row1: usize, row2: usize, row3: usize,
@@ -61,8 +63,8 @@ function putHalves(
 }
 
 /**
- * Computes a tile of f32 or, with T = u16, of halves; `LEFT` has its part of left. Returns false if `putHalves` does. All rows are read
- * before one is written, since two of them may be the same.
+ * Computes a tile of f32 or, with T = u16, of halves; `LEFT` has its part of left. Returns false if `putHalves` does.
+ * All rows are read before one is written, since two of them may be the same.
  */
 @inline
 function tile<V, T>(
@@ -114,7 +116,10 @@ function tile<V, T>(
   return true;
 }
 
-/** Copies four rows of left to `LEFT`. Where they are, their values lie so far apart that they would share few sets of a cache. */
+/**
+ * Copies four rows of left to `LEFT`. Where they are, their values lie so far apart that they would share few sets of a
+ * cache.
+ */
 @inline
 function gather(left: usize, left1: usize, left2: usize, left3: usize, leftStep: usize, rank: i32): void {
   for (let to = LEFT, end = LEFT + (<usize>rank << 4); to != end; to += 16, left += leftStep) {
@@ -181,9 +186,9 @@ function tiles<V, T>(
 }
 
 /**
- * out[i, j] = base[i, j] + Σ_k left[k, i]·right[k, j], for i < rows, j < columns, k < rank, all f32. Sums of more than MOST_RANK products
- * are made in parts. Strides are in bytes: `stride` of out and base, `leftRow` from i to i + 1, `leftStep` from k to k + 1. `base` may be
- * `out`.
+ * out[i, j] = base[i, j] + Σ_k left[k, i]·right[k, j], for i < rows, j < columns, k < rank, all f32. Sums of more than
+ * MOST_RANK products are made in parts. Strides are in bytes: `stride` of out and base, `leftRow` from i to i + 1,
+ * `leftStep` from k to k + 1. `base` may be `out`.
  */
 export function multiplyAdd(
   out: usize, base: usize, stride: usize, left: usize, leftRow: usize, leftStep: usize, right: usize, rightStep: usize,
@@ -215,8 +220,8 @@ export function multiplyAdd(
 }
 
 /**
- * Computes the same on halves, rounded once, by SIMD. Leaves the columns beside whole tiles, or all where sums have parts. Returns the
- * first column that is left.
+ * Computes the same on halves, rounded once, by SIMD. Leaves the columns beside whole tiles, or all where sums have
+ * parts. Returns the first column that is left.
  */
 export function multiplyAddHalves(
   out: usize, base: usize, stride: usize, left: usize, leftStep: usize, right: usize, rightStep: usize, rank: i32,

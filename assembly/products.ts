@@ -1,8 +1,9 @@
 /**
  * The products of extraction: X·Yᵀ of f64 rows, every dot product between them, in tiles of 2 × 4.
  *
- * Rows of Y are copied to a panel that stays in a first-level cache, four rows interleaved. Read in place, they would come from memory
- * again for every two rows of X, and at widths near a power of two they would evict each other from the cache.
+ * Rows of Y are copied to a panel that stays in a first-level cache, four rows interleaved. Read in place, they would
+ * come from memory again for every two rows of X, and at widths near a power of two they would evict each other from
+ * the cache.
  */
 import { dot, totalOfPair } from "./lanes";
 import { PANEL } from "./layout";
@@ -16,7 +17,10 @@ function addTo(at: usize, value: f64): void {
   store<f64>(at, load<f64>(at) + value);
 }
 
-/** Sums 2 rows from `x` times 4 rows of the panel at `y`, two columns at a time; `length` bytes of each row, a multiple of 16. */
+/**
+ * Sums 2 rows from `x` times 4 rows of the panel at `y`, two columns at a time; `length` bytes of each row, a multiple
+ * of 16.
+ */
 function tilePairs(x: usize, stride: usize, y: usize, length: usize, out: usize, outStride: usize): void {
   let a0 = f64x2.splat(0), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
   for (const end = x + length; x < end; x += 16, y += 64) {
@@ -69,7 +73,10 @@ function fillAcross(y: usize, step: usize, length: usize, rows: i32): void {
   }
 }
 
-/** Adds one dot product: entries outside the tiles, and all entries in the scalar build. `step` bytes from value to value of y. */
+/**
+ * Adds one dot product: entries outside the tiles, and all entries in the scalar build. `step` bytes from value to
+ * value of y.
+ */
 function addDot(x: usize, y: usize, step: usize, length: usize, out: usize): void {
   let sum: f64 = 0;
   if (step === 8) sum = dot(x, y, length);
@@ -78,8 +85,8 @@ function addDot(x: usize, y: usize, step: usize, length: usize, out: usize): voi
 }
 
 /**
- * out[m, n] = X·Yᵀ for X [m, width] and Y [n, width], all f64; with `across` X·Y for Y [width, n]. With `lower`, entries right of the diagonal are unspecified:
- * half the work for a Gram matrix.
+ * out[m, n] = X·Yᵀ for X [m, width] and Y [n, width], all f64; with `across` X·Y for Y [width, n]. With `lower`,
+ * entries right of the diagonal are unspecified: half the work for a Gram matrix.
  */
 export function products(x: usize, y: usize, m: i32, n: i32, width: i32, lower: bool, across: bool, out: usize): void {
   const stride = <usize>width << 3, outStride = <usize>n << 3;

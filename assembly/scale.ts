@@ -1,6 +1,6 @@
 /**
- * Finds the scale of a row of few-bit integers with the least rounding loss. Sums run along the row, as in `src/tensor/encode.ts`, so
- * that both find the same scale; the SIMD build takes two scales at a time.
+ * Finds the scale of a row of few-bit integers with the least rounding loss. Sums run along the row, as in
+ * `src/tensor/encode.ts`, so that both find the same scale; the SIMD build takes two scales at a time.
  */
 
 /** Values between checks whether a scale is already worse than the best. */

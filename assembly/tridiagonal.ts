@@ -1,8 +1,8 @@
 /**
  * Reduces a symmetric f64 matrix to tridiagonal form by Householder reflectors (Golub & Van Loan, 8.3.1).
  *
- * The update that ends one step, A −= v·wᵀ + w·vᵀ, and the product A·u that begins the next touch the same values, and the loop is bound
- * by loads and stores. So both are done in one pass, two rows at a time, on the upper triangle only.
+ * The update that ends one step, A −= v·wᵀ + w·vᵀ, and the product A·u that begins the next touch the same values, and
+ * the loop is bound by loads and stores. So both are done in one pass, two rows at a time, on the upper triangle only.
  */
 
 import { dot, totalOfPair } from "./lanes";
@@ -23,8 +23,8 @@ function combine(factor: f64, x: usize, other: f64, y: usize, length: usize): vo
 }
 
 /**
- * Updates row `row0` and the one below it, from their diagonal on, `length` bytes of the upper one: −= v·wᵀ + w·vᵀ, then adds their part
- * to p = A·u. All addresses are those of the upper row's column.
+ * Updates row `row0` and the one below it, from their diagonal on, `length` bytes of the upper one: −= v·wᵀ + w·vᵀ,
+ * then adds their part to p = A·u. All addresses are those of the upper row's column.
  */
 function step(row0: usize, stride: usize, length: usize, v: usize, w: usize, u: usize, p: usize): void {
   const v0 = load<f64>(v), w0 = load<f64>(w), u0 = load<f64>(u);

@@ -1,7 +1,8 @@
 /**
- * Measures the bytes that entropy coding saves, and the cost of decoding. Packs of real adapters with a step: each stored section, the same bytes
- * without coding, decoded in JavaScript and by WebAssembly, and Brotli and Deflate of these bytes, decoded by Node's zlib in the same
- * run. Times are CPU times of one thread per 10 kB as stored: of the first section that a process decodes, and of the fastest round.
+ * Measures the bytes that entropy coding saves, and the cost of decoding. Packs of real adapters with a step: each
+ * stored section, the same bytes without coding, decoded in JavaScript and by WebAssembly, and Brotli and Deflate of
+ * these bytes, decoded by Node's zlib in the same run. Times are CPU times of one thread per 10 kB as stored: of the
+ * first section that a process decodes, and of the fastest round.
  */
 import { brotliCompressSync, brotliDecompressSync, deflateRawSync, inflateRawSync } from "node:zlib";
 import { openPack } from "eigenlora";

@@ -1,8 +1,9 @@
 /**
- * Measures a token with a task, compared with the plain model. One decoding step of a language model (batch 1, keys and values of 256
- * tokens), one thread, in turns; the time to create a session, and the memory of a process that does.
+ * Measures a token with a task, compared with the plain model. One decoding step of a language model (batch 1, keys and
+ * values of 256 tokens), one thread, in turns; the time to create a session, and the memory of a process that does.
  *
- * Neither model nor adapters are in this repository: any ONNX export with a cache and PEFT adapters of its base will do.
+ * Neither model nor adapters are in this repository: any ONNX export with a cache and PEFT adapters of its base will
+ * do.
  */
 import { writeFile } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";

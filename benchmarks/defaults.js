@@ -1,8 +1,9 @@
 /**
- * Measures the packs of `eigenlora pack FOLDER -o FILE` without any option. For each folder of adapters: the default pack, the
- * one of the same adapters at a ratio where one is given, and as the peer in the same run the paper's setting (column mode, 90 % of
- * the energy, f16). With `--alone` every adapter is also packed by itself; with `--accuracy` the tasks of the repository's suites are
- * asked their test rows, 240 of each at most, and so is a lossless pack, which answers as the adapters do.
+ * Measures the packs of `eigenlora pack FOLDER -o FILE` without any option. For each folder of adapters: the default
+ * pack, the one of the same adapters at a ratio where one is given, and as the peer in the same run the paper's setting
+ * (column mode, 90 % of the energy, f16). With `--alone` every adapter is also packed by itself; with `--accuracy` the
+ * tasks of the repository's suites are asked their test rows, 240 of each at most, and so is a lossless pack, which
+ * answers as the adapters do.
  */
 import { basename, resolve } from "node:path";
 import { buildPack, searchPack } from "eigenlora/build";

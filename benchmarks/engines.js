@@ -1,10 +1,10 @@
 /**
- * Measures memory and a switch in Hermes and workerd, compared with Node. The same script in each: a pack of real adapters, opened from
- * bytes; weights in the engine's memory, or the factors of the active task handed out.
+ * Measures memory and a switch in Hermes and workerd, compared with Node. The same script in each: a pack of real
+ * adapters, opened from bytes; weights in the engine's memory, or the factors of the active task handed out.
  *
- * EIGENLORA_RUNTIMES names the folder with hermes-engine-cli, Metro and workerd. Time is taken outside, since a Worker's clock stands
- * still while it computes: a process with more switches minus one with fewer. Memory is the most that was resident, minus that
- * of a process that holds the same bytes and weights and opens nothing.
+ * EIGENLORA_RUNTIMES names the folder with hermes-engine-cli, Metro and workerd. Time is taken outside, since a
+ * Worker's clock stands still while it computes: a process with more switches minus one with fewer. Memory is the most
+ * that was resident, minus that of a process that holds the same bytes and weights and opens nothing.
  */
 import { folderOf, packOfK, withAdapters } from "./lib/adapters.js";
 import { number, readArguments } from "./lib/arguments.js";
@@ -17,7 +17,12 @@ const { json, runs } = readArguments("Memory and switches in Hermes and workerd,
 });
 const packed = await withAdapters([folderOf("own-seed")], (adapters) => packOfK(adapters, 32));
 
-/** Least of several runs. @param {string} folder @param {string} engine @param {import("./lib/engines.js").Task} task */
+/**
+ * Least of several runs.
+ * @param {string} folder
+ * @param {string} engine
+ * @param {import("./lib/engines.js").Task} task
+ */
 async function least(folder, engine, task) {
   const command = await /** @type {typeof ENGINES.node} */ (ENGINES[engine])(folder, task);
   const found = [];

@@ -1,8 +1,9 @@
 /**
- * Times extraction, compared with numpy's full SVD of the same stacks in the same run. Ours is timed twice: the components alone
- * (means, centring, top K), and all of `extractModule`: both sides' components, stored as f16, every task's coefficients and ΔW
- * errors. Against both stands numpy's SVD alone, in f64 and in f32, with one thread, as ours, and with `--own-threads` also with as
- * many as it takes by itself. Ours and numpy's take turns; of each module the best round counts.
+ * Times extraction, compared with numpy's full SVD of the same stacks in the same run. Ours is timed twice: the
+ * components alone (means, centring, top K), and all of `extractModule`: both sides' components, stored as f16, every
+ * task's coefficients and ΔW errors. Against both stands numpy's SVD alone, in f64 and in f32, with one thread, as
+ * ours, and with `--own-threads` also with as many as it takes by itself. Ours and numpy's take turns; of each module
+ * the best round counts.
  */
 import { min } from "simple-statistics";
 import { choice, flag, number, readArguments } from "./lib/arguments.js";

@@ -1,7 +1,7 @@
 /**
- * Times fold, W = W0 + B·A, on each CPU backend, compared with a copy of the same bytes, which no fold can be faster than, and with
- * torch.addmm. One thread; 24 matrices of 768×768, the attention and MLP weights of a small encoder. `--backend webgpu` measures a GPU
- * instead.
+ * Times fold, W = W0 + B·A, on each CPU backend, compared with a copy of the same bytes, which no fold can be faster
+ * than, and with torch.addmm. One thread; 24 matrices of 768×768, the attention and MLP weights of a small encoder.
+ * `--backend webgpu` measures a GPU instead.
  */
 import { createJsBackend } from "../dist/src/backends/js.js";
 import { createWasmBackend, WASM_VARIANTS } from "../dist/src/backends/wasm.js";

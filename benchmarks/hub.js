@@ -1,15 +1,16 @@
 /**
- * Measures the cost of packing 10 000 adapters of rank 32 of a model of 7 billion parameters. Each command of docs/hub.md is run on
- * synthetic adapters of one square module, at three widths and two numbers of adapters; the difference of the two is what one
- * more adapter costs, in seconds of a core, so that a busy machine makes no difference. In the same run numpy does the same sums on the
- * same files, one thread as we do: Gram matrices in f64, LAPACK's eigh, products with the components.
+ * Measures the cost of packing 10 000 adapters of rank 32 of a model of 7 billion parameters. Each command of
+ * docs/hub.md is run on synthetic adapters of one square module, at three widths and two numbers of adapters; the
+ * difference of the two is what one more adapter costs, in seconds of a core, so that a busy machine makes no
+ * difference. In the same run numpy does the same sums on the same files, one thread as we do: Gram matrices in f64,
+ * LAPACK's eigh, products with the components.
  *
  * Arithmetic says how the cost grows: a summary takes r·w²/2 multiplications per side of width w, projecting r·K·w. The
  * measured seconds per unit at the largest width, times the units of the model's layers, give the hours.
  *
- * `--whole 250,500,1000,2000` runs whole hubs instead: that many synthetic adapters of rank 16 on SmolLM2-135M's shapes, through Ray
- * (examples/hub/pack.py), made as they are read. The slope against their number gives the hours for 10 000, and by the same arithmetic
- * those of a model of 7 billion parameters.
+ * `--whole 250,500,1000,2000` runs whole hubs instead: that many synthetic adapters of rank 16 on SmolLM2-135M's
+ * shapes, through Ray (examples/hub/pack.py), made as they are read. The slope against their number gives the hours for
+ * 10 000, and by the same arithmetic those of a model of 7 billion parameters.
  */
 import { sum } from "simple-statistics";
 import { number, readArguments, text } from "./lib/arguments.js";

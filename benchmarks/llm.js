@@ -1,10 +1,10 @@
 /**
- * Measures the cost of tasks on a real language model (SmolLM2-135M, 120 layers adapted, one thread). Switches, first tokens and tokens a second
- * compared with the plain model; caches that are kept across a switch; memory of many skills, compared with PEFT's and llama.cpp's; a training step
- * compared with PEFT's.
+ * Measures the cost of tasks on a real language model (SmolLM2-135M, 120 layers adapted, one thread). Switches, first
+ * tokens and tokens a second compared with the plain model; caches that are kept across a switch; memory of many
+ * skills, compared with PEFT's and llama.cpp's; a training step compared with PEFT's.
  *
- * Needs SmolLM2 (EIGENLORA_SMOLLM2). For llama.cpp EIGENLORA_RUNTIMES names a folder with llama/node_modules/node-llama-cpp, and `--gguf`
- * a file of the base.
+ * Needs SmolLM2 (EIGENLORA_SMOLLM2). For llama.cpp EIGENLORA_RUNTIMES names a folder with
+ * llama/node_modules/node-llama-cpp, and `--gguf` a file of the base.
  */
 import { writeFile } from "node:fs/promises";
 import { join } from "node:path";

@@ -1,6 +1,6 @@
 /**
- * Measures the memory of N adapters in each way of holding them. Each figure is measured in a fresh process: resident set after garbage
- * collection minus before, with the base model's weights in none of them.
+ * Measures the memory of N adapters in each way of holding them. Each figure is measured in a fresh process: resident
+ * set after garbage collection minus before, with the base model's weights in none of them.
  *
  * The 20 real adapters of own-seed are repeated to reach N; only the count is real beyond 20.
  */

@@ -1,10 +1,11 @@
 /**
- * Measures the cost of tasks on a model of the size that people ship. Qwen2.5's shapes in 4 bits with seeded random weights, 20 LoRAs of rank 16
- * on all linear layers, one thread, onnxruntime-node. By `--part`: packing, creation, memory, switches and tokens, compared with the plain model;
- * a step of learning, compared with PEFT's; memory of very many skills; a tab of Chromium (EIGENLORA_CHROMIUM, or /usr/bin/chromium).
+ * Measures the cost of tasks on a model of the size that people ship. Qwen2.5's shapes in 4 bits with seeded random
+ * weights, 20 LoRAs of rank 16 on all linear layers, one thread, onnxruntime-node. By `--part`: packing, creation,
+ * memory, switches and tokens, compared with the plain model; a step of learning, compared with PEFT's; memory of very
+ * many skills; a tab of Chromium (EIGENLORA_CHROMIUM, or /usr/bin/chromium).
  *
- * Needs a Python that makes the files (lib/scale-files.js), and for llama.cpp a folder with llama/node_modules/node-llama-cpp
- * (EIGENLORA_RUNTIMES).
+ * Needs a Python that makes the files (lib/scale-files.js), and for llama.cpp a folder with
+ * llama/node_modules/node-llama-cpp (EIGENLORA_RUNTIMES).
  */
 import { rm, stat } from "node:fs/promises";
 import { join } from "node:path";
@@ -120,7 +121,10 @@ async function besideLlama(memory, times) {
   }
 }
 
-/** Coefficients of a pack whose factors are both shared, compared with PEFT's LoRA in f32. @returns {Promise<Result>} */
+/**
+ * Coefficients of a pack whose factors are both shared, compared with PEFT's LoRA in f32.
+ * @returns {Promise<Result>}
+ */
 async function learn() {
   const [pack] = packs;
   if (!pack) throw new Error("no pack");

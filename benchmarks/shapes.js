@@ -1,6 +1,7 @@
 /**
- * The paper's two settings by shape: how large is the pack, how long does packing take, and how much memory? Synthetic adapters with the
- * same shapes, ranks and number are made while they are read, in a process of their own for each number format.
+ * The paper's two settings by shape: how large is the pack, how long does packing take, and how much memory? Synthetic
+ * adapters with the same shapes, ranks and number are made while they are read, in a process of their own for each
+ * number format.
  */
 import { choice, readArguments } from "./lib/arguments.js";
 import { print } from "./lib/report.js";

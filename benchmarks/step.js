@@ -1,7 +1,8 @@
 /**
- * Times a step of learning on the device, compared with PyTorch. The same coefficients (K 16, r 8) of the same model begin
- * with the same task and see the same batches: through onnxruntime-node, in torch, and as PEFT's LoRA (r 8), all with one thread, in
- * turns. Also a run of the serving session on a batch, and the memory of processes that serve and that train.
+ * Times a step of learning on the device, compared with PyTorch. The same coefficients (K 16, r 8) of the same model
+ * begin with the same task and see the same batches: through onnxruntime-node, in torch, and as PEFT's LoRA (r 8), all
+ * with one thread, in turns. Also a run of the serving session on a batch, and the memory of processes that serve and
+ * that train.
  */
 import { writeFile } from "node:fs/promises";
 import { join } from "node:path";

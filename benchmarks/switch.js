@@ -2,7 +2,8 @@
  * Times a switch of task, compared with PEFT on the same adapters and the same model shapes, one thread each.
  *
  * Real adapters (own-seed, those with 8 labels, since a PEFT model has one size of head), f32 weights of MiniLM.
- * Resident tasks only: nothing is read while the clock runs. `--live`: in a model that runs. `--backend webgpu`: on a GPU.
+ * Resident tasks only: nothing is read while the clock runs. `--live`: in a model that runs. `--backend webgpu`: on a
+ * GPU.
  */
 import { createRuntime, openPack } from "eigenlora";
 import { openOnnxHost } from "eigenlora/onnx";

@@ -1,6 +1,6 @@
 /**
- * The common part of hosts for frameworks: names as adapters use them, and changes that take effect together. Values are the framework's
- * tensors.
+ * The common part of hosts for frameworks: names as adapters use them, and changes that take effect together. Values
+ * are the framework's tensors.
  */
 import type { DeviceBuffer } from "../src/backends/backend.ts";
 import type { CpuView, Parameter, WeightHost } from "../src/core/base.ts";
@@ -102,8 +102,9 @@ const LEAVES = new Map<string, { readonly leaf: string; readonly layout?: Layout
 ]);
 
 /**
- * A framework's name of a weight, as adapters know it: "encoder/layer_._0/query/kernel" is "encoder.layer.0.query.weight", stored as
- * [in, out]. Models of transformers have "_._" where TensorFlow allows no dot.
+ * A framework's name of a weight, as adapters know it: "encoder/layer_._0/query/kernel" is
+ * "encoder.layer.0.query.weight", stored as [in, out]. Models of transformers have "_._" where TensorFlow allows no
+ * dot.
  */
 export function calledByAdapters(path: string): Called {
   const segments = path.replaceAll("_._", ".").replaceAll("/", ".").split(".");

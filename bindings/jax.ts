@@ -1,6 +1,6 @@
 /**
- * Parameters of jax-js models as bases. Arrays of jax-js are values: a switch puts new ones in their places in the tree. On WebGPU
- * they are folded where they are made, in jax-js's own buffers.
+ * Parameters of jax-js models as bases. Arrays of jax-js are values: a switch puts new ones in their places in the
+ * tree. On WebGPU they are folded where they are made, in jax-js's own buffers.
  */
 
 import type { DeviceBuffer } from "../src/backends/backend.ts";
@@ -47,8 +47,8 @@ const DTYPES = new Map<string, FloatDtype>([
 ]);
 
 /**
- * The parameters of a jax-js model, as a base for `createRuntime`. A parameter goes by its path in the tree, with dots. A switch puts
- * new arrays into the tree and frees the ones before: take them from the tree for each run, by `.ref`.
+ * The parameters of a jax-js model, as a base for `createRuntime`. A parameter goes by its path in the tree, with dots.
+ * A switch puts new arrays into the tree and frees the ones before: take them from the tree for each run, by `.ref`.
  * @param jax the module `@jax-js/jax`
  * @param params objects and lists of arrays
  * @throws TypeError when one of them is not that

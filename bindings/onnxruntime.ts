@@ -44,11 +44,12 @@ export interface EigenSessionOptions<O extends Ort = Ort> extends CommonOptions 
 }
 
 /**
- * Prepares a model for all tasks of a pack and loads it once. Close the session when it is no longer needed, and then the pack: it
- * stays the caller's, since other sessions may use it.
+ * Prepares a model for all tasks of a pack and loads it once. Close the session when it is no longer needed, and then
+ * the pack: it stays the caller's, since other sessions may use it.
  *
  * @param ort the module that is to run the model
- * @param model bytes, path, URL or Blob of the ONNX file; files next to it are found by path or URL, or given by `external`
+ * @param model bytes, path, URL or Blob of the ONNX file; files next to it are found by path or URL, or given by
+ *   `external`
  * @throws BaseMismatchError when modules are missing, ambiguous, of another shape or of another model; or when the mode
  *   asked for cannot do what the tasks bring: the message names one that can
  * @throws FormatError when the model is truncated, no ONNX model or of an opset before 11
@@ -83,11 +84,12 @@ export interface EigenSessionsOptions<O extends Ort = Ort> extends GroupOptions 
 }
 
 /**
- * Prepares several files of one model, an encoder and a decoder, a UNet and its text encoders, for all tasks of a pack. Each module of the
- * pack goes to the files that it lives in, and one switch changes all of them or none.
+ * Prepares several files of one model, an encoder and a decoder, a UNet and its text encoders, for all tasks of a pack.
+ * Each module of the pack goes to the files that it lives in, and one switch changes all of them or none.
  *
  * @param models bytes, paths, URLs or Blobs of the ONNX files, by names of your own
- * @throws BaseMismatchError when a module lives in none of the files, or a file has nothing of the pack; otherwise as `createEigenSession`
+ * @throws BaseMismatchError when a module lives in none of the files, or a file has nothing of the pack; otherwise as
+ *   `createEigenSession`
  * @example
  * const models = await createEigenSessions(ort, { encoder: "encoder.onnx", decoder: "decoder.onnx" }, skills);
  * await models.switchTask("titles");

@@ -1,6 +1,6 @@
 /**
- * onnxruntime-web, onnxruntime-node, or another module with their interface, as the engine of sessions and trainers; and the WebGPU device
- * that it computes on.
+ * onnxruntime-web, onnxruntime-node, or another module with their interface, as the engine of sessions and trainers;
+ * and the WebGPU device that it computes on.
  */
 /// <reference types="@webgpu/types" />
 import type { DeviceBuffer, DeviceHandle } from "../src/backends/backend.ts";
@@ -18,8 +18,8 @@ import {
   type Tensors,
 } from "../src/session/engine.ts";
 
-// The part of onnxruntime that is used. The module is the caller's own import; types are structural, so that neither onnxruntime-web nor
-// onnxruntime-node is needed to compile against this package.
+// The part of onnxruntime that is used. The module is the caller's own import; types are structural, so that neither
+// onnxruntime-web nor onnxruntime-node is needed to compile against this package.
 
 /** A session of onnxruntime, as far as it is needed here. */
 export interface OrtSession {
@@ -68,7 +68,8 @@ const WASM_BYTES = 2 ** 32;
 const queues = new WeakMap<object, Queue>();
 
 /**
- * Makes an engine of onnxruntime, for functions that take one: `createSession`, and `packByAnswers` of `eigenlora/train`.
+ * Makes an engine of onnxruntime, for functions that take one: `createSession`, and `packByAnswers` of
+ * `eigenlora/train`.
  * @param ort the module that is to run models
  * @param session passed to `InferenceSession.create`: `executionProviders`, `graphOptimizationLevel`, …
  * @throws TypeError when `ort` is not such a module
@@ -88,8 +89,8 @@ export function createEngine<O extends Ort>(ort: O, session?: SessionOptions<O>)
   /** Wraps all work on the device, once that is known. */
   let guarded = <T>(work: () => Promise<T>): Promise<T> => work();
   /**
-   * onnxruntime-web overlaps nothing: in browsers a second run, creation or release fails with "Session already started", or
-   * hangs the page, even of another session. All that goes through here waits for its turn.
+   * onnxruntime-web overlaps nothing: in browsers a second run, creation or release fails with "Session already
+   * started", or hangs the page, even of another session. All that goes through here waits for its turn.
    */
   const inTurn = <T>(work: () => Promise<T>): Promise<T> => {
     if (!isWeb) return work();
@@ -98,8 +99,8 @@ export function createEngine<O extends Ort>(ort: O, session?: SessionOptions<O>)
     return queue.change(work);
   };
   /**
-   * True if models run in a worker of onnxruntime-web's own (`env.wasm.proxy`). Memory that goes there is handed over: the array that
-   * holds it is empty from then on, with all else that lies in the same memory.
+   * True if models run in a worker of onnxruntime-web's own (`env.wasm.proxy`). Memory that goes there is handed over:
+   * the array that holds it is empty from then on, with all else that lies in the same memory.
    */
   const handsOver = (): boolean => env.wasm?.proxy === true;
   const tensor: Engine["tensor"] = (data, dims, type = TYPES.get(data.constructor)) => new Tensor(type, data, dims);
@@ -118,8 +119,8 @@ export function createEngine<O extends Ort>(ort: O, session?: SessionOptions<O>)
     ...{ name, provider, tensor },
     gpu: isGpu ? gpu : undefined,
     readsFiles: env.versions?.node !== undefined,
-    // onnxruntime-web's older WebGPU provider (jsep) computes something else with DequantizeLinear. WebAssembly would unpack all blocks of
-    // 4 bits in each run, which takes longer than bytes do.
+    // onnxruntime-web's older WebGPU provider (jsep) computes something else with DequantizeLinear. WebAssembly would
+    // unpack all blocks of 4 bits in each run, which takes longer than bytes do.
     integers: isGpu ? ["MatMulNBits"] : isWeb ? ["DequantizeLinear"] : ["MatMulNBits", "DequantizeLinear"],
     room: isGpu || !isWeb ? undefined : WASM_BYTES,
     async load({ bytes, files, folder }, purpose = {}) {
@@ -168,8 +169,8 @@ function onWebgpu({ executionProviders = [] }: KnownOptions): boolean {
 }
 
 /**
- * Products read weights as they are. onnxruntime makes a copy of each, in the order in which a product takes them; gradients take them
- * in another one. Products of many rows with floats are hardly slower without.
+ * Products read weights as they are. onnxruntime makes a copy of each, in the order in which a product takes them;
+ * gradients take them in another one. Products of many rows with floats are hardly slower without.
  */
 const UNPACKED = { disable_prepacking: "1" };
 
@@ -205,8 +206,8 @@ function bufferTensor(ort: Ort, buffer: DeviceBuffer, dtype: "f32" | "f16", dims
 // The WebGPU device: which one it is, and whether it is still there.
 
 /**
- * Some builds ignore the device that they are given without a word, others do not tell that they use it, and may name that of
- * another session; buffers of the wrong one would be read as zeros.
+ * Some builds ignore the device that they are given without a word, others do not tell that they use it, and may name
+ * that of another session; buffers of the wrong one would be read as zeros.
  * @param provider as the session has it
  * @throws BackendError when onnxruntime does not tell its device
  */
@@ -223,7 +224,10 @@ async function findDevice(
   });
 }
 
-/** True if what onnxruntime computes with this provider lies on the device: asked of a session on a model of one addition. */
+/**
+ * True if what onnxruntime computes with this provider lies on the device: asked of a session on a model of one
+ * addition.
+ */
 async function computesOn(ort: Ort, device: GPUDevice, provider: string | { readonly name: string }): Promise<boolean> {
   const options = { executionProviders: [provider], preferredOutputLocation: "gpu-buffer" };
   const engine = createEngine(ort, options as never);
@@ -252,7 +256,8 @@ function oneAddition(): Uint8Array {
 }
 
 /**
- * Lets nothing begin on a device that is gone, nor anybody wait for it: onnxruntime would block the page, or never answer.
+ * Lets nothing begin on a device that is gone, nor anybody wait for it: onnxruntime would block the page, or never
+ * answer.
  * @returns runs work; what it returns throws BackendError once the device is lost
  */
 export function whileAlive(device: DeviceHandle): <T>(work: () => Promise<T>) => Promise<T> {

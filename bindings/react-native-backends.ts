@@ -1,7 +1,7 @@
 /**
- * Stands in for `wasm.ts` and `webgpu.ts` of `src/backends/` and for `src/format/coded-wasm.ts` in bundles for React Native. Its engine has
- * neither WebAssembly nor WebGPU, and Metro puts everything that can be imported into one file. The field "react-native" of package.json
- * makes the exchange.
+ * Stands in for `wasm.ts` and `webgpu.ts` of `src/backends/` and for `src/format/coded-wasm.ts` in bundles for React
+ * Native. Its engine has neither WebAssembly nor WebGPU, and Metro puts everything that can be imported into one file.
+ * The field "react-native" of package.json makes the exchange.
  */
 import type { Backend } from "../src/backends/backend.ts";
 import { BackendError } from "../src/errors.ts";

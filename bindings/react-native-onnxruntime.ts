@@ -1,7 +1,8 @@
 /**
- * `eigenlora/react-native/onnxruntime`: sessions on onnxruntime-react-native, whose native half differs from the other builds. A model given
- * as bytes is taken as the whole ArrayBuffer, without the options; so the model is written to a file and its path given. A tensor
- * and a file next to a model are taken from the beginning of their buffers, wherever their arrays begin; so they get buffers of their own.
+ * `eigenlora/react-native/onnxruntime`: sessions on onnxruntime-react-native, whose native half differs from the other
+ * builds. A model given as bytes is taken as the whole ArrayBuffer, without the options; so the model is written to a
+ * file and its path given. A tensor and a file next to a model are taken from the beginning of their buffers, wherever
+ * their arrays begin; so they get buffers of their own.
  */
 import type { Pack } from "../src/core/pack.ts";
 import { BackendError, checkOptions, checkPack, described } from "../src/errors.ts";

@@ -1,6 +1,7 @@
 /**
- * `eigenlora/react-native`: packs that come with an app, or lie on the device. What opens and switches them is the same as everywhere;
- * React Native has no paths and no files of its own, so a file is read by the library that the app has for that.
+ * `eigenlora/react-native`: packs that come with an app, or lie on the device. What opens and switches them is the same
+ * as everywhere; React Native has no paths and no files of its own, so a file is read by the library that the app has
+ * for that.
  */
 
 import { described, SourceError } from "../src/errors.ts";
@@ -41,7 +42,8 @@ export function toBase64(bytes: Uint8Array): string {
 }
 
 /**
- * A file on the device as a source for `openPack`, read part by part: the directory first, each task when it is switched to.
+ * A file on the device as a source for `openPack`, read part by part: the directory first, each task when it is
+ * switched to.
  * @returns a source whose `read` throws SourceError when the library gives other than what was asked for
  * @throws TypeError when `file` is none
  * @example

@@ -1,5 +1,6 @@
 /**
- * Models of TF.js as bases. Weights are given new tensors; on WebGPU matrices are folded in place, in TF.js's own buffers.
+ * Models of TF.js as bases. Weights are given new tensors; on WebGPU matrices are folded in place, in TF.js's own
+ * buffers.
  */
 
 import type { DeviceBuffer } from "../src/backends/backend.ts";
@@ -23,8 +24,8 @@ interface Webgpu {
  * The weights of a model of TF.js, as a base for `createRuntime`. A weight goes by its name in the model, with dots:
  * "dense_1/kernel" is "dense_1.weight". `[...host.list()]` has all names.
  * @param tf the module `@tensorflow/tfjs` or `@tensorflow/tfjs-core`, with the backend that the model runs on
- * @param model a LayersModel, a GraphModel, or variables by name. A head of another shape is a variable of its own: in a map, read
- *   the entry anew for each run
+ * @param model a LayersModel, a GraphModel, or variables by name. A head of another shape is a variable of its own: in
+ *   a map, read the entry anew for each run
  * @throws TypeError when one of them is none of these
  * @example
  * const runtime = await createRuntime(pack, { base: tfjsHost(tf, layersModel) });
@@ -40,7 +41,10 @@ export function tfjsHost(tf: Tfjs, model: TfjsModel): WeightHost {
   return frameworkHost(weights, (tensor) => tensor.dispose());
 }
 
-/** Kernels of convolutions are [...window, in, out] here and [out, in, ...window] in checkpoints; those of one point are matrices. */
+/**
+ * Kernels of convolutions are [...window, in, out] here and [out, in, ...window] in checkpoints; those of one point are
+ * matrices.
+ */
 function weightOf(tf: Tfjs, gpu: Webgpu | undefined, entry: Entry): Weight<TfTensor> {
   const { layout, shape: stored, tensor, put } = entry;
   const window = layout === "in-out" ? stored.slice(0, -2) : [];
@@ -101,8 +105,8 @@ function submit(gpu: Webgpu): void {
   gpu.submitQueue();
 }
 
-// Where TF.js has the weights of its kinds of models, and what adapters call them. The module is the caller's own import; types are
-// structural, so that TF.js is not needed to compile against this package.
+// Where TF.js has the weights of its kinds of models, and what adapters call them. The module is the caller's own
+// import; types are structural, so that TF.js is not needed to compile against this package.
 
 /** A tensor of TF.js, as far as hosts need it. */
 export interface TfTensor {
@@ -195,7 +199,8 @@ function variableEntry(tf: Tfjs, own: TfVariable, show: (now: TfVariable) => voi
   };
 }
 
-// The weights of a GraphModel: constants of a graph that has forgotten its layers, but not the names and operators that come of them.
+// The weights of a GraphModel: constants of a graph that has forgotten its layers, but not the names and operators that
+// come of them.
 
 interface Node {
   readonly name: string;

@@ -1,6 +1,6 @@
 /**
- * `eigenlora/transformers`: a pack on a pipeline of transformers.js 4. The pipeline's sessions are replaced by ones that
- * switch tasks; the pipeline stays what it is, and so do its tokenizer, generation and post-processing. Nothing of
+ * `eigenlora/transformers`: a pack on a pipeline of transformers.js 4. The pipeline's sessions are replaced by ones
+ * that switch tasks; the pipeline stays what it is, and so do its tokenizer, generation and post-processing. Nothing of
  * transformers.js or onnxruntime is imported here: both are reached through the pipeline.
  */
 import type { Pack, TaskInfo } from "../src/core/pack.ts";
@@ -72,8 +72,8 @@ export interface AttachOptions extends EigenSessionOptions<PipelineOrt> {
    */
   model: SourceInput;
   /**
-   * The one of the model's sessions that runs the adapted layers, all of them. Default: every session in which modules of
-   * the pack live, by their fingerprints or whole names; the others are left alone.
+   * The one of the model's sessions that runs the adapted layers, all of them. Default: every session in which modules
+   * of the pack live, by their fingerprints or whole names; the others are left alone.
    */
   part?: string | undefined;
   /** Options of one session, by the pipeline's name for it, in place of those of all. */
@@ -102,8 +102,8 @@ const OPTIONS = [...SESSION_OPTIONS, "session", "model", "part", "each", "pretra
  *
  * The pack stays the caller's: close it after `close` or `pipe.dispose()`.
  *
- * @throws TypeError when `pipe` is no pipeline, when it has a pack already, when `model` is another model, or one file for
- *   several sessions without `part`
+ * @throws TypeError when `pipe` is no pipeline, when it has a pack already, when `model` is another model, or one file
+ *   for several sessions without `part`
  * @throws SourceError when the model's files are not found again: the message says what to pass
  * @throws as `createEigenSession`: BaseMismatchError for another base, BackendError when onnxruntime refuses the model;
  *   as `createEigenSessions` for several sessions: BaseMismatchError when a module lives in none of them
@@ -186,9 +186,9 @@ interface Parts {
 /** A pack on a pipeline. Made by `attachPack`. */
 export class AttachedPack extends Switching<SessionSwitchReport> {
   /**
-   * Sessions that the pipeline runs now, by its names for its sessions; those in which nothing of the pack lives are not here. For
-   * reading, `addTask` (on any of them, for all), and `run` with one task per row; a task switched to here instead of by
-   * `switchTask` does not bring its labels, and does not wait for calls.
+   * Sessions that the pipeline runs now, by its names for its sessions; those in which nothing of the pack lives are
+   * not here. For reading, `addTask` (on any of them, for all), and `run` with one task per row; a task switched to
+   * here instead of by `switchTask` does not bring its labels, and does not wait for calls.
    */
   readonly sessions: PipelineSessions;
   readonly #parts: Parts;
@@ -203,7 +203,10 @@ export class AttachedPack extends Switching<SessionSwitchReport> {
     this.#parts = parts;
   }
 
-  /** The session that runs the adapted layers, where it is one. @throws TypeError where there are several: see `sessions` */
+  /**
+   * The session that runs the adapted layers, where it is one.
+   * @throws TypeError where there are several: see `sessions`
+   */
   get session(): EigenSession<PipelineOrt> {
     const [[, only], ...others] = Object.entries(this.sessions) as [[string, EigenSession<PipelineOrt>]];
     if (others.length === 0) return only;
@@ -225,8 +228,9 @@ export class AttachedPack extends Switching<SessionSwitchReport> {
    * Makes a task, a blend or the pristine base active, with its label names in `pipe.model.config`. Waits for calls of
    * the pipeline, of its model and of `generate` that are running, so that each belongs to one task from its first run
    * to its last; calls made after wait for the switch. When it fails or is aborted, the previous task stays whole, in
-   * all sessions. A cache of keys and values that is handed from one `generate` to the next belongs to the task that made it:
-   * under another one `generate` refuses it with a TaskError, unless the switch was asked to keep it (`keepCache: true`).
+   * all sessions. A cache of keys and values that is handed from one `generate` to the next belongs to the task that
+   * made it: under another one `generate` refuses it with a TaskError, unless the switch was asked to keep it
+   * (`keepCache: true`).
    * @throws as `EigenSession.switchTask`
    */
   switchTask(selection: Selection, options: SessionSwitchOptions = {}): Promise<SessionSwitchReport> {
@@ -255,7 +259,8 @@ export class AttachedPack extends Switching<SessionSwitchReport> {
   /**
    * Gives the pipeline its own sessions, labels and methods back, after the calls that are running, and releases ours.
    * Its sessions are made anew, from the id.
-   * @throws BackendError when `model` was a file, which is not kept: dispose of the pipeline instead. Nothing has changed then
+   * @throws BackendError when `model` was a file, which is not kept: dispose of the pipeline instead. Nothing has
+   *   changed then
    * @throws SourceError when the model's files are not found any more
    */
   close(): Promise<void> {
@@ -279,7 +284,9 @@ export class AttachedPack extends Switching<SessionSwitchReport> {
   }
 }
 
-/** A pipeline does not tell which onnxruntime it has. Taking turns, as onnxruntime-web must, is right for all of them. */
+/**
+ * A pipeline does not tell which onnxruntime it has. Taking turns, as onnxruntime-web must, is right for all of them.
+ */
 const ENV = { versions: { web: "of transformers.js" } };
 
 /** Names of the sessions that the pack may be in: the one that was named, or all. */
@@ -342,8 +349,10 @@ interface Wrapped {
 type Beginning = (options: object) => { readonly input_ids: Wrapped };
 
 /**
- * The class of tensors of the onnxruntime that the pipeline runs. What runs return is of another class where that package is there twice.
- * @param given transformers.js's own class, or onnxruntime's. Default: the class of what the pipeline's tokenizer or model makes
+ * The class of tensors of the onnxruntime that the pipeline runs. What runs return is of another class where that
+ * package is there twice.
+ * @param given transformers.js's own class, or onnxruntime's. Default: the class of what the pipeline's tokenizer or
+ *   model makes
  * @throws TypeError when it is neither, or the pipeline makes none
  */
 function tensorClass({ tokenizer, model }: TransformersPipeline, given: unknown): TensorClass {
@@ -420,7 +429,10 @@ function foundOnly(own: OwnSessions, model: SourceInput): Map<string, Found> {
   );
 }
 
-/** Files that belong to the model, by its names for them. @throws SourceError, when called, for a file that transformers.js did not load */
+/**
+ * Files that belong to the model, by its names for them.
+ * @throws SourceError, when called, for a file that transformers.js did not load
+ */
 function externalFiles(files: NonNullable<Found["externalData"]>): (location: string) => Uint8Array {
   return (location) => {
     const file = files.find(({ path }) => path === location);
@@ -617,8 +629,8 @@ interface Held {
   free(): void;
 }
 
-// Functions of their own make what stays while a pack is attached: a closure keeps all that the function around it has given to
-// any closure, and that must not be a model's bytes.
+// Functions of their own make what stays while a pack is attached: a closure keeps all that the function around it has
+// given to any closure, and that must not be a model's bytes.
 
 /** @throws TypeError when the pipeline's model has a pack */
 function holdPipeline(pipe: TransformersPipeline, pack: string): Held {
@@ -647,11 +659,11 @@ type Method = (this: unknown, ...args: unknown[]) => unknown;
 
 /**
  * Replaces methods in place by ones that wait, so that all code that has the object has those.
- * @param methods names; unknown ones are passed over. A function that is called itself goes through its method `_call`, as callable
- *   objects of transformers.js do
+ * @param methods names; unknown ones are passed over. A function that is called itself goes through its method `_call`,
+ *   as callable objects of transformers.js do
  * @param others properties that `inside` has in place of some of the object's other properties
- * @returns `inside` is the same object with its methods as they were. Held methods have it as `this`: a call's inner calls were let
- *   through with it, and would wait for themselves otherwise
+ * @returns `inside` is the same object with its methods as they were. Held methods have it as `this`: a call's inner
+ *   calls were let through with it, and would wait for themselves otherwise
  */
 function holdMethods(
   target: object,

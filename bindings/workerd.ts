@@ -1,6 +1,7 @@
 /**
- * `eigenlora/workerd`: packs in R2 for Workers. An isolate serves many requests, and what one request waits for another must not wait
- * for: when the first is cancelled, that never comes. So only whole packs are shared here, never reads under way.
+ * `eigenlora/workerd`: packs in R2 for Workers. An isolate serves many requests, and what one request waits for another
+ * must not wait for: when the first is cancelled, that never comes. So only whole packs are shared here, never reads
+ * under way.
  */
 
 import { type OpenOptions, openPack, type Pack } from "../src/core/pack.ts";
@@ -33,9 +34,10 @@ export interface R2Bucket {
 const kept = new WeakMap<R2Bucket, Map<string, Pack>>();
 
 /**
- * An object of R2 as a source for `openPack`, read by ranges: for packs too large for an isolate's memory. All reads are of one
- * version of the object. Open it anew in each request.
- * @returns a source whose `read` throws SourceError when there is no such object, it ends before the range, or it was replaced
+ * An object of R2 as a source for `openPack`, read by ranges: for packs too large for an isolate's memory. All reads
+ * are of one version of the object. Open it anew in each request.
+ * @returns a source whose `read` throws SourceError when there is no such object, it ends before the range, or it was
+ *   replaced
  * @throws TypeError when `bucket` is none
  * @example
  * const pack = await openPack(r2Source(env.PACKS, "tasks.eigen"));
@@ -77,7 +79,8 @@ export function r2Source(bucket: R2Bucket, key: string): ByteSource {
 }
 
 /**
- * A pack from R2, read whole by the first request and kept for as long as the isolate lives. Give a new version of a pack a new key.
+ * A pack from R2, read whole by the first request and kept for as long as the isolate lives. Give a new version of a
+ * pack a new key.
  * @throws SourceError when there is no such object; otherwise as `openPack`
  * @example
  * const pack = await keptPack(env.PACKS, "tasks-7.eigen");

@@ -1,6 +1,7 @@
 /**
- * How `npm run docs` makes docs/api from the doc comments: one page of Markdown for each subpath of package.json. The pages are not
- * committed, since they say nothing that the sources do not; the gate checks that they can be made without a warning.
+ * How `npm run docs` makes docs/api from the doc comments: one page of Markdown for each subpath of package.json. The
+ * pages are not committed, since they say nothing that the sources do not; the gate checks that they can be made
+ * without a warning.
  */
 import { readFileSync } from "node:fs";
 import { Comment, Converter } from "typedoc";
@@ -15,7 +16,10 @@ const entries = new Map(
   ),
 );
 
-/** Calls a module what it is imported as, and says what the head of its file says. @param {import("typedoc").Reflection} module */
+/**
+ * Calls a module what it is imported as, and says what the head of its file says.
+ * @param {import("typedoc").Reflection} module
+ */
 function introduce(module) {
   const file = [`${module.name}.ts`, `${module.name}/index.ts`].find((path) => entries.has(path));
   if (!file) throw new Error(`${module.name} is no subpath of package.json`);

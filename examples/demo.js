@@ -1,10 +1,11 @@
 /**
- * The demo: a pack of 20 LoRA adapters on the real model in onnxruntime-web (WebAssembly, nothing native). It classifies sentences
- * while switching tasks, compares the answers with PEFT's, learns a new task, shows memory, and returns to the base bit for bit.
- * Exits 1 if the base is not restored or the answers are not close enough to PEFT's.
+ * The demo: a pack of 20 LoRA adapters on the real model in onnxruntime-web (WebAssembly, nothing native). It
+ * classifies sentences while switching tasks, compares the answers with PEFT's, learns a new task, shows memory, and
+ * returns to the base bit for bit. Exits 1 if the base is not restored or the answers are not close enough to PEFT's.
  *
- * The pack, tasks.eigen, was made by one command, which takes a quarter of an hour; `npm run demo -- --pack` makes one anew and shows that.
- * Run with `npm run demo`, or `npm run demo -- --all` for all test rows. Everything it reads is in test/data.
+ * The pack, tasks.eigen, was made by one command, which takes a quarter of an hour; `npm run demo -- --pack` makes one
+ * anew and shows that. Run with `npm run demo`, or `npm run demo -- --all` for all test rows. Everything it reads is in
+ * test/data.
  *
  *   eigenlora pack test/data/adapters/own-seed --model test/data/minilm/model_fp16.onnx --tokens 32 -o examples/tasks.eigen
  */
@@ -117,7 +118,9 @@ async function showSentences() {
   print([["sentence", ...TASKS], ...SENTENCES.map((sentence, s) => [sentence, ...answers.map((row) => row[s])])]);
 }
 
-/** Accuracy of each task and PEFT's on the same rows; returns the means of what is lost, and of answers that are PEFT's. */
+/**
+ * Accuracy of each task and PEFT's on the same rows; returns the means of what is lost, and of answers that are PEFT's.
+ */
 async function showAccuracy() {
   const rows = [["task", "rows", "PEFT", "pack", "same answer", "takes", "switch", "run, per text"]];
   /** @type {number[][]} */
@@ -147,7 +150,10 @@ async function showAccuracy() {
   return { lost: means[0] - means[1], same: means[2] };
 }
 
-/** Learns a task from labelled lines, as on a user's device, and asks it what it has not seen; returns the share that is right. */
+/**
+ * Learns a task from labelled lines, as on a user's device, and asks it what it has not seen; returns the share that is
+ * right.
+ */
 async function showLearning() {
   const { train, test, labels } = await readTask(LEARNED);
   const trainable = await createEigenSession(ort, model, pack, { trainable: true, session: { logSeverityLevel: 3 } });

@@ -1,6 +1,7 @@
 /**
- * Code that the demo and the benchmarks share about the bundled model and its tasks (test/data/README.md): the tokenizer,
- * test rows as inputs, labels from outputs, PEFT's answers, and a pack. It does not use this package: any session with `run` works.
+ * Code that the demo and the benchmarks share about the bundled model and its tasks (test/data/README.md): the
+ * tokenizer, test rows as inputs, labels from outputs, PEFT's answers, and a pack. It does not use this package: any
+ * session with `run` works.
  */
 import { readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
@@ -55,7 +56,8 @@ export async function readReference(suite) {
 }
 
 /**
- * Makes the function from texts to inputs [texts, longest of them in tokens]. It also has the tokenizer's words, from which texts are made.
+ * Makes the function from texts to inputs [texts, longest of them in tokens]. It also has the tokenizer's words, from
+ * which texts are made.
  * @template T
  * @param {{ Tensor: new (type: "int64", data: BigInt64Array, dims: number[]) => T }} ort onnxruntime-web or -node
  * @returns {Promise<Encoder<T> & Pick<Tokenizer, "get_vocab" | "decode">>}

@@ -1,7 +1,7 @@
 /**
- * Puts the shaders of this folder into dist/kernels/wgsl.js, one string for each kernel, named like its file, which every bundler
- * accepts without configuration for assets. Comments and indentation are dropped; line breaks stay, so that a compiler's line
- * numbers are those of the files. `decoded.wgsl` lies behind each.
+ * Puts the shaders of this folder into dist/kernels/wgsl.js, one string for each kernel, named like its file, which
+ * every bundler accepts without configuration for assets. Comments and indentation are dropped; line breaks stay, so
+ * that a compiler's line numbers are those of the files. `decoded.wgsl` lies behind each.
  */
 import { readFileSync } from "node:fs";
 

@@ -1,7 +1,7 @@
 /**
  * `eigenlora/browser`: what a page needs, in one file that imports nothing, for pages without a bundler. It holds
- * `eigenlora` and its subpaths `onnxruntime`, `transformers`, `session`, `onnx`, `cache` and `webgpu`, and the trainer of
- * `eigenlora/train`. Import all of it from here: what other subpaths export are other classes.
+ * `eigenlora` and its subpaths `onnxruntime`, `transformers`, `session`, `onnx`, `cache` and `webgpu`, and the trainer
+ * of `eigenlora/train`. Import all of it from here: what other subpaths export are other classes.
  */
 export * from "../bindings/onnxruntime.ts";
 export * from "../bindings/transformers.ts";

@@ -1,6 +1,6 @@
 /**
- * `eigenlora/build`: from adapters to packs and back, in any JavaScript runtime. Not for run-time bundles. Adapters in folders are
- * read by `eigenlora/node`.
+ * `eigenlora/build`: from adapters to packs and back, in any JavaScript runtime. Not for run-time bundles. Adapters in
+ * folders are read by `eigenlora/node`.
  */
 export type {
   Adapter,

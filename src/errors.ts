@@ -1,12 +1,12 @@
 /**
- * The errors this package throws: one abstract parent, seven kinds. Each is told by its `tag`, so that a check works across bundles and realms
- * where `instanceof` does not. And checks of what a caller passes to a public function: a wrong argument is a plain `TypeError` or
- * `RangeError`, which says it by name, with what to write instead.
+ * The errors this package throws: one abstract parent, seven kinds. Each is told by its `tag`, so that a check works
+ * across bundles and realms where `instanceof` does not. And checks of what a caller passes to a public function: a
+ * wrong argument is a plain `TypeError` or `RangeError`, which says it by name, with what to write instead.
  */
 
 /**
- * Parent of every error thrown on purpose. `cause` holds what was caught, if anything. `At` are its fields; a file, and the part of it, stand in
- * front of the message.
+ * Parent of every error thrown on purpose. `cause` holds what was caught, if anything. `At` are its fields; a file, and
+ * the part of it, stand in front of the message.
  */
 export abstract class EigenLoraError<At extends object = object> extends Error {
   /** Which of the seven kinds this is. */
@@ -45,7 +45,10 @@ export class FormatError extends EigenLoraError<{ file: string; part: string }> 
   declare readonly part: string;
 }
 
-/** A pack or task file is not what the caller trusts: another hash, not signed, signed by a stranger, revoked. Do not use it. */
+/**
+ * A pack or task file is not what the caller trusts: another hash, not signed, signed by a stranger, revoked. Do not
+ * use it.
+ */
 export class TrustError extends EigenLoraError<{ file: string }> {
   readonly tag = "trust";
   override get name(): string {
@@ -55,7 +58,10 @@ export class TrustError extends EigenLoraError<{ file: string }> {
   declare readonly file: string;
 }
 
-/** Bytes could not be read: network, disk, a server that misbehaves, a file that changed. `transient` says if a retry may help. */
+/**
+ * Bytes could not be read: network, disk, a server that misbehaves, a file that changed. `transient` says if a retry
+ * may help.
+ */
 export class SourceError extends EigenLoraError<{
   file: string;
   status?: number;
@@ -122,7 +128,8 @@ export class BackendError extends EigenLoraError<{ backend: string; reasons?: re
   }
 }
 
-// Checks of arguments: unknown options, words that are none of the choices, and values that are something else than expected.
+// Checks of arguments: unknown options, words that are none of the choices, and values that are something else than
+// expected.
 
 /** A list of all keys of `Options`; a list that lacks one does not compile. */
 type AllKeys<Options, Names extends readonly string[]> = [Exclude<keyof Options, Names[number]>] extends [never]
@@ -200,14 +207,20 @@ export function described(value: unknown): string {
   return `an object (${(value as Partial<object>).constructor?.name ?? "plain"})`;
 }
 
-/** Longer names are alike only where one contains the other: the steps of an edit distance are the product of both lengths. */
+/**
+ * Longer names are alike only where one contains the other: the steps of an edit distance are the product of both
+ * lengths.
+ */
 const MOST_COMPARED = 100;
 /** A letter or two are in every other name. */
 const LEAST_CONTAINED = 3;
 /** The share of the longer name that may differ. */
 const MOST_DIFFERENT = 0.45;
 
-/** Up to three of `names` most like `name`, nearest first: one of the two contains the other, or the edit distance is small. */
+/**
+ * Up to three of `names` most like `name`, nearest first: one of the two contains the other, or the edit distance is
+ * small.
+ */
 export function nearest(name: string, names: Iterable<string>): string[] {
   // A caller without types may pass anything.
   name = String(name);

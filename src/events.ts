@@ -1,6 +1,6 @@
 /**
- * Events of packs and sessions, in the platform's own way: each is an `EventTarget` with typed listeners. Until somebody listens an event
- * costs nothing.
+ * Events of packs and sessions, in the platform's own way: each is an `EventTarget` with typed listeners. Until
+ * somebody listens an event costs nothing.
  */
 
 /** An event, as listeners get it: a `CustomEvent`. */

@@ -1,6 +1,6 @@
 /**
- * Files on a disk: ranged reads of one, what lies at a path, and why the system could not do something, in words. `#files` of package.json is
- * this in Node, Deno and Bun, where the condition `node` is set.
+ * Files on a disk: ranged reads of one, what lies at a path, and why the system could not do something, in words.
+ * `#files` of package.json is this in Node, Deno and Bun, where the condition `node` is set.
  */
 
 import { fstatSync, type Stats } from "node:fs";
@@ -26,7 +26,8 @@ export async function openPath(pathOrUrl: string, name?: string): Promise<ByteSo
   return {
     name: name ?? path,
     folder: await folderOf(path),
-    // Asked each time: a pack grows while another process appends to it, and its window then names more bytes than before.
+    // Asked each time: a pack grows while another process appends to it, and its window then names more bytes than
+    // before.
     get byteLength() {
       if (handle.fd >= 0) size = fstatSync(handle.fd).size;
       return size;
@@ -87,8 +88,8 @@ export function kindInWords(there: Stats): string {
 }
 
 /**
- * Asks what lies at a path before it is opened: opening a pipe waits for a writer, and a device may give bytes without end.
- * Links are followed. What is missing or may not be seen passes, since opening it says why.
+ * Asks what lies at a path before it is opened: opening a pipe waits for a writer, and a device may give bytes without
+ * end. Links are followed. What is missing or may not be seen passes, since opening it says why.
  * @param expected in words
  * @throws SourceError when there is something that is neither a file nor, where one is expected too, a folder
  */

@@ -1,6 +1,6 @@
 /**
- * Browsers, workers and React Native have no files, and no cache of the Hugging Face Hub: `#files` and `#hub` of package.json are this unless the
- * condition `node` is set.
+ * Browsers, workers and React Native have no files, and no cache of the Hugging Face Hub: `#files` and `#hub` of
+ * package.json are this unless the condition `node` is set.
  */
 import type { SnapshotOptions } from "./http/hub.ts";
 import type { ByteSource } from "./source.ts";

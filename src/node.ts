@@ -1,5 +1,6 @@
 /**
- * `eigenlora/node`: adapters in folders, and a folder as a cache, for Node, Deno and Bun. What works with sources of any kind is `eigenlora/build`.
+ * `eigenlora/node`: adapters in folders, and a folder as a cache, for Node, Deno and Bun. What works with sources of
+ * any kind is `eigenlora/build`.
  */
 
 import { mkdir, readdir, readFile, rm, writeFile } from "node:fs/promises";
@@ -19,8 +20,8 @@ export { describeBase } from "./adapters/tree.ts";
 export type { HubOptions } from "./http/hub.ts";
 
 /**
- * A folder as a store for `cachedSource` of `eigenlora/cache`, one file for each entry. It is made when something is kept, and
- * several processes may use it.
+ * A folder as a store for `cachedSource` of `eigenlora/cache`, one file for each entry. It is made when something is
+ * kept, and several processes may use it.
  * @param path of the folder, yours alone
  * @example
  * const pack = await openPack(cachedSource("https://example.org/tasks.eigen", folderStore("cache")));

@@ -61,7 +61,8 @@ export async function watchedOf(
 }
 
 /**
- * The address that a string or URL stands for, which may be a name of the Hub; undefined for a path, where there are files.
+ * The address that a string or URL stands for, which may be a name of the Hub; undefined for a path, where there are
+ * files.
  * @throws TypeError when it is no address, and there are no files
  */
 export function addressOf(text: string, where: string): URL | undefined {

@@ -1,9 +1,11 @@
 /**
- * When work is done: turns of the event loop within long work, so that a page stays alive and an abort is heard; and changes, which come one
- * after the other.
+ * When work is done: turns of the event loop within long work, so that a page stays alive and an abort is heard; and
+ * changes, which come one after the other.
  */
 
-/** Milliseconds of work after which the others have a turn: with the piece that is under way then, less than a frame. */
+/**
+ * Milliseconds of work after which the others have a turn: with the piece that is under way then, less than a frame.
+ */
 const SHARE = 3;
 
 /** Milliseconds since some time: by a clock that is never set, where the engine has one. */
@@ -13,7 +15,8 @@ export const now = (): number => (globalThis.performance ?? Date).now();
 export type Pause = () => Promise<void> | undefined;
 
 /**
- * Asked between two pieces of work, gives undefined, or a pause to wait for before the next one. Short work is never held up.
+ * Asked between two pieces of work, gives undefined, or a pause to wait for before the next one. Short work is never
+ * held up.
  * @returns a function whose promises are rejected once `signal` is aborted
  */
 export function pacer(signal?: AbortSignal): Pause {

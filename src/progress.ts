@@ -1,12 +1,16 @@
 /**
- * Progress of reading files, reported in the shape that `progress_callback` of transformers.js is given. Loaded where somebody asks.
+ * Progress of reading files, reported in the shape that `progress_callback` of transformers.js is given. Loaded where
+ * somebody asks.
  */
 import { described } from "./errors.ts";
 import type { ByteSource, ReadOptions } from "./source.ts";
 
 /** Progress of one file. */
 export interface FileProgress {
-  /** "initiate": it will be read; "download": its bytes are asked for; "progress": some have arrived; "done": no more are needed. */
+  /**
+   * "initiate": it will be read; "download": its bytes are asked for; "progress": some have arrived; "done": no more
+   * are needed.
+   */
   readonly status: "initiate" | "download" | "progress" | "done";
   /** Kind of the file. */
   readonly stage: "pack" | "model" | "adapter";
@@ -46,7 +50,8 @@ export interface WatchedSource extends ByteSource {
 
 /**
  * Reports the reads of a source.
- * @param total bytes that are needed, by those that have arrived; undefined as long as that is unknown: nothing is told meanwhile
+ * @param total bytes that are needed, by those that have arrived; undefined as long as that is unknown: nothing is told
+ *   meanwhile
  * @throws TypeError when `onProgress` is no function
  */
 export function watch(

@@ -1,6 +1,7 @@
 /**
  * Sources of bytes. Everything that reads a file in this package reads it through `ByteSource`: exact ranges, and for
- * some sources a little more. Paths, blobs, buffers and URLs become sources in open-source.ts; a cache is eigenlora/cache.
+ * some sources a little more. Paths, blobs, buffers and URLs become sources in open-source.ts; a cache is
+ * eigenlora/cache.
  */
 import { SourceError } from "./errors.ts";
 import { reasonOf } from "./pace.ts";
@@ -22,8 +23,8 @@ export interface ReadOptions extends AbortOptions {
 /** Options of reading a file whole. */
 export interface ReadAllOptions extends ReadOptions {
   /**
-   * Told the first bytes, at least 64 or all that there are: how many the file may have. No more than one byte beyond is taken, since an
-   * answer may have no end.
+   * Told the first bytes, at least 64 or all that there are: how many the file may have. No more than one byte beyond
+   * is taken, since an answer may have no end.
    */
   readonly most?: ((first: Uint8Array) => number) | undefined;
 }
@@ -38,7 +39,10 @@ export interface Reads {
   readonly whole: boolean;
 }
 
-/** Random access to bytes. Implement it to read from anything else: a database, an archive. Only what has no `?` is needed. */
+/**
+ * Random access to bytes. Implement it to read from anything else: a database, an archive. Only what has no `?` is
+ * needed.
+ */
 export interface ByteSource {
   /** Path or URL, for messages. */
   readonly name: string;
@@ -70,8 +74,8 @@ export interface ByteSource {
 }
 
 /**
- * Input of `openSource`, and so of `openPack`. A string is a path where there are files, else a URL; in both `hf:org/name@revision/file` is a
- * file on the Hugging Face Hub.
+ * Input of `openSource`, and so of `openPack`. A string is a path where there are files, else a URL; in both
+ * `hf:org/name@revision/file` is a file on the Hugging Face Hub.
  */
 export type SourceInput = string | URL | Blob | ArrayBuffer | Uint8Array | ByteSource;
 
@@ -80,13 +84,16 @@ export interface FetchOptions {
   /** Used in place of the global `fetch`. */
   readonly fetch?: (url: string, init: RequestInit) => Promise<Response>;
   /**
-   * Sent with every request to the host of the address, for instance `Authorization`; another host that a redirect leads to gets none.
-   * With others than `Authorization`, browsers, which hide redirects, refuse them.
+   * Sent with every request to the host of the address, for instance `Authorization`; another host that a redirect
+   * leads to gets none. With others than `Authorization`, browsers, which hide redirects, refuse them.
    */
   readonly headers?: Record<string, string>;
   /** Milliseconds that a server has to answer, and to send what `minRate` asks for. Default: 30 000. */
   readonly timeout?: number;
-  /** Bytes per second: a request fails when fewer than `minRate` × `timeout` of them arrive within `timeout`. Default: 500. */
+  /**
+   * Bytes per second: a request fails when fewer than `minRate` × `timeout` of them arrive within `timeout`. Default:
+   * 500.
+   */
   readonly minRate?: number;
   /**
    * Number of retries after retryable faults: network faults, and the statuses 408, 429, 500, 502, 503 and 504.

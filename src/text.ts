@@ -1,7 +1,7 @@
 /**
- * UTF-8, base64 and hexadecimal digits without TextEncoder, TextDecoder, atob and btoa: Hermes, QuickJS and the shells of other engines lack
- * some of them. `escape` and `unescape` are old, but no engine lacks them: they make a character of each byte %XX, and of %XX a byte,
- * and `decodeURIComponent` is strict about UTF-8.
+ * UTF-8, base64 and hexadecimal digits without TextEncoder, TextDecoder, atob and btoa: Hermes, QuickJS and the shells
+ * of other engines lack some of them. `escape` and `unescape` are old, but no engine lacks them: they make a character
+ * of each byte %XX, and of %XX a byte, and `decodeURIComponent` is strict about UTF-8.
  */
 
 /** UTF-8 of a text. Half a surrogate pair becomes U+FFFD, as in TextEncoder. */

@@ -10,7 +10,10 @@ export interface WorkProgress {
   readonly done: number;
   /** Is 0 as long as it is unknown. */
   readonly total: number;
-  /** Unit of `done` and `total`, in the plural, such as "steps"; "bytes"; or "%" of work whose parts cannot be counted beforehand: `total` is 100. */
+  /**
+   * Unit of `done` and `total`, in the plural, such as "steps"; "bytes"; or "%" of work whose parts cannot be counted
+   * beforehand: `total` is 100.
+   */
   readonly unit: string;
   /** The task or file that is worked on, which changes within a stage. */
   readonly detail?: string | undefined;
@@ -23,8 +26,8 @@ export type OnWork = (progress: WorkProgress) => void;
 export const ROUND = 0.35;
 
 /**
- * Progress of work in percent. Its parts may have parts of their own, each of them a share of what is left: so it never goes back,
- * even where nobody knows how many parts there will be.
+ * Progress of work in percent. Its parts may have parts of their own, each of them a share of what is left: so it never
+ * goes back, even where nobody knows how many parts there will be.
  */
 export class Meter {
   readonly #tell: (share: number) => void;

@@ -73,8 +73,8 @@ export function bytesOfAdapter({ modules, saved }) {
 export const testTexts = (tasks) => new Set(tasks.flatMap(({ test }) => test.map(([text]) => text)));
 
 /**
- * Training texts of all tasks, in a fixed order. The tasks share package descriptions, so a training text of one may be a test text of
- * another; those are left out.
+ * Training texts of all tasks, in a fixed order. The tasks share package descriptions, so a training text of one may be
+ * a test text of another; those are left out.
  * @param {readonly Task[]} tasks
  */
 export function plainTexts(tasks) {
@@ -92,7 +92,12 @@ export function smallNumbers(length, seed) {
   return Float32Array.from({ length }, () => (random() - 0.5) / 10);
 }
 
-/** A tensor of a safetensors file. @param {string} name @param {readonly number[]} shape @param {Float32Array} values */
+/**
+ * A tensor of a safetensors file.
+ * @param {string} name
+ * @param {readonly number[]} shape
+ * @param {Float32Array} values
+ */
 export const f32Entry = (name, shape, values) => ({
   name,
   dtype: "F32",

@@ -1,5 +1,6 @@
 /**
- * Arguments of a benchmark: options by name, `--json` and `--help`; others are refused by name. Importing this file forbids telemetry.
+ * Arguments of a benchmark: options by name, `--json` and `--help`; others are refused by name. Importing this file
+ * forbids telemetry.
  */
 import { basename } from "node:path";
 import { parseArgs } from "node:util";

@@ -12,7 +12,9 @@ const root = fileURLToPath(new URL("../..", import.meta.url));
 const HERMES = join(tools, "hermes-engine-cli/linux64-bin/hermes");
 const WORKERD = join(tools, ".bin/workerd");
 
-/** @typedef {{ backend: "js" | "wasm", mode: "folded" | "factors", switches: number }} Task switches: −1 opens nothing */
+/**
+ * @typedef {{ backend: "js" | "wasm", mode: "folded" | "factors", switches: number }} Task switches: −1 opens nothing
+ */
 
 /** True if an engine is installed and has the backend. @param {string} engine @param {string} backend */
 export const can = (engine, backend) =>
@@ -48,7 +50,10 @@ export async function main() {
   return [runtime, base];
 }`;
 
-/** Commands that start each engine. @type {Record<string, (folder: string, task: Task) => Promise<[command: string, ...args: string[]]>>} */
+/**
+ * Commands that start each engine. @type {Record<string, (folder: string, task: Task) => Promise<[command: string,
+ * ...args: string[]]>>}
+ */
 export const ENGINES = {
   async node(folder, task) {
     const file = join(folder, "node.mjs");

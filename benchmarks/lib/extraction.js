@@ -10,7 +10,8 @@ import { clocked } from "./process.js";
 import { adaptersOf, SETTINGS } from "./settings.js";
 
 /**
- * @typedef {{ modules: number, stack: import("../../dist/src/extract/components.js").ModuleStack }} Case `modules`: so many are of this shape
+ * @typedef {{ modules: number, stack: import("../../dist/src/extract/components.js").ModuleStack }} Case `modules`: so
+ *   many are of this shape
  * @typedef {{ ms: number, cpu: number, lost?: number[] }} Times milliseconds
  * @typedef {import("./peers.js").Running} Numpy
  * @typedef {keyof typeof STACKS} StacksName

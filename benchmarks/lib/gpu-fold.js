@@ -1,6 +1,6 @@
 /**
- * Times fold on the machine's device, compared with copyBufferToBuffer of the same bytes; then whole switches. One command measures
- * all of it on any adapter; cases that a device cannot do or hold are left out with the reason.
+ * Times fold on the machine's device, compared with copyBufferToBuffer of the same bytes; then whole switches. One
+ * command measures all of it on any adapter; cases that a device cannot do or hold are left out with the reason.
  */
 /// <reference types="@webgpu/types" />
 import { freemem } from "node:os";

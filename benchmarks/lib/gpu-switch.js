@@ -1,6 +1,6 @@
 /**
- * Whole switches on a GPU: createRuntime and switchTask on a counting device, compared with the wasm backend on the same pack and base,
- * in turns; and whether the device holds the bytes that `runtime.memory()` reports.
+ * Whole switches on a GPU: createRuntime and switchTask on a counting device, compared with the wasm backend on the
+ * same pack and base, in turns; and whether the device holds the bytes that `runtime.memory()` reports.
  */
 /// <reference types="@webgpu/types" />
 import { createRuntime, openPack } from "eigenlora";

@@ -37,7 +37,12 @@ export async function measure(on, job, runs) {
   }
 }
 
-/** @param {Backend} backend @param {Job} job @param {Block[]} blocks all that is allocated @returns {Promise<Matrices>} */
+/**
+ * @param {Backend} backend
+ * @param {Job} job
+ * @param {Block[]} blocks all that is allocated
+ * @returns {Promise<Matrices>}
+ */
 async function allocate(backend, { type, rank, size, matrices }, blocks) {
   const matrix = encodeTensor(type, smallNumbers(size * size, 1), size, size);
   const numbers = smallNumbers(2 * rank * size, 2);

@@ -8,8 +8,8 @@ import { folderOf } from "./adapters.js";
 import { settledMemory } from "./process.js";
 
 /**
- * Ways: every adapter (as a loader without a pack keeps them, as f32), one adapter at a time (a file is read per switch), our pack with
- * all tasks resident, and our pack with the active task only (a range is read per switch).
+ * Ways: every adapter (as a loader without a pack keeps them, as f32), one adapter at a time (a file is read per
+ * switch), our pack with all tasks resident, and our pack with the active task only (a range is read per switch).
  */
 export const WAYS = ["all adapters", "one adapter", "pack, all tasks", "pack, active task"];
 

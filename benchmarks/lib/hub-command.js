@@ -1,7 +1,7 @@
 /**
- * Runs the command line on synthetic adapters that are made before a command reads them and deleted afterwards, so that thousands need
- * the disk of one share: `node hub-command.js LAYERS COMMAND…`. An adapter is named synthetic-NUMBER, and is the same whenever it is
- * made. The command's report becomes a line of log.jsonl next to its output.
+ * Runs the command line on synthetic adapters that are made before a command reads them and deleted afterwards, so that
+ * thousands need the disk of one share: `node hub-command.js LAYERS COMMAND…`. An adapter is named synthetic-NUMBER,
+ * and is the same whenever it is made. The command's report becomes a line of log.jsonl next to its output.
  */
 import { spawnSync } from "node:child_process";
 import { appendFileSync, mkdirSync, rmSync, writeFileSync } from "node:fs";

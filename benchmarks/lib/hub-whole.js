@@ -6,7 +6,10 @@ import { sum } from "simple-statistics";
 import { python } from "./peers.js";
 import { inScratch } from "./process.js";
 
-/** Linear layers of SmolLM2-135M: [out, in, the part of a block that they are in]. @type {Record<string, [number, number, string]>} */
+/**
+ * Linear layers of SmolLM2-135M: [out, in, the part of a block that they are in]. @type {Record<string, [number,
+ * number, string]>}
+ */
 export const SMOLLM2 = {
   q: [576, 576, "self_attn"],
   k: [192, 576, "self_attn"],
@@ -24,7 +27,8 @@ const command = fileURLToPath(new URL("hub-command.js", import.meta.url));
 
 /**
  * @typedef {{ layers: string, shards: number, cpus: number }} How
- * @typedef {{ count: number, row: import("./report.js").Row, seconds: ReadonlyMap<string, number> }} Hub seconds: of a core, by command
+ * @typedef {{ count: number, row: import("./report.js").Row, seconds: ReadonlyMap<string, number> }} Hub seconds: of a
+ *   core, by command
  */
 
 /**
@@ -76,7 +80,8 @@ function hubOf(count, runs, whole) {
  * Measures whole hubs of several sizes; derives the cost of one more adapter, and of very many.
  * @param {readonly number[]} counts of adapters
  * @param {How} how
- * @param {{ adapters: number, blocks: number, shapes: Record<string, number[]> }} large the hub that is wanted, of Llama 2 7B
+ * @param {{ adapters: number, blocks: number, shapes: Record<string, number[]> }} large the hub that is wanted, of
+ *   Llama 2 7B
  * @returns {Promise<{ parts: import("./report.js").Part[], peers: import("./report.js").Peer[] }>}
  */
 export async function wholeHubs(counts, how, large) {
@@ -84,7 +89,10 @@ export async function wholeHubs(counts, how, large) {
   if ("reason" in made) return { parts: [], peers: [{ name: "Ray", reason: made.reason }] };
   const { hubs } = made;
   const names = how.layers.split(",");
-  /** Summaries grow with Σ w², projecting and bytes with Σ w. @param {(name: string) => readonly number[]} of out and in of a layer */
+  /**
+   * Summaries grow with Σ w², projecting and bytes with Σ w.
+   * @param {(name: string) => readonly number[]} of out and in of a layer
+   */
   const units = (of) => {
     const sides = names.flatMap((name) => of(name));
     return { squares: sum(sides.map((w) => w * w)), widths: sum(sides) };
@@ -127,8 +135,8 @@ function sidesOf(name) {
 }
 
 /**
- * Seconds of a core that each command takes for one more adapter, and for none, by least squares; merging depends only on the number of
- * parts.
+ * Seconds of a core that each command takes for one more adapter, and for none, by least squares; merging depends only
+ * on the number of parts.
  * @param {readonly Hub[]} hubs two at least
  */
 function slopes(hubs) {

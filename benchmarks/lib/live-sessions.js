@@ -14,7 +14,8 @@ import { progress } from "./report.js";
  * @typedef {import("eigenlora/onnxruntime").EigenSession<Ort>} Session
  * @typedef {Session["mode"]} Mode
  * @typedef {{ name: string, ort: Ort, options: SessionOptions }} Provider
- * @typedef {{ on: Provider, model: Uint8Array, packs: ReadonlyMap<number, Uint8Array> }} Files packs by number of components
+ * @typedef {{ on: Provider, model: Uint8Array, packs: ReadonlyMap<number, Uint8Array> }} Files packs by number of
+ *   components
  */
 
 export const PROVIDERS = ["node cpu", "web wasm"];

@@ -1,7 +1,7 @@
 /**
- * Measures the cost of tasks in a model that runs. The whole model (MiniLM, 12 adapted modules) in onnxruntime-node and in onnxruntime-web's
- * WebAssembly, one thread each, compared with a plain session of the same file in the same loops: a switch among resident tasks; a run, by
- * mode, components and shape of the batch; creation; memory.
+ * Measures the cost of tasks in a model that runs. The whole model (MiniLM, 12 adapted modules) in onnxruntime-node and
+ * in onnxruntime-web's WebAssembly, one thread each, compared with a plain session of the same file in the same loops:
+ * a switch among resident tasks; a run, by mode, components and shape of the batch; creation; memory.
  */
 import { readFile } from "node:fs/promises";
 import { median, min } from "simple-statistics";

@@ -1,6 +1,6 @@
 /**
- * Cost in answers and gain in time of a kept cache: the cache of a prompt made by the base or by another skill and kept, compared with
- * one that the skill itself made.
+ * Cost in answers and gain in time of a kept cache: the cache of a prompt made by the base or by another skill and
+ * kept, compared with one that the skill itself made.
  */
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
@@ -67,7 +67,8 @@ export async function judgeCaches(pack, count, most) {
  * Answers by teacher forcing, as skills.js. Rows with prompts of equal length run together.
  * @param {Session} session
  * @param {readonly Question[]} questions
- * @param {{ name: string, maker: string | null, read(length: number): number }} how who answers, who reads first, and how much of it
+ * @param {{ name: string, maker: string | null, read(length: number): number }} how who answers, who reads first, and
+ *   how much of it
  */
 async function answer(session, questions, { name, maker, read }) {
   const lengths = [...new Set(questions.map(({ prompt }) => prompt.length))];
@@ -89,7 +90,11 @@ async function answer(session, questions, { name, maker, read }) {
   return forced;
 }
 
-/** @param {Float32Array} logits @param {number} at the position that says the first token @param {readonly number[]} answer */
+/**
+ * @param {Float32Array} logits
+ * @param {number} at the position that says the first token
+ * @param {readonly number[]} answer
+ */
 function likelihood(logits, at, answer) {
   let [exact, nll] = [true, 0];
   for (const [i, token] of answer.entries()) {
@@ -105,7 +110,8 @@ function likelihood(logits, at, answer) {
 }
 
 /**
- * Time to the first token of a skill behind a text that the base has read, with its cache kept and with the text read again.
+ * Time to the first token of a skill behind a text that the base has read, with its cache kept and with the text read
+ * again.
  * @param {string} pack path
  * @param {readonly number[]} lengths of the text
  * @param {number} rounds

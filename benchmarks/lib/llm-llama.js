@@ -1,4 +1,7 @@
-/** llama.cpp (node-llama-cpp): switches and tokens for comparison with `llm-steps.js` and `scale-steps.js`, memory with `llm-memory.js`. */
+/**
+ * llama.cpp (node-llama-cpp): switches and tokens for comparison with `llm-steps.js` and `scale-steps.js`, memory with
+ * `llm-memory.js`.
+ */
 import { existsSync } from "node:fs";
 import { mkdir, readdir, readFile, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";

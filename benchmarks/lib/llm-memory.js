@@ -1,6 +1,6 @@
 /**
- * Memory of a process with a language model and N skills: a pack and the model. Each way runs in a process of its own. Skills beyond
- * the real ones are blends of these.
+ * Memory of a process with a language model and N skills: a pack and the model. Each way runs in a process of its own.
+ * Skills beyond the real ones are blends of these.
  */
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
@@ -37,7 +37,12 @@ export async function blendedPack(path, count) {
   return chunks;
 }
 
-/** @param {import("eigenlora").Pack} pack @param {string} id @param {string} other @param {number} share of the other */
+/**
+ * @param {import("eigenlora").Pack} pack
+ * @param {string} id
+ * @param {string} other
+ * @param {number} share of the other
+ */
 async function blendOf(pack, id, other, share) {
   const [one, two] = [await pack.load(id), await pack.load(other)];
   const bytes = one.bytes.slice();

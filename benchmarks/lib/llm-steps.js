@@ -13,17 +13,19 @@ import { smollm2File } from "./skills.js";
  * @typedef {import("eigenlora/onnxruntime").Ort} Ort
  * @typedef {import("eigenlora/onnxruntime").EigenSession<any>} EigenSession
  * @typedef {{ inputNames: readonly string[], run(feeds: any): Promise<any> }} Running
- * @typedef {{ way: string, session: Running, switching?: (round: number) => Promise<unknown>, close(): Promise<unknown> }} Way
+ * @typedef {{ way: string, session: Running, switching?: (round: number) => Promise<unknown>, close(): Promise<unknown>
+ *   }} Way
  * @typedef {{ prompt: number, tokens: number, rounds: number, folds: number }} Sizes
  *   tokens of the prompt and of the answer; rounds; of these, how many have the switches of mode "folded", which load the model each
  * @typedef {"core" | "factors" | "folded"} Mode
- * @typedef {Record<"switch" | "first" | "after" | "token" | "first ratio" | "token ratio" | "after ratio", number[]>} Times
+ * @typedef {Record<"switch" | "first" | "after" | "token" | "first ratio" | "token ratio" | "after ratio", number[]>}
+ *   Times
  */
 
 const WARM_UP = 50;
 /**
- * First tokens in a row, with a switch before each and without. Garbage of a run is collected at some later allocation; with single runs
- * in turns, the switch that it happens to meet would be charged for it.
+ * First tokens in a row, with a switch before each and without. Garbage of a run is collected at some later allocation;
+ * with single runs in turns, the switch that it happens to meet would be charged for it.
  */
 export const IN_A_ROW = 3;
 

@@ -1,5 +1,6 @@
 /**
- * A training step of a language model, compared with PEFT's, and its memory, compared with serving. Each runs in a process of its own.
+ * A training step of a language model, compared with PEFT's, and its memory, compared with serving. Each runs in a
+ * process of its own.
  */
 import { existsSync } from "node:fs";
 import { openPack } from "eigenlora";

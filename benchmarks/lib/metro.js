@@ -1,6 +1,6 @@
 /**
- * Bundles a file with React Native's packager, as an app for Hermes has it: Metro, with React Native's configuration of resolving and
- * transforming. Tests of engines use it too.
+ * Bundles a file with React Native's packager, as an app for Hermes has it: Metro, with React Native's configuration of
+ * resolving and transforming. Tests of engines use it too.
  */
 import { execFile } from "node:child_process";
 import { cp, writeFile } from "node:fs/promises";

@@ -1,4 +1,7 @@
-/** Peers in Python (`PYTHON` or python3): scripts under benchmarks/peers. A peer that does not run is named with the reason. */
+/**
+ * Peers in Python (`PYTHON` or python3): scripts under benchmarks/peers. A peer that does not run is named with the
+ * reason.
+ */
 import { spawn, spawnSync } from "node:child_process";
 import { fileURLToPath } from "node:url";
 
@@ -8,7 +11,8 @@ const PYTHON = process.env.PYTHON ?? "python3";
 const PACKAGES = { lorashare: "lorashare==0.1.3", vlora: "vlora-dev==1.0.0" };
 
 /**
- * @typedef {{ first: any, ask(question: object): Promise<any>, stop(): void }} Running `first`: what it printed when it started
+ * @typedef {{ first: any, ask(question: object): Promise<any>, stop(): void }} Running `first`: what it printed when it
+ *   started
  * @typedef {{ reason: string }} Missing
  */
 
@@ -31,8 +35,8 @@ export function python(script, args, input) {
 }
 
 /**
- * Starts a peer that stays: it prints one JSON object, then answers each line with another one. Its work and ours can take turns this
- * way.
+ * Starts a peer that stays: it prints one JSON object, then answers each line with another one. Its work and ours can
+ * take turns this way.
  * @param {string} script
  * @param {readonly string[]} args
  * @param {{ threads?: number }} [options] threads: Infinity for as many as its libraries take by themselves. Default: 1
@@ -90,7 +94,11 @@ export function peerLine(name, peer) {
 /** @param {string} script */
 const pathOf = (script) => fileURLToPath(new URL(`../peers/${script}`, import.meta.url));
 
-/** Drops settings that keep OpenBLAS from the best code for this processor. @param {number} threads @returns {NodeJS.ProcessEnv} */
+/**
+ * Drops settings that keep OpenBLAS from the best code for this processor.
+ * @param {number} threads
+ * @returns {NodeJS.ProcessEnv}
+ */
 const environment = (threads) => ({
   ...process.env,
   OPENBLAS_CORETYPE: undefined,

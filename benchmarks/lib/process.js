@@ -31,7 +31,12 @@ export function inFreshProcess(module, name, args) {
   return JSON.parse(stdout.trim().split("\n").at(-1) ?? "");
 }
 
-/** Runs `eigenlora` in a process of its own. @param {readonly string[]} args @returns {any} its report @throws Error where it failed */
+/**
+ * Runs `eigenlora` in a process of its own.
+ * @param {readonly string[]} args
+ * @returns {any} its report
+ * @throws Error where it failed
+ */
 export function command(...args) {
   const main = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
   const how = { encoding: /** @type {const} */ ("utf8"), maxBuffer: 2 ** 28 };
@@ -83,7 +88,8 @@ export function cpu() {
 }
 
 /**
- * Milliseconds of some work, by the clock and by all threads' CPU time, which other load on the machine lengthens least.
+ * Milliseconds of some work, by the clock and by all threads' CPU time, which other load on the machine lengthens
+ * least.
  * @template T
  * @param {() => T | Promise<T>} work
  */

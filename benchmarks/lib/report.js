@@ -1,6 +1,6 @@
 /**
- * Prints results: `{ question, environment, rows: [{ name, … }], peers: [{ name, version | reason }], notes }` as JSON, or tables. The
- * table printer is the command line's.
+ * Prints results: `{ question, environment, rows: [{ name, … }], peers: [{ name, version | reason }], notes }` as JSON,
+ * or tables. The table printer is the command line's.
  */
 import { cpus, totalmem } from "node:os";
 import { table } from "../../dist/src/cli/output.js";
@@ -9,7 +9,8 @@ import { table } from "../../dist/src/cli/output.js";
  * @typedef {Record<string, string | number | null>} Row
  * @typedef {{ name: string, version?: string, reason?: string }} Peer
  * @typedef {{ question: string, rows: Row[], notes?: string[] }} Part
- * @typedef {[parts: readonly Part[], peers?: readonly Peer[], device?: Row]} Result device: the environment's device, in addition to the CPU
+ * @typedef {[parts: readonly Part[], peers?: readonly Peer[], device?: Row]} Result device: the environment's device,
+ *   in addition to the CPU
  */
 
 export function environment() {

@@ -1,4 +1,6 @@
-/** Models of the size that people ship, with adapters and packs: files that benchmarks make once, and keep in a folder. */
+/**
+ * Models of the size that people ship, with adapters and packs: files that benchmarks make once, and keep in a folder.
+ */
 import { spawnSync } from "node:child_process";
 import { existsSync } from "node:fs";
 import { mkdir } from "node:fs/promises";
@@ -22,8 +24,8 @@ const FORMS = { q4: "model", q4f16: "model-q4f16" };
 export const FOLDER = join(tmpdir(), "eigenlora-scale");
 
 /**
- * Makes what is missing: Qwen2.5's shapes in 4 bits with seeded random weights, 20 LoRAs of rank 16 on all linear layers of two kinds.
- * Needs a Python (PYTHON) with onnxruntime-genai, onnx-ir, onnx, torch and transformers.
+ * Makes what is missing: Qwen2.5's shapes in 4 bits with seeded random weights, 20 LoRAs of rank 16 on all linear
+ * layers of two kinds. Needs a Python (PYTHON) with onnxruntime-genai, onnx-ir, onnx, torch and transformers.
  * @param {{ size: string, folder: string, only?: string, form?: keyof typeof FORMS }} given
  */
 export async function scaleFiles({ size, folder: kept, only, form = "q4" }) {

@@ -16,7 +16,10 @@ const [PROMPT, TOKENS] = [32, 24];
 
 ort.env.logLevel = "error";
 
-/** Reads the description by onnxruntime-genai's builder of a model, and the type of its caches. @param {string} model */
+/**
+ * Reads the description by onnxruntime-genai's builder of a model, and the type of its caches.
+ * @param {string} model
+ */
 async function decoderOf(model) {
   const config = JSON.parse(await readFile(new URL("genai_config.json", `file://${model}`), "utf8"));
   return { ...config.model.decoder, halves: basename(dirname(model)).endsWith("f16") };

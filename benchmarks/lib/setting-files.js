@@ -1,4 +1,6 @@
-/** The adapters of a setting as files in PEFT's format, and the command line that packs them in a process of its own. */
+/**
+ * The adapters of a setting as files in PEFT's format, and the command line that packs them in a process of its own.
+ */
 
 import { mkdir, open, writeFile } from "node:fs/promises";
 import { availableParallelism } from "node:os";

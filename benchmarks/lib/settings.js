@@ -1,17 +1,17 @@
 /**
- * The paper's two settings by shape, filled with adapters whose numbers are made when a module is read, so that gigabytes of them need
- * neither memory nor disk. Seeded: the same numbers in every run.
+ * The paper's two settings by shape, filled with adapters whose numbers are made when a module is read, so that
+ * gigabytes of them need neither memory nor disk. Seeded: the same numbers in every run.
  *
- * The rows of a factor lie near a subspace that all adapters share (directions of falling strength, the last a quarter of the
- * first) plus noise in all directions. Real adapters share less: sizes and times depend only on shapes and K as long as the
- * spectrum falls off, but errors mean nothing.
+ * The rows of a factor lie near a subspace that all adapters share (directions of falling strength, the last a quarter
+ * of the first) plus noise in all directions. Real adapters share less: sizes and times depend only on shapes and K as
+ * long as the spectrum falls off, but errors mean nothing.
  */
 import { smallNumbers } from "./adapters.js";
 
 /**
  * @typedef {[number, number, number]} Group how many modules of one shape, out, in
- * @typedef {{ model: string, paper: string, rank: number, adapters: number, components: number, groups: Group[], why: string[] }} Setting
- *   why: why our sizes are not the paper's
+ * @typedef {{ model: string, paper: string, rank: number, adapters: number, components: number, groups: Group[], why:
+ *   string[] }} Setting why: why our sizes are not the paper's
  * @typedef {"sdxl" | "flan-t5"} SettingName
  */
 

@@ -40,7 +40,11 @@ function arithmetic(name) {
   ];
 }
 
-/** Packs a setting; the time excludes making its numbers. @param {SettingName} name @param {typeof DTYPES[number]} dtype */
+/**
+ * Packs a setting; the time excludes making its numbers.
+ * @param {SettingName} name
+ * @param {typeof DTYPES[number]} dtype
+ */
 export async function packSetting(name, dtype) {
   const adapters = adaptersOf(name);
   let making = 0;

@@ -1,7 +1,7 @@
 /**
- * The twenty tasks of SmolLM2 (test/data/smollm2), and a session's answers to them by teacher forcing, many rows a run. A greedy answer
- * equals the expected one exactly if each of its tokens is the most likely one after those before it, so one run without a loop is
- * enough. Any session with `run` and `inputNames` works.
+ * The twenty tasks of SmolLM2 (test/data/smollm2), and a session's answers to them by teacher forcing, many rows a run.
+ * A greedy answer equals the expected one exactly if each of its tokens is the most likely one after those before it,
+ * so one run without a loop is enough. Any session with `run` and `inputNames` works.
  *
  * EIGENLORA_SMOLLM2 names the model's folder (CONTRIBUTING.md).
  */
@@ -14,9 +14,10 @@ import { data } from "../../examples/minilm.js";
  * @typedef {[input: string, output: string]} Row
  * @typedef {{ name: string, prompt: string, train: Row[], test: Row[] }} Skill
  * @typedef {{ prompt: number[], answer: number[] }} Question tokens; the answer with its end
- * @typedef {{ exact: boolean, nll: number, tokens: number }} Forced whether greedy decoding gives the answer; its nats, all tokens together
- * @typedef {{ answers: number[][], right: number[], top: { ids: number[], logits: number[] }[] }} Told by test row; `right` counts other
- *   tokens of the same text too; `top` of the first token of eight rows
+ * @typedef {{ exact: boolean, nll: number, tokens: number }} Forced whether greedy decoding gives the answer; its nats,
+ *   all tokens together
+ * @typedef {{ answers: number[][], right: number[], top: { ids: number[], logits: number[] }[] }} Told by test row;
+ *   `right` counts other tokens of the same text too; `top` of the first token of eight rows
  * @typedef {{ tasks: Record<string, { prompts: number[][] }>, adapters: Record<string, Told> }} Reference
  * @typedef {{ inputNames: readonly string[], run(feeds: any, fetches: any): Promise<any> }} Session
  * @typedef {{ Tensor: new (type: any, data: any, dims: number[]) => unknown }} Ort
@@ -79,7 +80,12 @@ export const encodeForTrainer = (encode) =>
 export const examplesOf = ({ prompt }, rows) =>
   rows.map(([input, output]) => ({ prompt: `${prompt}: ${input} →`, completion: ` ${output}` }));
 
-/** @param {Skill} skill @param {(text: string) => number[]} encode @param {readonly Row[]} [rows] Default: all test rows @returns {Question[]} */
+/**
+ * @param {Skill} skill
+ * @param {(text: string) => number[]} encode
+ * @param {readonly Row[]} [rows] Default: all test rows
+ * @returns {Question[]}
+ */
 export function questionsOf(skill, encode, rows = skill.test) {
   return examplesOf(skill, rows).map(({ prompt, completion }) => ({
     prompt: encode(prompt),
@@ -88,8 +94,8 @@ export function questionsOf(skill, encode, rows = skill.test) {
 }
 
 /**
- * Judges each question's answer under the session's active task, in the order of the questions. The common start of all prompts is
- * computed once: it is a third of all tokens.
+ * Judges each question's answer under the session's active task, in the order of the questions. The common start of all
+ * prompts is computed once: it is a third of all tokens.
  * @param {Ort} ort makes tensors
  * @param {Session} session on a file of the model
  * @param {readonly Question[]} questions
@@ -111,11 +117,14 @@ export async function force(ort, session, questions) {
   return forced;
 }
 
-/** @typedef {{ length: number, values: Map<string, Float32Array> }} Past keys and values [1, 3, length, 64] by name of the input */
+/**
+ * @typedef {{ length: number, values: Map<string, Float32Array> }} Past keys and values [1, 3, length, 64] by name of
+ *   the input
+ */
 
 /**
- * Cache of the common start of all prompts; each keeps a token of its own. @param {Ort} ort @param {Session} session @param {readonly
- * Question[]} questions @returns {Promise<Past>}
+ * Cache of the common start of all prompts; each keeps a token of its own. @param {Ort} ort @param {Session} session
+ * @param {readonly Question[]} questions @returns {Promise<Past>}
  */
 async function pastOf(ort, session, questions) {
   const [{ prompt }, ...others] = questions;
@@ -133,7 +142,13 @@ async function pastOf(ort, session, questions) {
   return { length, values: new Map(names.map((name) => [name, found[present(name)].data.slice()])) };
 }
 
-/** @param {Ort} ort @param {Session} session @param {readonly Question[]} questions @param {Past} past @returns {Promise<Forced[]>} */
+/**
+ * @param {Ort} ort
+ * @param {Session} session
+ * @param {readonly Question[]} questions
+ * @param {Past} past
+ * @returns {Promise<Forced[]>}
+ */
 async function forceBatch(ort, session, questions, past) {
   const tokens = questions.map(({ prompt, answer }) => [...prompt, ...answer.slice(0, -1)].slice(past.length));
   const width = Math.max(...tokens.map(({ length }) => length));
@@ -178,7 +193,11 @@ function feedsOf(ort, rows, width, past) {
   };
 }
 
-/** Finds out if a token is the first of the largest, and its nats. @param {Float32Array} scores @param {number} token */
+/**
+ * Finds out if a token is the first of the largest, and its nats.
+ * @param {Float32Array} scores
+ * @param {number} token
+ */
 function likelihood(scores, token) {
   let largest = 0;
   for (let i = 1; i < scores.length; i++) if (scores[i] > scores[largest]) largest = i;

@@ -20,7 +20,8 @@ import { folderOf } from "./adapters.js";
 /**
  * @typedef {import("eigenlora/build").Adapter} Adapter
  * @typedef {import("./adapters.js").SuiteName} SuiteName
- * @typedef {{ batches: import("../../examples/minilm.js").Batch<ort.Tensor>[], labels: number[], peft: number[] }} Questions
+ * @typedef {{ batches: import("../../examples/minilm.js").Batch<ort.Tensor>[], labels: number[], peft: number[] }}
+ *   Questions
  * @typedef {import("eigenlora/onnxruntime").EigenSession<typeof ort>} Session
  */
 
@@ -68,8 +69,8 @@ export class Suite {
   /**
    * Asks the tasks of a pack their test rows.
    * @param {Uint8Array[]} chunks of the pack
-   * @returns {Promise<{ id: string, right: number, same: number, peft: number }[]>} shares of rows: right, answered as PEFT does, and
-   *   right by PEFT
+   * @returns {Promise<{ id: string, right: number, same: number, peft: number }[]>} shares of rows: right, answered as
+   *   PEFT does, and right by PEFT
    */
   async answers(chunks) {
     const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));

@@ -36,7 +36,10 @@ export async function baseEntries(file = model) {
 export async function taskEntries(pack) {
   const bases = await pack.bases();
   const blob = await pack.load(TASK);
-  /** @param {Uint8Array} section @param {{ dtype: any, rows: number, width: number, byteOffset: number, byteLength: number }} tensor */
+  /**
+   * @param {Uint8Array} section
+   * @param {{ dtype: any, rows: number, width: number, byteOffset: number, byteLength: number }} tensor
+   */
   const decode = (section, { dtype, rows, width, byteOffset, byteLength }) =>
     decodeTensor(dtype, section.subarray(byteOffset, byteOffset + byteLength), rows, width);
   const entries = [];

@@ -1,8 +1,9 @@
 /**
- * Measures the gain of distilling. Real adapters of one suite in a pack of few components, distilled on train texts without their
- * labels, asked on test rows through onnxruntime-node: as projected and as distilled (or as projected, where that is better on the
- * texts held back), compared with PEFT's own answers with the adapters. A task's own train texts come first; where they are fewer than
- * half of `--texts`, other tasks' fill up. No text of any test split of the suite is among them.
+ * Measures the gain of distilling. Real adapters of one suite in a pack of few components, distilled on train texts
+ * without their labels, asked on test rows through onnxruntime-node: as projected and as distilled (or as projected,
+ * where that is better on the texts held back), compared with PEFT's own answers with the adapters. A task's own train
+ * texts come first; where they are fewer than half of `--texts`, other tasks' fill up. No text of any test split of the
+ * suite is among them.
  *
  * `--into` keeps the row of each task as a line of JSON as soon as it is there; a later run with the same file goes on.
  */

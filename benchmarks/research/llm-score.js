@@ -1,7 +1,7 @@
 /**
- * Scores a pack on the twenty tasks of SmolLM2. Exact match and nats per answer token, compared with PEFT's adapters, by teacher
- * forcing in onnxruntime-node (benchmarks/lib/skills.js). A pack by its file; or adapters, each by itself, as they are or cut to
- * a rank by its own SVD and stored in a number format.
+ * Scores a pack on the twenty tasks of SmolLM2. Exact match and nats per answer token, compared with PEFT's adapters,
+ * by teacher forcing in onnxruntime-node (benchmarks/lib/skills.js). A pack by its file; or adapters, each by itself,
+ * as they are or cut to a rank by its own SVD and stored in a number format.
  *
  * Choices are to be made on training rows (`--rows train`); the test rows are for what was chosen.
  *

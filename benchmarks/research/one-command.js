@@ -1,8 +1,9 @@
 /**
- * Runs one command on a suite. `eigenlora pack FOLDER -o FILE --model MODEL` in a process of its own: it finds what adapters
- * share, distils on text that it makes of the tokenizer's words, and judges each task by answers. With `--texts` some training texts of
- * each task are the text; with `--ratio` the size is given. The pack is then asked the test rows, 240 of each task at most, and so are
- * the adapters as PEFT answers them. Bytes are those of whole files; of adapters those of their numbers in f32.
+ * Runs one command on a suite. `eigenlora pack FOLDER -o FILE --model MODEL` in a process of its own: it finds what
+ * adapters share, distils on text that it makes of the tokenizer's words, and judges each task by answers. With
+ * `--texts` some training texts of each task are the text; with `--ratio` the size is given. The pack is then asked the
+ * test rows, 240 of each task at most, and so are the adapters as PEFT answers them. Bytes are those of whole files; of
+ * adapters those of their numbers in f32.
  */
 import { readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";

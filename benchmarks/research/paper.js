@@ -1,6 +1,7 @@
 /**
- * The paper's experiments on real text: tasks made of Debian's package descriptions, MiniLM, adapters of PEFT. Prints the tables that stand
- * in results/paper; with `--task`, trains one left-out task again, as coefficients and head and as a LoRA. Docs: docs/research/paper.md.
+ * The paper's experiments on real text: tasks made of Debian's package descriptions, MiniLM, adapters of PEFT. Prints
+ * the tables that stand in results/paper; with `--task`, trains one left-out task again, as coefficients and head and
+ * as a LoRA. Docs: docs/research/paper.md.
  */
 import { readdir, readFile } from "node:fs/promises";
 import { openPack } from "eigenlora";

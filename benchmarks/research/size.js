@@ -1,7 +1,7 @@
 /**
- * The fewest bytes for the same behaviour: prints what version 0.3.0 measured of all ways to store a suite's adapters, from
- * results/size.jsonl, and of distilled packs, from results/distill.jsonl. With `--measure`, the main ways are packed again and asked the
- * test rows. Docs: docs/research/size.md.
+ * The fewest bytes for the same behaviour: prints what version 0.3.0 measured of all ways to store a suite's adapters,
+ * from results/size.jsonl, and of distilled packs, from results/distill.jsonl. With `--measure`, the main ways are
+ * packed again and asked the test rows. Docs: docs/research/size.md.
  */
 import { readFile } from "node:fs/promises";
 import { buildPack, searchPack } from "eigenlora/build";
@@ -114,7 +114,12 @@ async function readLines(name) {
     .map((line) => JSON.parse(line));
 }
 
-/** @param {number} k @param {"f16" | "int4" | "int3"} type @param {import("eigenlora/build").BuildOptions} more @returns {import("eigenlora/build").BuildOptions} */
+/**
+ * @param {number} k
+ * @param {"f16" | "int4" | "int3"} type
+ * @param {import("eigenlora/build").BuildOptions} more
+ * @returns {import("eigenlora/build").BuildOptions}
+ */
 function column(k, type, more) {
   const head = type === "int3" ? "int4" : type;
   return { select: { kind: "k", k }, dtype: { basis: type, coefficients: type, head }, ...more };

@@ -1,4 +1,5 @@
-// Skills in the terminal: node main.js plural mouse. Without a skill, lines like "plural mouse" are answered until Ctrl-D.
+// Skills in the terminal: node main.js plural mouse. Without a skill, lines like "plural mouse" are answered until
+// Ctrl-D.
 import { readFile } from "node:fs/promises";
 import { createInterface } from "node:readline/promises";
 import { env } from "@huggingface/transformers";

@@ -2,7 +2,8 @@
 import { env } from "@huggingface/transformers";
 import { openSkills } from "./skills.js";
 
-// The model lies in public/models/smollm2. Without these three lines its name is that of a model on the Hugging Face Hub.
+// The model lies in public/models/smollm2. Without these three lines its name is that of a model on the Hugging Face
+// Hub.
 env.allowLocalModels = true;
 env.localModelPath = "/models/";
 env.allowRemoteModels = false;

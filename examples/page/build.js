@@ -23,8 +23,8 @@ const MODEL = ["model_fp16.onnx", "tokenizer.json", "tokenizer_config.json"];
 /** Lines of each task's test set that the page offers. */
 const EXAMPLES = 12;
 /**
- * The sentence that the page begins with (index.html): a line of the test sets that no task was trained on, and what Debian 13
- * says of its package, tshark, by each task that knows such a label.
+ * The sentence that the page begins with (index.html): a line of the test sets that no task was trained on, and what
+ * Debian 13 says of its package, tshark, by each task that knows such a label.
  */
 const FIRST = {
   text: "network traffic analyzer - console version",
@@ -89,7 +89,8 @@ export async function bundlePage(folder, from, files) {
 }
 
 /**
- * Writes sw.js with the files to keep and their SHA-256: all of them at once, but the runtime that only WebGPU uses later.
+ * Writes sw.js with the files to keep and their SHA-256: all of them at once, but the runtime that only WebGPU uses
+ * later.
  * @param {string} folder that holds all files of the page
  * @param {readonly string[]} [parts] large files whose names change with their content
  */

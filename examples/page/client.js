@@ -8,8 +8,8 @@
 
 /**
  * @template Calls functions of a worker, by name
- * @typedef {{ call<Name extends keyof Calls>(call: Name, ...args: Calls[Name] extends (...args: infer Args) => any ? Args : never):
- *   Calls[Name] extends (...args: never[]) => infer Answer ? Answer : never }} Caller
+ * @typedef {{ call<Name extends keyof Calls>(call: Name, ...args: Calls[Name] extends (...args: infer Args) => any ?
+ *   Args : never): Calls[Name] extends (...args: never[]) => infer Answer ? Answer : never }} Caller
  */
 
 /** An error that the worker reports. `tag` is the kind of an EigenLoRA error, if it is one. */

@@ -1,6 +1,6 @@
 /**
- * Keys that pick a task, on both pages: Escape leaves a field, arrows go to the neighbours, a number or the first letters of a name go
- * there at once.
+ * Keys that pick a task, on both pages: Escape leaves a field, arrows go to the neighbours, a number or the first
+ * letters of a name go there at once.
  */
 
 /** Longest pause in milliseconds between two keys of one name or number. */
@@ -9,8 +9,8 @@ const TYPE_AHEAD = 700;
 const TYPED = /^[a-z0-9:+-]$/i;
 
 /**
- * Letters and numbers work on the cards, and anywhere but in a field while `everywhere` is checked: people who speak to their browser
- * want to turn that off (WCAG 2.1.4).
+ * Letters and numbers work on the cards, and anywhere but in a field while `everywhere` is checked: people who speak to
+ * their browser want to turn that off (WCAG 2.1.4).
  * @param {object} page
  * @param {HTMLElement} page.cards holds a radio button for each task
  * @param {HTMLInputElement} page.everywhere

@@ -1,6 +1,6 @@
 /**
- * Keeps the page for offline use: registers its service worker, and has it check on each visit that everything is there.
- * sw.js decides which files are kept, and how.
+ * Keeps the page for offline use: registers its service worker, and has it check on each visit that everything is
+ * there. sw.js decides which files are kept, and how.
  */
 
 /**

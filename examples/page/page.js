@@ -208,7 +208,11 @@ function showAddress(address) {
   if (!carrying && location.hash !== new URL(address, location.href).hash) history.replaceState(null, "", address);
 }
 
-/** The address carries a task that was taught here, if it is small enough: it survives a reload, and friends can have it. @param {string} id */
+/**
+ * The address carries a task that was taught here, if it is small enough: it survives a reload, and friends can have
+ * it.
+ * @param {string} id
+ */
 async function showLink(id) {
   const link = linkTo(id, await worker.call("file", id));
   if (id !== active) return;

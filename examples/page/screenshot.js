@@ -1,7 +1,8 @@
 /**
  * Takes the picture of docs/page.md with Chromium: docs/page.png, light or dark.
  *
- * node examples/page/screenshot.js [--scheme light|dark] [--width 1240] [--height 1420] [--text LINE] [-o docs/page.png]
+ * node examples/page/screenshot.js [--scheme light|dark] [--width 1240] [--height 1420] [--text LINE] [-o
+ * docs/page.png]
  */
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";

@@ -1,8 +1,9 @@
 /**
- * A small static file server with correct HTTP ranges, for the page and its test. One range per request, entity tags; no
- * directory listings, no compression, no TLS. Any static host that answers ranges can replace it.
+ * A small static file server with correct HTTP ranges, for the page and its test. One range per request, entity tags;
+ * no directory listings, no compression, no TLS. Any static host that answers ranges can replace it.
  *
- * node examples/page/serve.js [--model llm|minilm] [--port 8080]    builds the page, then serves it; the one with a language model where
+ * node examples/page/serve.js [--model llm|minilm] [--port 8080]    builds the page, then serves it; the one with a
+ * language model where
  *   EIGENLORA_SMOLLM2 says where that is
  */
 import { createReadStream } from "node:fs";
@@ -36,8 +37,8 @@ const TYPES = new Map([
  * @param {string} folder
  * @param {object} [options]
  * @param {number} [options.port] 0 takes a free one
- * @param {string} [options.cacheControl] by default files are kept by browsers, but revalidated each time: a new build has the
- *   same names
+ * @param {string} [options.cacheControl] by default files are kept by browsers, but revalidated each time: a new build
+ *   has the same names
  * @param {(answered: Answered) => void} [options.onAnswer]
  * @returns {Promise<{ url: string, close(): Promise<void> }>}
  */
@@ -74,7 +75,8 @@ export async function serveFolder(folder, { port = 0, cacheControl = "no-cache",
 }
 
 /**
- * The page's Content-Security-Policy as a header. The page has it in itself; its workers obey only what their own answers say.
+ * The page's Content-Security-Policy as a header. The page has it in itself; its workers obey only what their own
+ * answers say.
  * @param {string} folder
  * @returns {Promise<Record<string, string>>}
  */
@@ -98,11 +100,13 @@ function pathOf(url) {
 }
 
 /**
- * Decides the answer by RFC 9110: 206 for a range, 416 for one beyond the end, 304 for a copy that is still good, else 200.
+ * Decides the answer by RFC 9110: 206 for a range, 416 for one beyond the end, 304 for a copy that is still good, else
+ * 200.
  * @param {string} folder
  * @param {string} path
  * @param {import("node:http").IncomingMessage} request
- * @returns {Promise<{ status: number, headers: Record<string, string | number>, range?: { start: number, end: number } }>}
+ * @returns {Promise<{ status: number, headers: Record<string, string | number>, range?: { start: number, end: number }
+ *   }>}
  */
 async function plan(folder, path, { method, headers: asked }) {
   if (method !== "GET" && method !== "HEAD") return { status: 405, headers: { allow: "GET, HEAD" } };

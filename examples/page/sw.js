@@ -1,16 +1,17 @@
 /**
- * The page without its server: keeps the files that build.js lists, and answers with them if the network does not. The network
- * comes first, so a new build is seen at once. What is kept is of this build, byte for byte: an error page, a login page or a
- * file of another build never is. What was damaged or lost since is noticed and fetched again: on each visit, when the page
- * asks, and before it is used. Parts of a large model are different: their names hold their content, so what is kept comes first, and
- * they are fetched one at a time, when the page asks. Does not know what the files are.
+ * The page without its server: keeps the files that build.js lists, and answers with them if the network does not. The
+ * network comes first, so a new build is seen at once. What is kept is of this build, byte for byte: an error page, a
+ * login page or a file of another build never is. What was damaged or lost since is noticed and fetched again: on each
+ * visit, when the page asks, and before it is used. Parts of a large model are different: their names hold their
+ * content, so what is kept comes first, and they are fetched one at a time, when the page asks. Does not know what the
+ * files are.
  */
 
 const scope = /** @type {any} */ (self);
 
 /**
- * Files to keep: the name of the cache, paths with their SHA-256, paths that are kept from their first use on, and paths of large files
- * whose names hold their content.
+ * Files to keep: the name of the cache, paths with their SHA-256, paths that are kept from their first use on, and
+ * paths of large files whose names hold their content.
  * @type {{ version: string, files: [path: string, sha256: string][], later: string[], parts: string[] }}
  */
 const { version: VERSION, files, later: LATER, parts: PARTS } = scope.KEPT;
@@ -98,7 +99,10 @@ async function keepAll() {
   await Promise.all(missing.map(keepFromServer));
 }
 
-/** Fetches the parts that are not kept, one at a time: together they may be more than there is memory. @throws as keepAll */
+/**
+ * Fetches the parts that are not kept, one at a time: together they may be more than there is memory.
+ * @throws as keepAll
+ */
 async function keepParts() {
   for (const path of PARTS) if (!(await keptFile(path))) await keepFromServer(path);
 }

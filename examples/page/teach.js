@@ -1,5 +1,6 @@
 /**
- * The form in which a visitor teaches a task: labels with examples, a curve of the loss, task files. page.js does the rest.
+ * The form in which a visitor teaches a task: labels with examples, a curve of the loss, task files. page.js does the
+ * rest.
  */
 import { byId, drawLoss, lessonOf, nameOf, percent, size, time } from "./views.js";
 
@@ -60,7 +61,8 @@ const name = byId("task-name");
  * @param {() => import("./worker.js").Task[]} page.tasks
  * @param {(busy: boolean) => void} page.onBusy
  * @param {(added: Added, what: string, cost?: Cost) => Promise<void>} page.onAdded
- * @returns {{ drawStep(step: Step): void, openTask(file: File): Promise<void> }} `drawStep` takes the steps that the worker reports
+ * @returns {{ drawStep(step: Step): void, openTask(file: File): Promise<void> }} `drawStep` takes the steps that the
+ *   worker reports
  */
 export function setUpTeaching(worker, { tasks, onBusy, onAdded }) {
   /** @type {number[]} */

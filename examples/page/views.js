@@ -9,7 +9,8 @@
  * @property {number} model bytes
  * @property {number} pack bytes
  * @property {number} adapters bytes of all their files
- * @property {{ text: string, labels: Record<string, string> }} first the sentence that the page begins with, and what Debian says of it
+ * @property {{ text: string, labels: Record<string, string> }} first the sentence that the page begins with, and what
+ *   Debian says of it
  * @property {Record<string, [text: string, label: string][]>} examples by task
  */
 

@@ -1,7 +1,9 @@
 /**
- * Code that the workers of both pages share: answering calls, reporting, fetching files, loading onnxruntime. Knows nothing of tasks.
+ * Code that the workers of both pages share: answering calls, reporting, fetching files, loading onnxruntime. Knows
+ * nothing of tasks.
  *
- * The page sends { id, call, args }; the worker answers { id, value } or { id, error } and reports { event, detail } meanwhile.
+ * The page sends { id, call, args }; the worker answers { id, value } or { id, error } and reports { event, detail }
+ * meanwhile.
  */
 
 /** @typedef {"wasm" | "webgpu"} Provider */

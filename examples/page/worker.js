@@ -1,6 +1,6 @@
 /**
- * The worker of the page: owns tokenizer, pack, session and trainer, and answers calls one after the other, so the page stays
- * responsive while WASM computes. Knows nothing of the document.
+ * The worker of the page: owns tokenizer, pack, session and trainer, and answers calls one after the other, so the page
+ * stays responsive while WASM computes. Knows nothing of the document.
  *
  * Teaching does not block the queue of calls: they are answered between two of its steps.
  */
@@ -40,7 +40,10 @@ import {
 
 /** @typedef {{ text: string, label: string }} Example */
 /** @typedef {{ step: number, steps: number, loss: number }} Step */
-/** @typedef {{ trainer: { init?: import("eigenlora/train").Start, modules?: string[] }, fit: import("eigenlora/train").FitOptions }} Lessons */
+/**
+ * @typedef {{ trainer: { init?: import("eigenlora/train").Start, modules?: string[] }, fit:
+ *   import("eigenlora/train").FitOptions }} Lessons
+ */
 
 /**
  * A task's coefficients, the numbers that the pack keeps of it.
@@ -66,7 +69,9 @@ let files;
 const own = new Map();
 /** Ends the teaching under way. @type {AbortController | undefined} */
 let teaching;
-/** @type {{ ort: Ort, session: import("eigenlora/onnxruntime").EigenSession<Ort>, options: SessionOptions } | undefined} */
+/**
+ * @type {{ ort: Ort, session: import("eigenlora/onnxruntime").EigenSession<Ort>, options: SessionOptions } | undefined}
+ */
 let running;
 
 /** Calls of the page. */
@@ -153,8 +158,8 @@ const calls = {
   },
 
   /**
-   * Classifies a text by each of several tasks: one run with one task per row; where tasks are folded into the weights, one run after
-   * the other, and back to the active task.
+   * Classifies a text by each of several tasks: one run with one task per row; where tasks are folded into the weights,
+   * one run after the other, and back to the active task.
    * @param {string} text
    * @param {string[]} tasks
    */
@@ -166,8 +171,8 @@ const calls = {
   },
 
   /**
-   * Learns a task from a handful of examples and makes it active, in place of one of that name that was taught before. Reports
-   * each step. When it is stopped, what was learned until then counts; before the first step that is nothing.
+   * Learns a task from a handful of examples and makes it active, in place of one of that name that was taught before.
+   * Reports each step. When it is stopped, what was learned until then counts; before the first step that is nothing.
    * @param {string} id
    * @param {string[]} labels
    * @param {Example[]} examples

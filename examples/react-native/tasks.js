@@ -1,4 +1,5 @@
-// A pack and a model that lie on the device. `files` is what the app reads and writes files with; App.js makes it of expo-file-system.
+// A pack and a model that lie on the device. `files` is what the app reads and writes files with; App.js makes it of
+// expo-file-system.
 import { openPack } from "eigenlora";
 import { fileSource } from "eigenlora/react-native";
 import { createEigenSession } from "eigenlora/react-native/onnxruntime";
@@ -6,7 +7,8 @@ import { createEigenSession } from "eigenlora/react-native/onnxruntime";
 /**
  * @typedef {object} Files
  * @property {(uri: string) => Promise<number>} size in bytes
- * @property {(uri: string, offset: number, length: number) => Promise<string | Uint8Array>} read bytes, or base64 of them
+ * @property {(uri: string, offset: number, length: number) => Promise<string | Uint8Array>} read bytes, or base64 of
+ *   them
  * @property {(name: string, bytes: Uint8Array) => Promise<string>} write gives the path of the file that it wrote
  * @property {(path: string) => Promise<unknown>} remove
  */

@@ -1,5 +1,6 @@
 /**
- * Facts of a file: its own description, the bytes of its parts, and a check of them against the hashes in its directory.
+ * Facts of a file: its own description, the bytes of its parts, and a check of them against the hashes in its
+ * directory.
  */
 import { openPack } from "eigenlora";
 import { count, definitions, element, percent, section, short, size, table, workButton } from "./dom.js";

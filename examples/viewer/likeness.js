@@ -1,6 +1,6 @@
 /**
- * Likeness of tasks: inner products of their ΔW over all modules, from the factors alone. Heads and other overrides, and magnitudes of
- * DoRA, are no part of ΔW and are left out.
+ * Likeness of tasks: inner products of their ΔW over all modules, from the factors alone. Heads and other overrides,
+ * and magnitudes of DoRA, are no part of ΔW and are left out.
  */
 import { taskAdapter } from "eigenlora/build";
 import { count, element, pacer, percent, plain, scrolling, section, shape, size, table, workButton } from "./dom.js";
@@ -186,8 +186,8 @@ function tasksOf(opened) {
 }
 
 /**
- * Tasks of two files with the same id, side by side. Undefined where one is a task file, which has no numbers without its pack. A pack is
- * measured against an adapter, and the second pack against the first.
+ * Tasks of two files with the same id, side by side. Undefined where one is a task file, which has no numbers without
+ * its pack. A pack is measured against an adapter, and the second pack against the first.
  * @param {readonly [Opened, Opened]} files
  * @param {() => void} onRead called when something has been read
  */

@@ -1,5 +1,6 @@
 /**
- * Opens what a visitor gives: packs and task files, and adapters with the JSON files in their folders. The ending of a file's name says its kind.
+ * Opens what a visitor gives: packs and task files, and adapters with the JSON files in their folders. The ending of a
+ * file's name says its kind.
  */
 import { openPack } from "eigenlora";
 import { readDiffusers, readGguf, readKohya, readMlx, readOnnxAdapter, readPeft, readTaskFile } from "eigenlora/build";
@@ -13,12 +14,17 @@ import { readDiffusers, readGguf, readKohya, readMlx, readOnnxAdapter, readPeft,
  * @property {string} name of the file
  * @property {string} folder that it lies in; empty where that is not known
  * @property {File | string} input a file, or an address
- * @property {(name: string) => Promise<unknown>} sibling the JSON of a file in the same folder; undefined where there is none
+ * @property {(name: string) => Promise<unknown>} sibling the JSON of a file in the same folder; undefined where there
+ *   is none
  *
- * @typedef {{ given: Given } & ({ kind: "pack", pack: Pack } | { kind: "task file", file: TaskFile } | { kind: "adapter", adapter: Adapter })} Opened
+ * @typedef {{ given: Given } & ({ kind: "pack", pack: Pack } | { kind: "task file", file: TaskFile } | { kind:
+ *   "adapter", adapter: Adapter })} Opened
  */
 
-/** Readers of adapters that are one file, by its ending. @type {ReadonlyMap<string, typeof readGguf | typeof readOnnxAdapter>} */
+/**
+ * Readers of adapters that are one file, by its ending. @type {ReadonlyMap<string, typeof readGguf | typeof
+ * readOnnxAdapter>}
+ */
 const READERS = new Map([
   ["gguf", readGguf],
   ["onnx_adapter", readOnnxAdapter],

@@ -1,4 +1,5 @@
-// Computes the change of a task to rows of activations: POST { task, module, x } gives x·ΔWᵀ. The pack lies in R2, the kernel in the Worker.
+// Computes the change of a task to rows of activations: POST { task, module, x } gives x·ΔWᵀ. The pack lies in R2, the
+// kernel in the Worker.
 import { createRuntime } from "eigenlora";
 import simd from "eigenlora/wasm/simd.wasm";
 import { keptPack } from "eigenlora/workerd";

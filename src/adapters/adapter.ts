@@ -1,6 +1,7 @@
 /**
- * The canonical adapter: the result of every reader and the input of extraction. Scales are already multiplied into B, orientation and
- * naming differences are gone, and nothing in the file has been dropped: a reader refuses what this form cannot express.
+ * The canonical adapter: the result of every reader and the input of extraction. Scales are already multiplied into B,
+ * orientation and naming differences are gone, and nothing in the file has been dropped: a reader refuses what this
+ * form cannot express.
  *
  * Tensors are read on demand, one module at a time, so that packing many adapters holds one module's stack in memory.
  */
@@ -39,16 +40,16 @@ export interface ModuleShape {
 export interface AdapterModule extends ModuleShape {
   readonly rank: number;
   /**
-   * Reads and checks the term of this rank, with the adapter's scale in B. @throws AdapterError naming file and tensor for NaN or
-   * infinity
+   * Reads and checks the term of this rank, with the adapter's scale in B. @throws AdapterError naming file and tensor
+   * for NaN or infinity
    */
   read(): Promise<Term>;
 }
 
 /**
  * A tensor of the base model that the task brings along, by parameter name ("classifier.weight").
- * `saved` replaces the whole parameter (modules_to_save). `bias` replaces a bias vector. `bias-delta` [out] is added to a
- * bias. `rows` replaces the rows `indices` of an embedding [vocabulary, dimension].
+ * `saved` replaces the whole parameter (modules_to_save). `bias` replaces a bias vector. `bias-delta` [out] is added to
+ * a bias. `rows` replaces the rows `indices` of an embedding [vocabulary, dimension].
  */
 export interface SavedTensor {
   readonly name: string;
@@ -95,7 +96,10 @@ export interface AdapterFile {
 
 /** A file that leaves facts to the base model. */
 export interface BasedAdapterFile extends AdapterFile {
-  /** Default: names are read as those of Stable Diffusion's UNets and of CLIP; GGUF files of Llama's architecture are refused. */
+  /**
+   * Default: names are read as those of Stable Diffusion's UNets and of CLIP; GGUF files of Llama's architecture are
+   * refused.
+   */
   readonly base?: BaseFacts | undefined;
 }
 
@@ -126,7 +130,8 @@ export const openSafetensors = (input: SourceInput): Promise<SafetensorsFile & P
 type Found = Pick<Adapter, "modules" | "saved"> & Partial<Pick<Adapter, "baseModel" | "metadata" | "warnings">>;
 
 /**
- * Reads an adapter from one file of tensors: the common frame of the readers of all formats. Closes the file if `read` fails.
+ * Reads an adapter from one file of tensors: the common frame of the readers of all formats. Closes the file if `read`
+ * fails.
  * @param open opens the file
  * @param read reads the adapter; `metadata` is that of task.json
  * @throws errors of `open` and `read`; AdapterError for an invalid task.json
@@ -156,8 +161,8 @@ export async function readAdapterFile<F extends TensorFile & { close(): Promise<
   }
 }
 
-// Reads `task.json`, the file next to an adapter with facts that tensors do not tell: class names, licence, origin. All its plain values
-// become the task's metadata. It is not the adapter's own configuration.
+// Reads `task.json`, the file next to an adapter with facts that tensors do not tell: class names, licence, origin. All
+// its plain values become the task's metadata. It is not the adapter's own configuration.
 
 /** Metadata is read with a pack's directory, before any task: it must stay small. */
 const MAX_METADATA_BYTES = 64 * 1024;
@@ -232,7 +237,9 @@ function signatureOf({ out, in: inputs, layout, kernel = [] }: ModuleShape): str
   return `[${out}, ${inputs}] ${[layout, ...kernel].join(" ")}`;
 }
 
-/** @throws AdapterError when an adapter both replaces a weight (or rows of it) and adapts it; PEFT makes no such adapter */
+/**
+ * @throws AdapterError when an adapter both replaces a weight (or rows of it) and adapts it; PEFT makes no such adapter
+ */
 export function refuseBoth({ file, modules, saved }: Pick<Adapter, "file" | "modules" | "saved">): void {
   const adapted = new Set([...modules.keys()].map((name) => `${name}.weight`));
   const both = saved.find(({ name, role }) => adapted.has(name) && (role === "saved" || role === "rows"));
@@ -269,8 +276,8 @@ interface Based {
 }
 
 /**
- * Refuses adapters of different base models, which cannot share a pack. One model goes by several names, as a hub's id and as a folder,
- * so names with the same end count as one. An adapter without a name fits any.
+ * Refuses adapters of different base models, which cannot share a pack. One model goes by several names, as a hub's id
+ * and as a folder, so names with the same end count as one. An adapter without a name fits any.
  * @param anyBase accept them all the same
  * @throws AdapterError when adapters name different base models, listing them
  */
@@ -381,8 +388,8 @@ export function refuseModule({ id }: Exportable, name: string, why: string): Ada
   return new AdapterError(`${name} ${why}: export as PEFT, or fold the task into its base`, { file: id, field: name });
 }
 
-// Facts that some formats leave to the base model: kohya's files flatten the names of modules, and GGUF's order the rows of two projections
-// by heads.
+// Facts that some formats leave to the base model: kohya's files flatten the names of modules, and GGUF's order the
+// rows of two projections by heads.
 
 /** Known facts of a base model. */
 export interface BaseFacts {

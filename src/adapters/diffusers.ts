@@ -1,8 +1,8 @@
 /**
- * Reads a LoRA as diffusers saves it, one safetensors file for all models of a pipeline, into the canonical form. Modules are named from
- * the pipeline down: "unet.down_blocks.0.….attn1.to_q", whichever generation of diffusers wrote the file. Without `lora_adapter_metadata`
- * in the header, rank and DoRA follow from the tensors, and a module without alpha has alpha = rank, as in diffusers. Portable: folders
- * are read in folder.ts.
+ * Reads a LoRA as diffusers saves it, one safetensors file for all models of a pipeline, into the canonical form.
+ * Modules are named from the pipeline down: "unet.down_blocks.0.….attn1.to_q", whichever generation of diffusers wrote
+ * the file. Without `lora_adapter_metadata` in the header, rank and DoRA follow from the tensors, and a module without
+ * alpha has alpha = rank, as in diffusers. Portable: folders are read in folder.ts.
  */
 
 import { AdapterError, isPlain } from "../errors.ts";
@@ -31,8 +31,8 @@ const METADATA = "lora_adapter_metadata";
 const ALPHAS = "network_alphas";
 
 /**
- * Opens an adapter: checks its header and the names, shapes and dtypes of all tensors, and reads the alphas. Other values are read,
- * and checked, when a module's `read` is called.
+ * Opens an adapter: checks its header and the names, shapes and dtypes of all tensors, and reads the alphas. Other
+ * values are read, and checked, when a module's `read` is called.
  * @throws AdapterError naming the field or tensor that cannot be represented, and what to do
  * @throws FormatError when the file breaks the safetensors format; SourceError when it cannot be read
  * @example
@@ -121,7 +121,8 @@ function configsOf(file: SafetensorsFile, prefixes: ReadonlySet<string>): Map<st
 }
 
 /**
- * Checks that DoRA covers each model whole: diffusers gives modules without a magnitude that of the base, which is not in the file.
+ * Checks that DoRA covers each model whole: diffusers gives modules without a magnitude that of the base, which is not
+ * in the file.
  * @throws AdapterError for a module without one
  */
 function checkDora(file: TensorFile, parts: ReadonlyMap<string, LoraParts>): void {
@@ -135,12 +136,12 @@ function checkDora(file: TensorFile, parts: ReadonlyMap<string, LoraParts>): voi
   }
 }
 
-// Names of the tensors in a LoRA file of diffusers: the model of a pipeline and the module that each belongs to. Uses names only. Three
-// generations are read, and give one name for one module:
+// Names of the tensors in a LoRA file of diffusers: the model of a pipeline and the module that each belongs to. Uses
+// names only. Three generations are read, and give one name for one module:
 // unet.down_blocks.0.….attn1.processor.to_out_lora.down.weight    2023, written by attention processors
 // unet.down_blocks.0.….attn1.to_out.0.lora.down.weight            after it; text encoders have lora_linear_layer
-// unet.down_blocks.0.….attn1.to_out.0.lora_A.weight               since PEFT
-// unet.down_blocks.0.….attn1.to_out.0                             the module
+// unet.down_blocks.0.….attn1.to_out.0.lora_A.weight               since PEFT unet.down_blocks.0.….attn1.to_out.0
+//                      the module
 // The mapping is that of diffusers 0.42 (utils/state_dict_utils.py, loaders/lora_base.py).
 
 /** Models of a pipeline that diffusers loads LoRA into (`_lora_loadable_modules` of its pipelines). */
@@ -285,11 +286,12 @@ export function foreignName(names: readonly string[]): { name: string; message: 
   return undefined;
 }
 
-// Writes a canonical adapter with the same weights under the names of diffusers or of kohya. Scales stay in B: alpha equals the rank,
-// which is what both assume where no alpha is given.
+// Writes a canonical adapter with the same weights under the names of diffusers or of kohya. Scales stay in B: alpha
+// equals the rank, which is what both assume where no alpha is given.
 
 /**
- * Makes tensors of pytorch_lora_weights.safetensors (f32), as diffusers' `load_lora_weights` takes them. Holds one adapter in memory.
+ * Makes tensors of pytorch_lora_weights.safetensors (f32), as diffusers' `load_lora_weights` takes them. Holds one
+ * adapter in memory.
  * @throws AdapterError for heads, biases, embeddings, and modules without the name of a model of a pipeline
  */
 export function diffusersFile(adapter: Exportable): Promise<SafetensorsEntry[]> {

@@ -1,6 +1,6 @@
 /**
- * Opens adapters under given paths, in the order of their ids, each with the reader of its format. This file and tree.ts are the only
- * adapter code that needs a file system.
+ * Opens adapters under given paths, in the order of their ids, each with the reader of its format. This file and
+ * tree.ts are the only adapter code that needs a file system.
  */
 
 import { basename, dirname, extname, join, relative, resolve, sep } from "node:path";
@@ -32,17 +32,19 @@ export interface ReadAdaptersOptions extends HubOptions {
   /** New ids, by old id, or by path or name of the Hub. */
   readonly rename?: ReadonlyMap<string, string> | undefined;
   /**
-   * Path of a file that names the base's modules (for files of kohya) or its heads (for GGUF files): its folder, config.json, safetensors
-   * file or index, list of names in JSON, or GGUF file; or a name of the Hub. An adapter that began as PiSSA or OLoRA needs its weights:
-   * its folder or safetensors file. Read when an adapter needs it. Default: none.
+   * Path of a file that names the base's modules (for files of kohya) or its heads (for GGUF files): its folder,
+   * config.json, safetensors file or index, list of names in JSON, or GGUF file; or a name of the Hub. An adapter that
+   * began as PiSSA or OLoRA needs its weights: its folder or safetensors file. Read when an adapter needs it. Default:
+   * none.
    */
   readonly base?: string | undefined;
 }
 
 /**
- * Opens the adapters under some paths, sorted by id. Close each when it is no longer needed: it may hold a file open. A path may be a name
- * of the Hugging Face Hub, as `findAdapters` takes it.
- * @throws AdapterError as `findAdapters`, `readPeft` and the readers of other formats; FormatError and SourceError as these
+ * Opens the adapters under some paths, sorted by id. Close each when it is no longer needed: it may hold a file open. A
+ * path may be a name of the Hugging Face Hub, as `findAdapters` takes it.
+ * @throws AdapterError as `findAdapters`, `readPeft` and the readers of other formats; FormatError and SourceError as
+ *   these
  * @throws TaskError when two adapters have one id, an id is not allowed, or a rename matches none or several
  */
 export async function readAdapters(paths: readonly string[], options: ReadAdaptersOptions = {}): Promise<Adapter[]> {
@@ -192,10 +194,13 @@ function joinModels(
   };
 }
 
-// Finds adapters under given paths and tells their formats apart: by the names that PEFT, diffusers and MLX LM give to files, by the
-// endings of others, and for other safetensors files by the names of the tensors inside. Reads headers, no values.
+// Finds adapters under given paths and tells their formats apart: by the names that PEFT, diffusers and MLX LM give to
+// files, by the endings of others, and for other safetensors files by the names of the tensors inside. Reads headers,
+// no values.
 
-/** Files of PEFT, of MLX LM and of diffusers, in the folder of one adapter, and the one with what tensors do not tell. */
+/**
+ * Files of PEFT, of MLX LM and of diffusers, in the folder of one adapter, and the one with what tensors do not tell.
+ */
 export const CONFIG = "adapter_config.json";
 export const TASK = "task.json";
 const MLX = "adapters.safetensors";
@@ -234,14 +239,16 @@ export interface AdapterLocation {
 }
 
 /**
- * Finds the adapters under some paths, sorted by id, each once. A path is an adapter's folder, a file of it, or a folder of adapters. An
- * adapter's folder has PEFT's adapter_config.json and adapter_model.safetensors, MLX LM's adapter_config.json and adapters.safetensors,
- * or diffusers' pytorch_lora_weights.safetensors; in a pipeline it has PEFT folders with the names of its models (`unet`,
- * `text_encoder`). Any other safetensors file that holds a LoRA, and any .gguf or .onnx_adapter file that does, is an adapter by itself.
- * A sub-folder that is no adapter is searched one level deeper: PEFT saves adapters with names other than `default` there. Checkpoints inside an adapter's own folder are left alone.
+ * Finds the adapters under some paths, sorted by id, each once. A path is an adapter's folder, a file of it, or a
+ * folder of adapters. An adapter's folder has PEFT's adapter_config.json and adapter_model.safetensors, MLX LM's
+ * adapter_config.json and adapters.safetensors, or diffusers' pytorch_lora_weights.safetensors; in a pipeline it has
+ * PEFT folders with the names of its models (`unet`, `text_encoder`). Any other safetensors file that holds a LoRA, and
+ * any .gguf or .onnx_adapter file that does, is an adapter by itself. A sub-folder that is no adapter is searched one
+ * level deeper: PEFT saves adapters with names other than `default` there. Checkpoints inside an adapter's own folder
+ * are left alone.
  *
- * A name of the Hugging Face Hub stands for the same: `hf:org/name`, `hf:org/name@revision/folder`. What belongs to adapters is downloaded
- * into the Hub's cache, and nothing else.
+ * A name of the Hugging Face Hub stands for the same: `hf:org/name`, `hf:org/name@revision/folder`. What belongs to
+ * adapters is downloaded into the Hub's cache, and nothing else.
  * @throws AdapterError when a path is missing or holds no adapter, or an adapter's files are incomplete or a pickle
  * @throws SourceError when one is a pipe or a device, or the Hub refuses it
  * @throws FormatError when a safetensors file in a folder of adapters is damaged
@@ -338,7 +345,10 @@ async function searchTree(tree: Tree, path: string): Promise<AdapterLocation[]> 
     throw refusal(`is not an adapter; ${expected}`, path);
   }
 
-  /** Takes a folder as an adapter if any of an adapter's files is in it, so that missing files are reported instead of passed over. */
+  /**
+   * Takes a folder as an adapter if any of an adapter's files is in it, so that missing files are reported instead of
+   * passed over.
+   */
   async function adapterFolder(folder: string): Promise<AdapterLocation | undefined> {
     const names = await namesOf(folder);
     const diffusers = names.has(DIFFUSERS);

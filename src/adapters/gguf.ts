@@ -1,6 +1,7 @@
 /**
- * Reads a LoRA that llama.cpp's convert_lora_to_gguf.py wrote into the canonical form: names, orientation, and the order of rows that
- * llama.cpp changes for rotary embedding are those of transformers again. Portable: folders are read in folder.ts.
+ * Reads a LoRA that llama.cpp's convert_lora_to_gguf.py wrote into the canonical form: names, orientation, and the
+ * order of rows that llama.cpp changes for rotary embedding are those of transformers again. Portable: folders are read
+ * in folder.ts.
  */
 
 import { AdapterError } from "../errors.ts";
@@ -27,8 +28,8 @@ import { assembleLora, type LoraKey, sortTensors } from "./named-lora.ts";
 import { refuser } from "./peft.ts";
 
 /**
- * Opens an adapter: checks its header and the names, shapes and types of all tensors. Values are read, and checked, when a module's
- * `read` is called. F32, F16, BF16 and Q8_0 are read.
+ * Opens an adapter: checks its header and the names, shapes and types of all tensors. Values are read, and checked,
+ * when a module's `read` is called. F32, F16, BF16 and Q8_0 are read.
  * @throws AdapterError naming the field or tensor that cannot be represented, and what to do
  * @throws FormatError when the file breaks the GGUF format; SourceError when it cannot be read
  * @example
@@ -140,8 +141,9 @@ function asTransformers(file: GgufFile, name: string, { permuted }: GgufArchitec
   return withDerived(file, derived);
 }
 
-// Names of weights in GGUF files, by architecture, and the modules of transformers they stand for (gguf-py, tensor_mapping.py;
-// llama.cpp's convert_hf_to_gguf.py). Unknown architectures are refused, since a wrong order of rows would go unnoticed.
+// Names of weights in GGUF files, by architecture, and the modules of transformers they stand for (gguf-py,
+// tensor_mapping.py; llama.cpp's convert_hf_to_gguf.py). Unknown architectures are refused, since a wrong order of rows
+// would go unnoticed.
 
 interface GgufArchitecture {
   /** Modules by GGUF's names; N stands for the number of the layer. */
@@ -211,8 +213,8 @@ function generic(name: string): { pattern: string; layer: string | undefined } {
 }
 
 /**
- * Reorders rows of queries and keys of Llama's architecture as llama.cpp does (`permute` of convert_hf_to_gguf.py): rotary embedding
- * rotates pairs of rows, which transformers keeps half a head apart and llama.cpp next to each other.
+ * Reorders rows of queries and keys of Llama's architecture as llama.cpp does (`permute` of convert_hf_to_gguf.py):
+ * rotary embedding rotates pairs of rows, which transformers keeps half a head apart and llama.cpp next to each other.
  * @param values [rows, columns], rows a multiple of 2 · heads
  * @param back from llama.cpp's order to transformers'
  */
@@ -230,8 +232,8 @@ function permuteRows(values: Float32Array, rows: number, heads: number, back: bo
   return out;
 }
 
-// Writes a canonical adapter as a GGUF file with the same weights, which llama.cpp, wllama and llama.rn load with a model of the same
-// architecture. Scales stay in B: an alpha of 0 means a scale of 1.
+// Writes a canonical adapter as a GGUF file with the same weights, which llama.cpp, wllama and llama.rn load with a
+// model of the same architecture. Scales stay in B: an alpha of 0 means a scale of 1.
 
 /**
  * Makes the bytes of a GGUF file (f32), chunk by chunk. Holds one adapter in memory.
@@ -325,7 +327,10 @@ interface GgufEntry {
 const ALIGNMENT = 32;
 const [UINT32, FLOAT32, STRING] = [4, 6, 8];
 
-/** The bytes of a GGUF file, chunk by chunk. @param fields of the header: strings, and numbers, which are written as f32 */
+/**
+ * The bytes of a GGUF file, chunk by chunk.
+ * @param fields of the header: strings, and numbers, which are written as f32
+ */
 async function* writeGguf(
   fields: ReadonlyMap<string, string | number>,
   entries: readonly GgufEntry[],

@@ -1,7 +1,8 @@
 /**
- * Reads a LoRA as kohya's sd-scripts and LyCORIS save it, one safetensors file for all models of a pipeline, into the canonical form:
- * linear layers and convolutions, with or without a Tucker factor between (`lora_mid`), and with a magnitude (`dora_scale`) if its norms
- * go over outputs. Modules get diffusers' names. Portable: folders are read in folder.ts.
+ * Reads a LoRA as kohya's sd-scripts and LyCORIS save it, one safetensors file for all models of a pipeline, into the
+ * canonical form: linear layers and convolutions, with or without a Tucker factor between (`lora_mid`), and with a
+ * magnitude (`dora_scale`) if its norms go over outputs. Modules get diffusers' names. Portable: folders are read in
+ * folder.ts.
  */
 
 import { AdapterError } from "../errors.ts";
@@ -35,7 +36,8 @@ export function isKohyaName(name: string): boolean {
 }
 
 /**
- * Opens an adapter: checks the names, shapes and dtypes of all tensors, and reads the alphas. A module without alpha has alpha = rank.
+ * Opens an adapter: checks the names, shapes and dtypes of all tensors, and reads the alphas. A module without alpha
+ * has alpha = rank.
  * @throws AdapterError naming the tensor that cannot be represented, and what to do
  * @throws FormatError when the file breaks the safetensors format; SourceError when it cannot be read
  * @example
@@ -62,7 +64,9 @@ function parseKey(name: string, names: FlatNames | undefined, file: string): Lor
   return local === undefined ? undefined : { module: `${model}.${local}`, part };
 }
 
-/** The base's name, which may begin with the model; undefined where it has none, as for another model of the pipeline. */
+/**
+ * The base's name, which may begin with the model; undefined where it has none, as for another model of the pipeline.
+ */
 function named(model: string, flat: string, names: FlatNames, file: string): string | undefined {
   return moduleOf(`${model}_${flat}`, names, file)?.slice(model.length + 1) ?? moduleOf(flat, names, file);
 }
@@ -77,8 +81,8 @@ const foreignOf: typeof foreignName = (names) =>
 const [DOWN, MID] = [".lora_down.weight", ".lora_mid.weight"];
 
 /**
- * Resolves LyCORIS' Tucker form: ΔW = up · mid ⊛ down, with mid [r, r, k…] and down [r, in, 1…]. The middle factor is multiplied into the
- * lower one, which is then [r, in, k…] as in any convolution.
+ * Resolves LyCORIS' Tucker form: ΔW = up · mid ⊛ down, with mid [r, r, k…] and down [r, in, 1…]. The middle factor is
+ * multiplied into the lower one, which is then [r, in, k…] as in any convolution.
  * @throws AdapterError when the shapes do not fit
  */
 function withoutTucker<T extends TensorFile>(file: T): T {
@@ -139,10 +143,10 @@ function withPlainShapes<T extends TensorFile>(file: T): T {
   return withDerived(file, derived);
 }
 
-// Names of modules in kohya's LoRA files, where an underscore stands for every dot. Without the base's own list of modules they are split
-// by the words that module names of Stable Diffusion's UNets and of CLIP consist of; no such name can be split in two ways. Files for
-// SDXL have the names of its original code ("input_blocks_4_1"), which are translated as in diffusers 0.42
-// (loaders/lora_conversion_utils.py).
+// Names of modules in kohya's LoRA files, where an underscore stands for every dot. Without the base's own list of
+// modules they are split by the words that module names of Stable Diffusion's UNets and of CLIP consist of; no such
+// name can be split in two ways. Files for SDXL have the names of its original code ("input_blocks_4_1"), which are
+// translated as in diffusers 0.42 (loaders/lora_conversion_utils.py).
 
 /** Prefixes of kohya and LyCORIS, and the models they stand for. */
 const PREFIXES: readonly (readonly [string, string])[] = [
@@ -261,7 +265,8 @@ function moduleOf(flat: string, names: FlatNames, file: string): string | undefi
 }
 
 /**
- * Makes tensors of a file as kohya's sd-scripts and LyCORIS save it (f32), with an alpha for every module. Holds one adapter in memory.
+ * Makes tensors of a file as kohya's sd-scripts and LyCORIS save it (f32), with an alpha for every module. Holds one
+ * adapter in memory.
  * @throws AdapterError as `diffusersFile`
  */
 export function kohyaFile(adapter: Exportable): Promise<SafetensorsEntry[]> {

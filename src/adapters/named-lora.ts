@@ -1,6 +1,7 @@
 /**
- * LoRA files that describe themselves by the names of their tensors, without a configuration: those of diffusers, kohya, llama.cpp, ONNX
- * Runtime and MLX. Every tensor gets its module, or the file is refused. The reader of each format interprets the names.
+ * LoRA files that describe themselves by the names of their tensors, without a configuration: those of diffusers,
+ * kohya, llama.cpp, ONNX Runtime and MLX. Every tensor gets its module, or the file is refused. The reader of each
+ * format interprets the names.
  */
 
 import { AdapterError, listed } from "../errors.ts";
@@ -88,7 +89,10 @@ export function sortTensors(
   return new Map([...parts].sort(([a], [b]) => compare(a, b)));
 }
 
-/** Scales of modules: alpha ÷ rank, 1 without an alpha. @throws AdapterError for one that is no number, or belongs to no module */
+/**
+ * Scales of modules: alpha ÷ rank, 1 without an alpha.
+ * @throws AdapterError for one that is no number, or belongs to no module
+ */
 export async function scalesOf(
   file: TensorFile,
   parts: ReadonlyMap<string, LoraParts>,
@@ -159,12 +163,12 @@ export function transposeMatrices<F extends TensorFile>(file: F, names: RegExp):
   return withDerived(file, new Map(matrices.map(([name]): [string, Derived] => [name, transposed(file, name)])));
 }
 
-// MLX LM saves `adapter_config.json` and `adapters.safetensors`. Factors in the file are [in, r] and [r, out]; the configuration holds the
-// scale itself.
+// MLX LM saves `adapter_config.json` and `adapters.safetensors`. Factors in the file are [in, r] and [r, out]; the
+// configuration holds the scale itself.
 
 /**
- * Opens an adapter: checks its configuration and the names, shapes and dtypes of all tensors. Values are read, and checked, when a
- * module's `read` is called.
+ * Opens an adapter: checks its configuration and the names, shapes and dtypes of all tensors. Values are read, and
+ * checked, when a module's `read` is called.
  * @throws AdapterError naming the field or tensor that cannot be represented, and what to do
  * @throws FormatError when the tensor file breaks the safetensors format; SourceError when it cannot be read
  */

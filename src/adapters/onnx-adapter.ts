@@ -1,7 +1,7 @@
 /**
- * Reads an `.onnx_adapter` of ONNX Runtime into the canonical form. Its parameters are inputs of a model, [in, r] and [r, out], with the
- * exporter's names; names that end in `lora_A.weight` and `lora_B.weight`, as Olive and PEFT write them, are read. The format has no
- * scale, which is part of a factor. Portable: folders are read in folder.ts.
+ * Reads an `.onnx_adapter` of ONNX Runtime into the canonical form. Its parameters are inputs of a model, [in, r] and
+ * [r, out], with the exporter's names; names that end in `lora_A.weight` and `lora_B.weight`, as Olive and PEFT write
+ * them, are read. The format has no scale, which is part of a factor. Portable: folders are read in folder.ts.
  */
 
 import { FormatError } from "../errors.ts";
@@ -26,8 +26,8 @@ import { assembleLora, type LoraKey, sortTensors, transposeMatrices } from "./na
 import { parsePeftKey } from "./peft.ts";
 
 /**
- * Opens an adapter: checks the names, shapes and types of all parameters. Values are read, and checked, when a module's `read` is
- * called.
+ * Opens an adapter: checks the names, shapes and types of all parameters. Values are read, and checked, when a module's
+ * `read` is called.
  * @throws AdapterError naming the parameter that is no factor of a LoRA, and what to do
  * @throws FormatError when the file breaks its format; SourceError when it cannot be read
  * @example
@@ -53,8 +53,9 @@ function parseKey(name: string): LoraKey | undefined {
   return part === "A" || part === "B" ? { module, part } : undefined;
 }
 
-// The `.onnx_adapter` format of ONNX Runtime (onnxruntime/lora/adapter_format/adapter_schema.fbs): a FlatBuffer of named tensors,
-// which are inputs of a model. Trusts nothing: every offset is checked against the file before it is followed.
+// The `.onnx_adapter` format of ONNX Runtime (onnxruntime/lora/adapter_format/adapter_schema.fbs): a FlatBuffer of
+// named tensors, which are inputs of a model. Trusts nothing: every offset is checked against the file before it is
+// followed.
 
 /** "TORT", of every file; versions that are read. */
 const IDENTIFIER = "TORT";
@@ -177,8 +178,8 @@ async function readParameter(
 }
 
 /**
- * Makes the bytes of an .onnx_adapter file (f32), chunk by chunk: `MODULE.lora_A.weight` [in, r] and `MODULE.lora_B.weight` [r, out].
- * Holds one adapter in memory.
+ * Makes the bytes of an .onnx_adapter file (f32), chunk by chunk: `MODULE.lora_A.weight` [in, r] and
+ * `MODULE.lora_B.weight` [r, out]. Holds one adapter in memory.
  * @throws AdapterError for heads, biases, DoRA, convolutions and embeddings, which the format cannot hold
  */
 export async function onnxAdapterFile(adapter: Exportable): Promise<AsyncIterable<Uint8Array>> {
@@ -211,7 +212,9 @@ interface OnnxAdapterEntry {
 const FLOAT = 1;
 /** FlatBuffers have signed offsets of 32 bits. */
 const MOST_BYTES = 2 ** 31 - 1;
-/** All tables have four fields of 4 bytes: bytes of the list of their places, and of a table with the way to that list. */
+/**
+ * All tables have four fields of 4 bytes: bytes of the list of their places, and of a table with the way to that list.
+ */
 const [VTABLE, TABLE] = [12, 20];
 
 /** Place of elements of 8 bytes behind a length of 4: the elements lie at a multiple of 8. */
@@ -222,7 +225,8 @@ const align = (at: number): number => at + ((12 - (at % 8)) % 8);
  * @throws RangeError when they take 2 GiB or more
  */
 async function* writeOnnxAdapter(entries: readonly OnnxAdapterEntry[]): AsyncGenerator<Uint8Array, void> {
-  // Offset of the root, identifier, the list of fields of all tables, the root; the list of parameters, and their tables.
+  // Offset of the root, identifier, the list of fields of all tables, the root; the list of parameters, and their
+  // tables.
   const fields = 8;
   const root = fields + VTABLE;
   const list = root + TABLE;

@@ -1,7 +1,7 @@
 /**
- * Reads PEFT's `adapter_config.json`: every field is honoured, known to be harmless, or refused by name. Reads no tensors. Field meanings
- * follow peft/tuners/lora/config.py and layer.py of PEFT 0.21; absent fields have PEFT's defaults, since older versions did not write
- * them.
+ * Reads PEFT's `adapter_config.json`: every field is honoured, known to be harmless, or refused by name. Reads no
+ * tensors. Field meanings follow peft/tuners/lora/config.py and layer.py of PEFT 0.21; absent fields have PEFT's
+ * defaults, since older versions did not write them.
  */
 
 import { AdapterError, isPlain } from "../errors.ts";
@@ -57,7 +57,10 @@ const REFUSED: ReadonlyMap<string, string> = new Map([
   ["monteclora_config", "samples the factors at random (MonteCLoRA). Train a plain LoRA"],
 ]);
 
-/** Fields that are read here, and those about the adapter's training or origin, or that repeat what the tensors' names tell. */
+/**
+ * Fields that are read here, and those about the adapter's training or origin, or that repeat what the tensors' names
+ * tell.
+ */
 const KNOWN: ReadonlySet<string> = new Set(
   (
     "alpha_pattern base_model_name_or_path bias ensure_weight_tying fan_in_fan_out init_lora_weights lora_alpha lora_bias " +
@@ -79,7 +82,9 @@ export function headsOf(taskType: string | undefined): readonly string[] {
   return EMBEDDED_HEADS.get(taskType ?? "") ?? [];
 }
 
-/** Initialisations that change the base by more than its weights tell: by data, gradients, or numbers drawn at random. */
+/**
+ * Initialisations that change the base by more than its weights tell: by data, gradients, or numbers drawn at random.
+ */
 const MUTATING = /^(pissa|corda|lora_ga$)/;
 const UNTOUCHED: readonly unknown[] = [undefined, null, true, false, "gaussian", "eva", "orthogonal", "mica"];
 
@@ -184,7 +189,10 @@ const isFiniteNumber = (value: unknown): value is number => Number.isFinite(valu
 
 const isRank = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) > 0;
 
-/** Tells whether Python takes a value as false. An empty object counts as set: PEFT turns it into a configuration of defaults. */
+/**
+ * Tells whether Python takes a value as false. An empty object counts as set: PEFT turns it into a configuration of
+ * defaults.
+ */
 function isOff(value: unknown): boolean {
   return !value || (Array.isArray(value) && value.length === 0);
 }
@@ -226,13 +234,17 @@ function tokenRows(value: unknown, refuse: (message: string) => AdapterError): [
   });
 }
 
-// The regular expressions by which PEFT gives modules a rank and a scale of their own (`get_pattern_key` of peft/utils/other.py:
-// `re.match(r"(.*\.)?(PATTERN)$", name)`, the first match counts). Patterns come from untrusted files, and engines backtrack, which can
-// take exponential time. So repeated groups are refused, and the ways to match what is left are counted before the engine runs.
+// The regular expressions by which PEFT gives modules a rank and a scale of their own (`get_pattern_key` of
+// peft/utils/other.py: `re.match(r"(.*\.)?(PATTERN)$", name)`, the first match counts). Patterns come from untrusted
+// files, and engines backtrack, which can take exponential time. So repeated groups are refused, and the ways to match
+// what is left are counted before the engine runs.
 
 /** Longest pattern, in characters. Patterns of people and of PEFT are mostly names of modules. */
 const MAX_LENGTH = 1024;
-/** Most characters compared for all names of an adapter, which take seconds. 6 000 modules with a pattern for each need a quarter. */
+/**
+ * Most characters compared for all names of an adapter, which take seconds. 6 000 modules with a pattern for each need
+ * a quarter.
+ */
 const MAX_COMPARED = 1e10;
 
 /** Refuses a pattern. @param why ends a sentence about it, and says what to do */
@@ -301,7 +313,10 @@ const CLASSES: ReadonlyMap<string, string> = new Map([
 /** The beginning of a group; its end, with a repetition; an alternative, a set, an escape, a repetition. */
 const PIECE = /\((?:\?.?)?|\)[*+{]?|\||\[\^?\]?(?:\\.|[^\]\\])*\]?|\\.?|[*+?]|\{(\d*)(,?)(\d*)\}/gsu;
 
-/** Python's expression as JavaScript writes it, which finds what else is wrong. @param refuse makes an error of a reason */
+/**
+ * Python's expression as JavaScript writes it, which finds what else is wrong.
+ * @param refuse makes an error of a reason
+ */
 function compile(pattern: string, refuse: (why: string) => Error): Compiled {
   if (pattern.length > MAX_LENGTH) throw refuse(`has ${pattern.length} characters, ${MAX_LENGTH} at most are read`);
   let ways = 1;

@@ -1,7 +1,7 @@
 /**
- * Reads an adapter as PEFT saves it, `adapter_config.json` and `adapter_model.safetensors`, into the canonical form. Rank and scale of a
- * module come from the same fields and patterns as in PEFT. A file that PEFT would not load, or would load in part only, is refused.
- * Portable: folders are read in folder.ts.
+ * Reads an adapter as PEFT saves it, `adapter_config.json` and `adapter_model.safetensors`, into the canonical form.
+ * Rank and scale of a module come from the same fields and patterns as in PEFT. A file that PEFT would not load, or
+ * would load in part only, is refused. Portable: folders are read in folder.ts.
  */
 
 import type { BaseInput, WeightHost } from "../core/base.ts";
@@ -30,13 +30,16 @@ import {
 import { CONVERT, headsOf, type PeftConfig, readPeftConfig, withoutBase } from "./peft-config.ts";
 import type { BaseStart } from "./start.ts";
 
-/** The files of one adapter of PEFT, with adapter_model.safetensors as its tensors, or of MLX LM, with adapters.safetensors. */
+/**
+ * The files of one adapter of PEFT, with adapter_model.safetensors as its tensors, or of MLX LM, with
+ * adapters.safetensors.
+ */
 export interface PeftFiles extends AdapterFile {
   /** Parsed adapter_config.json. */
   readonly config: unknown;
   /**
-   * Weights of the base model, for an adapter that began as PiSSA or OLoRA: ΔW then is relative to these. A host is the caller's to
-   * close, after the adapter. Default: none; such an adapter is refused.
+   * Weights of the base model, for an adapter that began as PiSSA or OLoRA: ΔW then is relative to these. A host is the
+   * caller's to close, after the adapter. Default: none; such an adapter is refused.
    */
   readonly base?: BaseInput | undefined;
 }
@@ -79,7 +82,10 @@ export async function readPeft(files: PeftFiles): Promise<Adapter> {
 const TIED = /(^|\.)(embed_tokens|wte|shared|embed_in)$/;
 const HEADS = /(^|\.)(lm_head|embed_out)$/;
 
-/** Warns of an embedding that changes without its head. PEFT leaves a tied head as it was then, which one weight for both cannot do. */
+/**
+ * Warns of an embedding that changes without its head. PEFT leaves a tied head as it was then, which one weight for
+ * both cannot do.
+ */
 function tieWarnings(modules: readonly string[], saved: readonly SavedTensor[]): string[] {
   const whole = saved.flatMap(({ name, role }) => (role === "saved" ? name.replace(/\.weight$/, "") : []));
   const changed = [...modules, ...whole];
@@ -305,7 +311,10 @@ function checkedShapes(
   return { rank, inputs, out, kernel };
 }
 
-/** Checks a vector [out] that a module has if a field of the configuration is set; magnitudes of convolutions are [1, out, 1…]. */
+/**
+ * Checks a vector [out] that a module has if a field of the configuration is set; magnitudes of convolutions are [1,
+ * out, 1…].
+ */
 function checkExtra(
   { refuse, shape, describe }: PeftTensors,
   field: "use_dora" | "lora_bias",
@@ -323,7 +332,8 @@ function checkExtra(
   throw refuse(key, `${describe(key)}, expected [${out}]; save the adapter again`);
 }
 
-// Assigns every tensor of a PEFT file to its module or parameter; a file with a tensor left over is refused. Reads no values.
+// Assigns every tensor of a PEFT file to its module or parameter; a file with a tensor left over is refused. Reads no
+// values.
 
 /** The part of a configuration that decides how a module is read. */
 type ModuleConfig = Pick<PeftConfig, "fanInFanOut" | "loraBias" | "dora" | "start" | "forModule">;
@@ -372,7 +382,10 @@ export function peftTensors(file: TensorFile, config: ModuleConfig, base?: Weigh
   };
 }
 
-/** Multiplies values in place until one is not finite. Returns how many are. Loops of an async function are compiled late. */
+/**
+ * Multiplies values in place until one is not finite. Returns how many are. Loops of an async function are compiled
+ * late.
+ */
 function multiplied(values: Float32Array, scale: number): number {
   let i = 0;
   for (; i < values.length; i++) {
@@ -406,7 +419,9 @@ function place({ file, refuse }: PeftTensors, config: PeftConfig): Places {
   const biases = new Map<string, string>();
   const leftover: string[] = [];
   const unlisted: string[] = [];
-  /** Adds a key. Two spellings of one tensor, with and without prefix or adapter name, mean two adapters in one file. */
+  /**
+   * Adds a key. Two spellings of one tensor, with and without prefix or adapter name, mean two adapters in one file.
+   */
   const put = <K extends string>(map: Map<K, string>, name: K, key: string): void => {
     const other = map.get(name);
     if (other !== undefined) throw twice(other, key, refuse);
@@ -443,8 +458,8 @@ function place({ file, refuse }: PeftTensors, config: PeftConfig): Places {
 }
 
 /**
- * Embeddings and heads, by the last part of their name, that PEFT saves whole without being asked when the vocabulary was resized
- * (`save_embedding_layers`). The configuration does not list them.
+ * Embeddings and heads, by the last part of their name, that PEFT saves whole without being asked when the vocabulary
+ * was resized (`save_embedding_layers`). The configuration does not list them.
  */
 const EMBEDDINGS =
   /(^|\.)(embed_tokens|lm_head|word_embeddings|shared|wte|embed_in|embed_out|tok_embeddings)\.(weight|bias)$/;
@@ -458,14 +473,15 @@ function placeOf(
   if (isSaved(name, modulesToSave)) return kind === "original" ? "unused" : kind === "plain" ? "whole" : "wrapped";
   if (kind !== "plain") return undefined;
   if (bias !== "none" && /(^|\.)bias$/.test(name)) return "biases";
-  // Earlier versions of PEFT saved every parameter with "bias" in its name, such as T5's relative_attention_bias.weight.
+  // Earlier versions of PEFT saved every parameter with "bias" in its name, such as T5's
+  // relative_attention_bias.weight.
   if (bias === "all" && name.includes("bias")) return "whole";
   return EMBEDDINGS.test(name) ? "unlisted" : undefined;
 }
 
 /**
- * Tells whether PEFT saves a parameter's module whole. PEFT wraps every module whose name ends with an entry, not only at a dot
- * (`_set_trainable`).
+ * Tells whether PEFT saves a parameter's module whole. PEFT wraps every module whose name ends with an entry, not only
+ * at a dot (`_set_trainable`).
  */
 function isSaved(parameter: string, modulesToSave: readonly string[]): boolean {
   for (let dot = parameter.indexOf("."); dot >= 0; dot = parameter.indexOf(".", dot + 1)) {
@@ -475,7 +491,10 @@ function isSaved(parameter: string, modulesToSave: readonly string[]): boolean {
   return false;
 }
 
-/** Checks a name before it is interpreted, which may be slow for long names. @throws AdapterError for one that a pack cannot hold */
+/**
+ * Checks a name before it is interpreted, which may be slow for long names.
+ * @throws AdapterError for one that a pack cannot hold
+ */
 export function checkName(key: string, refuse: PeftTensors["refuse"]): void {
   if (!/\p{Cc}/u.test(key) && new TextEncoder().encode(key).length <= MAX_NAME_BYTES) return;
   const expected = `expected ${MAX_NAME_BYTES} bytes at most, without control characters; rename it`;
@@ -527,17 +546,18 @@ function leftoverError(keys: readonly string[], refuse: PeftTensors["refuse"]): 
   );
 }
 
-// Interprets the names of the tensors in PEFT's adapter_model.safetensors. Uses names only, neither shapes nor the configuration.
-// Accepted: with or without the prefix `base_model.model.`, with or without the adapter's own name after `lora_A` and the like
-// (`lora_A.default.weight`).
+// Interprets the names of the tensors in PEFT's adapter_model.safetensors. Uses names only, neither shapes nor the
+// configuration. Accepted: with or without the prefix `base_model.model.`, with or without the adapter's own name after
+// `lora_A` and the like (`lora_A.default.weight`).
 
 /** The tensors that one adapted module may have. `baseWeight` and `baseBias` are copies of the base's own. */
 export type KeyRole = "A" | "B" | "embeddingA" | "embeddingB" | "loraBias" | "magnitude" | "baseWeight" | "baseBias";
 
 interface PeftKey {
   /**
-   * "part" of an adapted module; replaced "rows" of an embedding; a parameter by its "plain" name: saved whole, or a bias; the same
-   * "wrapped", under the wrapper's own name, where PEFT prefers the plain one; the base's "original" of it, which PEFT does not use.
+   * "part" of an adapted module; replaced "rows" of an embedding; a parameter by its "plain" name: saved whole, or a
+   * bias; the same "wrapped", under the wrapper's own name, where PEFT prefers the plain one; the base's "original" of
+   * it, which PEFT does not use.
    */
   readonly kind: "part" | "rows" | "plain" | "wrapped" | "original";
   /** The base's name of the module, of a part and of rows, or of the parameter. */
@@ -588,14 +608,14 @@ function parse(name: string, adapters: ReadonlySet<string>): PeftKey {
   return { kind: "wrapped", name: `${owner}.${others.length > 0 && adapters.has(first) ? others.join(".") : rest}` };
 }
 
-// Writes a canonical adapter as the two files that PEFT loads, with the same weights. Scales stay in B, so every module's alpha equals its
-// rank.
+// Writes a canonical adapter as the two files that PEFT loads, with the same weights. Scales stay in B, so every
+// module's alpha equals its rank.
 
 /**
- * Makes the contents of adapter_config.json and of adapter_model.safetensors (f32), for `writeSafetensors` with the metadata `format:
- * "pt"` that PyTorch's tools expect. Holds one adapter in memory.
- * @throws AdapterError when PEFT's format, which has one switch per adapter for DoRA, `lora_bias` and the orientation of weights, cannot
- * express this adapter; and errors of the adapter's `read`
+ * Makes the contents of adapter_config.json and of adapter_model.safetensors (f32), for `writeSafetensors` with the
+ * metadata `format: "pt"` that PyTorch's tools expect. Holds one adapter in memory.
+ * @throws AdapterError when PEFT's format, which has one switch per adapter for DoRA, `lora_bias` and the orientation
+ *   of weights, cannot express this adapter; and errors of the adapter's `read`
  */
 export async function peftFiles(adapter: Exportable): Promise<{ config: object; tensors: SafetensorsEntry[] }> {
   checkAdapter("peftFiles", adapter);
@@ -715,8 +735,8 @@ function taskTypeOf({ metadata, saved }: Exportable): string | undefined {
 }
 
 /**
- * The module that PEFT must save whole to hold a parameter of `owner`: the head around it where the task type has one, since PEFT wraps
- * that head anyway, else `owner` itself.
+ * The module that PEFT must save whole to hold a parameter of `owner`: the head around it where the task type has one,
+ * since PEFT wraps that head anyway, else `owner` itself.
  */
 function headModule(owner: string, taskType: string | undefined): string {
   const heads = headsOf(taskType);

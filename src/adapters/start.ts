@@ -1,7 +1,7 @@
 /**
- * Adapters whose training began from a changed base. PiSSA and OLoRA take B₀·A₀ out of a weight and train the factors from there; PEFT
- * computes B₀·A₀ again whenever it loads the adapter. Relative to the base as it was, ΔW = s·(B·A − B₀·A₀), which is what PEFT's own
- * conversion stores.
+ * Adapters whose training began from a changed base. PiSSA and OLoRA take B₀·A₀ out of a weight and train the factors
+ * from there; PEFT computes B₀·A₀ again whenever it loads the adapter. Relative to the base as it was, ΔW = s·(B·A −
+ * B₀·A₀), which is what PEFT's own conversion stores.
  */
 
 import { type CpuView, type Located, viewValues, type WeightHost } from "../core/base.ts";
@@ -16,7 +16,10 @@ import type { ModuleShape } from "./adapter.ts";
 /** Starts that follow from the base's weight alone. */
 export type BaseStart = "pissa" | "olora";
 
-/** Factors that a start takes out of a weight: A [rank, in], Bt [rank, out]. OLoRA's are to be multiplied with the adapter's scale. */
+/**
+ * Factors that a start takes out of a weight: A [rank, in], Bt [rank, out]. OLoRA's are to be multiplied with the
+ * adapter's scale.
+ */
 type Factors = Record<"A" | "Bt", Float64Array>;
 
 /** Starts by base, since many adapters of one base have the same: by name, rank and kind. */
@@ -26,7 +29,8 @@ const known = new WeakMap<WeightHost, Map<string, Promise<Factors>>>();
  * Adds to a term what its start took out of the base's weight.
  * @param scale of the adapter for this module
  * @param file of the adapter, for messages
- * @throws BaseMismatchError when the base does not have the module; AdapterError where the base does not determine the start
+ * @throws BaseMismatchError when the base does not have the module; AdapterError where the base does not determine the
+ *   start
  */
 export async function fromBase(
   start: BaseStart,
@@ -74,7 +78,8 @@ async function factorsOf(
   const [rows, columns] = transposed ? [module.in, module.out] : [module.out, module.in];
   const stored = Float64Array.from(viewValues((await host.read(weight)) as CpuView));
   const products = await fastProducts();
-  // The weight keeps the order it is stored in: a singular value decomposition is the same either way, and PEFT's OLoRA does not turn a weight.
+  // The weight keeps the order it is stored in: a singular value decomposition is the same either way, and PEFT's OLoRA
+  // does not turn a weight.
   const found = (start === "pissa" ? strongest : firstColumns)(stored, rows, columns, rank, products);
   if (found) return transposed ? { A: found.Bt, Bt: found.A } : found;
   throw new AdapterError(
@@ -103,7 +108,10 @@ function strongest(
   return { A, Bt: products.multiplyTransposed(A, w, kept, rows, columns) };
 }
 
-/** Q·R of W [rows, columns] up to a rank: W projected onto its first columns; undefined where these depend on each other. */
+/**
+ * Q·R of W [rows, columns] up to a rank: W projected onto its first columns; undefined where these depend on each
+ * other.
+ */
 function firstColumns(
   w: Float64Array,
   rows: number,

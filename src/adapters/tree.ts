@@ -1,6 +1,6 @@
 /**
- * Where adapters and bases are looked for: folders on the disk, or a repository of the Hugging Face Hub. Paths are absolute ones on the
- * disk in both: those of a repository are where its files lie once they are downloaded.
+ * Where adapters and bases are looked for: folders on the disk, or a repository of the Hugging Face Hub. Paths are
+ * absolute ones on the disk in both: those of a repository are where its files lie once they are downloaded.
  */
 
 import { readdir, readFile, stat } from "node:fs/promises";
@@ -95,7 +95,10 @@ async function treeOnHub(name: HubName, options: SnapshotOptions): Promise<{ tre
 /** Room for a pattern for each of 100 000 modules; a larger file is no configuration, and would fill the memory. */
 const MAX_JSON_BYTES = 16 * 1024 * 1024;
 
-/** @throws SourceError for a pipe or a device; AdapterError when there is no such file, it is too large, or holds what `parseJson` refuses */
+/**
+ * @throws SourceError for a pipe or a device; AdapterError when there is no such file, it is too large, or holds what
+ *   `parseJson` refuses
+ */
 export async function readJson(path: string): Promise<unknown> {
   await refuseOtherKinds(path, "a file");
   const bytes = (await stat(path).catch(() => undefined))?.size ?? 0;
@@ -168,14 +171,15 @@ async function openHosts(files: readonly string[], tree: Tree): Promise<WeightHo
   };
 }
 
-// Facts of a base model, from its folder, config.json, a safetensors file or its index, a list of names, or a GGUF file. Reads headers, no
-// weights.
+// Facts of a base model, from its folder, config.json, a safetensors file or its index, a list of names, or a GGUF
+// file. Reads headers, no weights.
 
 const CONFIG = "config.json";
 
 /**
  * Reads names, heads and architecture of a base model, for formats that leave them to it.
- * @param given path of its folder, config.json, a list of names in JSON, a safetensors file or index, or a GGUF file; or a name of the Hub
+ * @param given path of its folder, config.json, a list of names in JSON, a safetensors file or index, or a GGUF file;
+ *   or a name of the Hub
  * @throws AdapterError for other files; FormatError and SourceError for files that cannot be read
  */
 export async function describeBase(given: string, options: HubOptions = {}): Promise<BaseFacts> {

@@ -1,9 +1,10 @@
 /**
- * Weights in blocks of 4 or 8 bits (MatMulNBits), in products of many rows and their gradients. They stay packed: a product unpacks their
- * rows one part at a time, and frees each part before the next.
+ * Weights in blocks of 4 or 8 bits (MatMulNBits), in products of many rows and their gradients. They stay packed: a
+ * product unpacks their rows one part at a time, and frees each part before the next.
  *
- * A byte of 4-bit weights w = 16 · u + l holds two neighbouring columns, l first. Bytes become floats in one pass, and so do upper halves; the
- * lower ones are w − 16 · u. Either side of a product can take that difference, so that they are never unpacked; it costs a digit of f32.
+ * A byte of 4-bit weights w = 16 · u + l holds two neighbouring columns, l first. Bytes become floats in one pass, and
+ * so do upper halves; the lower ones are w − 16 · u. Either side of a product can take that difference, so that they
+ * are never unpacked; it costs a digit of f32.
  */
 import { FLOAT, UINT8 } from "../onnx/linear.ts";
 import { type Graph, intOf } from "../onnx/model.ts";
@@ -30,7 +31,10 @@ export interface BlockWeight {
   readonly zeros: string | undefined;
 }
 
-/** An int64 vector that becomes available during the run. Runtimes would copy weights when they load them, or unpack all of them first. */
+/**
+ * An int64 vector that becomes available during the run. Runtimes would copy weights when they load them, or unpack all
+ * of them first.
+ */
 type Late = (numbers: readonly number[]) => string;
 
 /** @returns the weight that a MatMulNBits multiplies by, or why it is not known here */
@@ -60,7 +64,10 @@ export function inParts<T>({ N, K }: BlockWeight, take: (from: number, to: numbe
   return last;
 }
 
-/** Unpacks rows of a weight. @returns bytes, and for 4 bits their upper halves: [to − from, count · bytes of a block] each */
+/**
+ * Unpacks rows of a weight.
+ * @returns bytes, and for 4 bits their upper halves: [to − from, count · bytes of a block] each
+ */
 export function unpacked(emit: Emitter, blocks: BlockWeight, from: number, to: number, late: Late): readonly string[] {
   const { N, bits, block, count } = blocks;
   const [rows, width] = [to - from, (block * bits) / 8];
@@ -98,7 +105,10 @@ function upperHalves(emit: Emitter, bytes: string): string {
   return emit.op(`${CONTRIBUTED}.QLinearAdd`, bytes, 1, zero, zero, 0.5, fifteen, 16, zero);
 }
 
-/** Makes vectors of scales that only such products read, in place. They take both shapes; reshaped ones would be second copies. */
+/**
+ * Makes vectors of scales that only such products read, in place. They take both shapes; reshaped ones would be second
+ * copies.
+ */
 export function flattenScales({ proto: main, initializers, consumers }: Graph): void {
   // The shape of an input is declared.
   const declared = new Set(main.input.map(({ name }) => name));
@@ -111,8 +121,9 @@ export function flattenScales({ proto: main, initializers, consumers }: Graph): 
 }
 
 /**
- * Writes products with weights in blocks as products with floats, in place. onnxruntime's own make a second copy of each weight, and
- * gradients need the first one too. Without that copy they unpack a whole vocabulary at once, and take one and a half times as long.
+ * Writes products with weights in blocks as products with floats, in place. onnxruntime's own make a second copy of
+ * each weight, and gradients need the first one too. Without that copy they unpack a whole vocabulary at once, and take
+ * one and a half times as long.
  */
 export function unpackProducts(
   { proto: main, initializers }: Graph,

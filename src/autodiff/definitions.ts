@@ -1,6 +1,6 @@
 /**
- * Fused operators and their definitions. The graph that is examined and differentiated is a shadow of the model's graph: it has
- * definitions in place of the fused nodes, which the model itself keeps.
+ * Fused operators and their definitions. The graph that is examined and differentiated is a shadow of the model's
+ * graph: it has definitions in place of the fused nodes, which the model itself keeps.
  */
 
 import { INT64 } from "../onnx/linear.ts";
@@ -9,8 +9,8 @@ import { PREFIX } from "../onnx/nodes.ts";
 import { create, type NodeProto } from "../onnx/protobuf.ts";
 import { Emitter, OperatorNode } from "./emit.ts";
 
-// Attention over all heads at once: onnxruntime's operators written as products, a mask and a softmax. Training has no past, so there are
-// as many keys as queries; a graph with more keys has shapes that do not fit, and its run fails.
+// Attention over all heads at once: onnxruntime's operators written as products, a mask and a softmax. Training has no
+// past, so there are as many keys as queries; a graph with more keys has shapes that do not fit, and its run fails.
 
 /** Score of a masked position: its exponential is 0, and adding any score to it keeps it finite. */
 const MASKED = -1e30;
@@ -50,7 +50,8 @@ function attend(emit: Emitter, { q, k, v, heads, kvHeads, scale, softcap = 0, bi
 }
 
 /**
- * Causal mask for `length` (an int64 scalar) rows and columns: a row sees no column behind it, and only the last `window` up to itself.
+ * Causal mask for `length` (an int64 scalar) rows and columns: a row sees no column behind it, and only the last
+ * `window` up to itself.
  */
 function causal(emit: Emitter, length: string, window = -1): string {
   const places = emit.range(length);
@@ -317,7 +318,8 @@ export function operatorOf({ domain, opType }: NodeProto): string {
   return domain === "" || domain === "ai.onnx" ? opType : `${domain}.${opType}`;
 }
 
-// One fused node on its way to a definition: what the definition can ask about it, and where it puts the nodes it writes.
+// One fused node on its way to a definition: what the definition can ask about it, and where it puts the nodes it
+// writes.
 
 /** Writes nodes that compute the same as a fused one. @returns the reason if it cannot: the end of a message */
 type Define = (node: Fused) => string | undefined;

@@ -1,4 +1,6 @@
-/** Writes the nodes of training graphs: helpers of rules, and values that wait for others. Knows nothing of gradients. */
+/**
+ * Writes the nodes of training graphs: helpers of rules, and values that wait for others. Knows nothing of gradients.
+ */
 import { FLOAT, INT64, UINT8 } from "../onnx/linear.ts";
 import { floatOf, intOf, intsOf } from "../onnx/model.ts";
 import {
@@ -15,7 +17,9 @@ import { create, type GraphProto, type NodeProto } from "../onnx/protobuf.ts";
 /** A size, or a product of sizes that inputs have. */
 export type Dimension = number | readonly { readonly input: string; readonly axis: number }[];
 
-/** The moment when a value becomes available: the gradient of a node, and one of its dimensions that only the run tells. */
+/**
+ * The moment when a value becomes available: the gradient of a node, and one of its dimensions that only the run tells.
+ */
 export interface Moment {
   readonly value: string;
   readonly axis: number | undefined;
@@ -176,9 +180,9 @@ export class Emitter extends NodeWriter {
   /**
    * An int64 vector of these numbers. The runtime learns its numbers and its length only once `value` is there.
    *
-   * A tensor with a shape of unknown length has unknown rank. onnxruntime then skips its search for reusable memory while it loads the
-   * graph: that search compares every value of known rank with all values needed before. It skips scalars, too, so the
-   * number that this begins with is one.
+   * A tensor with a shape of unknown length has unknown rank. onnxruntime then skips its search for reusable memory
+   * while it loads the graph: that search compares every value of known rank with all values needed before. It skips
+   * scalars, too, so the number that this begins with is one.
    * @param axis of a dimension of `value` that only the run tells, if any; it is read where `gathers` is set
    */
   late(numbers: readonly number[], value: string, axis?: number): string {
@@ -191,8 +195,8 @@ export class Emitter extends NodeWriter {
     // WebGPU does not compute Size, so the whole value would be copied to the processor.
     if (!this.gathers) return this.op("Size", value);
     if (axis !== undefined) return this.gather(this.shapeOf(value), this.int(axis));
-    // Where all sizes are fixed an element is read instead, since runtimes compute what they can when they load; 0 stands behind it, for
-    // where there are no elements.
+    // Where all sizes are fixed an element is read instead, since runtimes compute what they can when they load; 0
+    // stands behind it, for where there are no elements.
     const first = this.slice(this.reshape(value, [-1]), 0, 0, 1);
     const orZero = this.concat([first, this.op("Unsqueeze", 0, [0])], 0);
     return this.cast(this.gather(orZero, this.int(0)), INT64);

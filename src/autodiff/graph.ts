@@ -1,7 +1,8 @@
 /**
- * The training graph: a model that answers with any task, extended to learn one too. Inputs that `inject` has added (factors of layers,
- * heads) get gradients in a branch that runs only on demand. Every build of ONNX Runtime has its operators, those for the web too, which
- * have no training of their own. The caller runs the probes and takes the steps.
+ * The training graph: a model that answers with any task, extended to learn one too. Inputs that `inject` has added
+ * (factors of layers, heads) get gradients in a branch that runs only on demand. Every build of ONNX Runtime has its
+ * operators, those for the web too, which have no training of their own. The caller runs the probes and takes the
+ * steps.
  */
 
 import { FormatError } from "../errors.ts";
@@ -23,7 +24,10 @@ import { Problems, type ShapeProbe, type Shapes } from "./shapes.ts";
 export interface TrainingGraphOptions {
   /** The output that holds the logits, [… , classes]. Default: "logits", or the only output. */
   readonly logits?: string | undefined;
-  /** The model answers at every position, [batch, length, classes], and learns from a few classes of some. Default: false. */
+  /**
+   * The model answers at every position, [batch, length, classes], and learns from a few classes of some. Default:
+   * false.
+   */
   readonly tokens?: boolean | undefined;
   /** Runs the model while the graph is made, on two tiny feeds. */
   readonly probe: ShapeProbe;
@@ -39,7 +43,10 @@ export interface TrainingGraph {
   readonly learnInput: string;
   /** f32 [N, C]: N rows of logits, all leading dimensions flattened. Ignored in a run that does not learn. */
   readonly targetsInput: string;
-  /** f32 [1, C]: 1 for columns of the logits that are features, compared by squares. Not for a model that answers at every position. */
+  /**
+   * f32 [1, C]: 1 for columns of the logits that are features, compared by squares. Not for a model that answers at
+   * every position.
+   */
   readonly squaresInput: string;
   /** Inputs of a model that answers at every position. */
   readonly tokens: TokenInputs | undefined;
@@ -54,8 +61,8 @@ export interface TrainingGraph {
 /** Additional inputs of a model that answers at every position. */
 interface TokenInputs {
   /**
-   * int64 [N]: the rows of logits to compute, numbered across all texts: text · length + position. The logits are then [1, N, C].
-   * Empty: all rows, and the logits are [batch, length, C].
+   * int64 [N]: the rows of logits to compute, numbered across all texts: text · length + position. The logits are then
+   * [1, N, C]. Empty: all rows, and the logits are [batch, length, C].
    */
   readonly positions: string;
   /** int64 [N, k]: the classes of the targets [N, k]; those of a row all differ. */
@@ -78,7 +85,10 @@ const SIZES = [
   [3, 7, 37, 43, 53, 61],
 ] as const;
 
-/** The same for task inputs: labels, rank of factors, rows of tables. Factors of many layers are most of the fed numbers. */
+/**
+ * The same for task inputs: labels, rank of factors, rows of tables. Factors of many layers are most of the fed
+ * numbers.
+ */
 const TASK_SIZES = [
   { labels: 23, q: 11, rows: 67 },
   { labels: 29, q: 13, rows: 71 },
@@ -91,7 +101,8 @@ const POSITION_COUNTS = [17, 19] as const;
 const TRAINED: ReadonlySet<TaskInput["kind"]> = new Set(["A", "B", "headWeight", "headBias"]);
 
 /**
- * Adds loss and gradients to a model with task inputs, in place. Gradients belong to one task: trained inputs must have 1 as `tasks`.
+ * Adds loss and gradients to a model with task inputs, in place. Gradients belong to one task: trained inputs must have
+ * 1 as `tasks`.
  *
  * @param injected result of `inject` on `file.model`
  * @example
@@ -229,8 +240,9 @@ function taskFeeds(inputs: readonly TaskInput[], sizes: Readonly<Record<string, 
   });
 }
 
-// The nodes that only learning runs: a branch of the graph, in parts that are graphs of their own. onnxruntime takes a time to plan a graph's
-// memory that grows with the square of its nodes, and a language model has thousands of them here.
+// The nodes that only learning runs: a branch of the graph, in parts that are graphs of their own. onnxruntime takes a
+// time to plan a graph's memory that grows with the square of its nodes, and a language model has thousands of them
+// here.
 
 /** Nodes of a part, give or take half of them: about those of one layer. */
 const PART = 300;
@@ -367,8 +379,9 @@ function typeOfResult(node: NodeProto, at: (value?: string) => number | undefine
   return at(input[Number(/^(Where|DequantizeLinear)$/.test(opType))]);
 }
 
-// Restricts the last product of a model that answers at every position to some of them. Only positions of an answer meet a target, not
-// those of its prompt, and the last product, with a vocabulary of tens of thousands, is by far the widest.
+// Restricts the last product of a model that answers at every position to some of them. Only positions of an answer
+// meet a target, not those of its prompt, and the last product, with a vocabulary of tens of thousands, is by far the
+// widest.
 
 /** int64 [N]: positions among all rows of all texts, batch · length. Empty: every position is answered. */
 const POSITIONS: string = `${PREFIX}.positions`;
@@ -381,8 +394,10 @@ const BEHIND = /^(Add|Sub|Mul|Div|Tanh|Identity|Cast)$/;
 const PRODUCTS = /^(MatMul|Gemm|FusedMatMul|MatMulNBits)$/;
 
 /**
- * Restricts the product that gives the logits to rows at the positions, in place: always, so that the graph can be differentiated.
- * @returns `choose`, which makes it a choice: all rows where no positions are given. Undefined where no product gives the logits
+ * Restricts the product that gives the logits to rows at the positions, in place: always, so that the graph can be
+ * differentiated.
+ * @returns `choose`, which makes it a choice: all rows where no positions are given. Undefined where no product gives
+ *   the logits
  */
 function pickPositions(graph: Graph, opset: number, logits: string): { readonly choose: () => void } | undefined {
   const main = graph.proto;
@@ -420,7 +435,9 @@ function only(value: string, name: string): GraphProto {
   });
 }
 
-/** Input of the product that gives the logits; undefined where there is no such product, or several with different rows. */
+/**
+ * Input of the product that gives the logits; undefined where there is no such product, or several with different rows.
+ */
 function rowsBefore({ producers }: Graph, logits: string): string | undefined {
   const found = new Set<string>();
   const pending = [logits];
@@ -458,8 +475,9 @@ function ancestors({ producers }: Graph, value: string): ReadonlySet<NodeProto> 
   return found;
 }
 
-// Removes Transposes of weights in front of products, as with an embedding that is the last layer too. Runtimes transpose constant
-// weights at load time and hold both copies. The backward pass uses the weight as it is; after this the product does too.
+// Removes Transposes of weights in front of products, as with an embedding that is the last layer too. Runtimes
+// transpose constant weights at load time and hold both copies. The backward pass uses the weight as it is; after this
+// the product does too.
 
 function takeUntransposed(graph: Graph, opset: number): void {
   const { proto: main, consumers, outputs } = graph;
@@ -492,8 +510,8 @@ function transposedWeight(graph: Graph, node: NodeProto): { readonly name: strin
   return tensor?.dims.length === 2 && type === FLOAT ? { name, rows: Number(tensor.dims[0]) } : undefined;
 }
 
-// Cross entropy between the softmax of the logits and numeric targets: labels, smoothed or weighted ones, rows of zeros for padding,
-// answers of another model. N rows, C classes:
+// Cross entropy between the softmax of the logits and numeric targets: labels, smoothed or weighted ones, rows of zeros
+// for padding, answers of another model. N rows, C classes:
 // loss = −1/N · Σ targets · log softmax(logits)
 // dloss/dlogits = (softmax(logits) · Σ_C targets − targets) / N
 // A row counts by the sum of its targets; a row of zeros counts only in N.
@@ -556,7 +574,8 @@ function sparseCrossEntropy(emit: Emitter, logits: string, classes: string, targ
   return { loss, gradient: emit.reshapeAs(rest, logits) };
 }
 
-// Reverse-mode differentiation of a graph: from the gradient of one value, with one rule per operator, to those of the trained values.
+// Reverse-mode differentiation of a graph: from the gradient of one value, with one rule per operator, to those of the
+// trained values.
 
 /** Emits the nodes that compute gradients, from that of `end`, which `seed` emits. @returns the gradients by value */
 export function differentiate(
@@ -592,9 +611,10 @@ export function differentiate(
   return gradients;
 }
 
-// Chooses which values of the forward run the backward nodes find kept, and makes the others again. Kept values are memory that an
-// answering run does not need, so few are kept; but no product with a weight is computed twice. What is made again waits for the gradient
-// that needs it: runtimes order nodes by their inputs alone, and would recompute all layers first.
+// Chooses which values of the forward run the backward nodes find kept, and makes the others again. Kept values are
+// memory that an answering run does not need, so few are kept; but no product with a weight is computed twice. What is
+// made again waits for the gradient that needs it: runtimes order nodes by their inputs alone, and would recompute all
+// layers first.
 
 /** First letters of the names of values that are made again. */
 const AGAIN: string = `${PREFIX}/again/`;
@@ -676,8 +696,9 @@ const PRODUCT = /^(MatMul|Gemm|MatMulNBits|Conv|MatMulInteger.*)$/;
 const FAR = 2;
 
 /**
- * Values to keep: products with weights, sums in the place of their terms, and what is used far behind. All others can be made from them
- * and from what depends on nothing trained. The cheapest set of values, a minimum cut, takes the same memory and the same time.
+ * Values to keep: products with weights, sums in the place of their terms, and what is used far behind. All others can
+ * be made from them and from what depends on nothing trained. The cheapest set of values, a minimum cut, takes the same
+ * memory and the same time.
  */
 function valuesToKeep(path: ProbedPath): ReadonlySet<string> {
   const kept = new Set(farUsed(path));
@@ -701,8 +722,8 @@ function isDear({ opType, input }: NodeProto, { producers }: Graph): boolean {
 }
 
 /**
- * Values that bypass a layer, such as residuals. Each could be made from the one before and the layer's result, but then the last one
- * would need all of them at once.
+ * Values that bypass a layer, such as residuals. Each could be made from the one before and the layer's result, but
+ * then the last one would need all of them at once.
  */
 function farUsed({ graph, active }: Pick<ProbedPath, "graph" | "active">): ReadonlySet<string> {
   const depths = new Map<string, number>();

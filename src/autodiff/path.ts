@@ -1,5 +1,6 @@
 /**
- * The nodes and values that gradients flow through, between trained values and the loss, and the shapes of all that they take and make.
+ * The nodes and values that gradients flow through, between trained values and the loss, and the shapes of all that
+ * they take and make.
  */
 
 import type { Feed } from "../onnx/feeds.ts";
@@ -17,7 +18,8 @@ const FLOATS: ReadonlySet<number> = new Set([1, 10, 11, 16]);
 const QUANTISED = /^(Quantize|Dequantize|DynamicQuantize|QLinear|MatMulInteger|ConvInteger)/;
 
 /**
- * Finds the path by the inputs through which each operator can be differentiated. Looks at operators and names, not at shapes.
+ * Finds the path by the inputs through which each operator can be differentiated. Looks at operators and names, not at
+ * shapes.
  * @param refused why fused nodes have no definition
  */
 function findPath(
@@ -120,9 +122,10 @@ export async function probePath(
   return { ...findPath(graph, sources, end, problems, refused), graph, shapes };
 }
 
-// Takes the position that a classifier looks at ([CLS], say) as early as possible. The last layer computes all positions, but most of its
-// operators need only that position of their input; keys and values are the exception. The numbers stay the same, for one position of
-// each text. The forward run saves most of a layer, the backward run work on zeros.
+// Takes the position that a classifier looks at ([CLS], say) as early as possible. The last layer computes all
+// positions, but most of its operators need only that position of their input; keys and values are the exception. The
+// numbers stay the same, for one position of each text. The forward run saves most of a layer, the backward run work on
+// zeros.
 
 const ELEMENTWISE =
   /^(Add|Sub|Mul|Div|Pow|Erf|Tanh|Sigmoid|Relu|Gelu|Sqrt|Reciprocal|Neg|Exp|Identity|Cast|Where|IsNaN)$/;
@@ -145,7 +148,10 @@ interface Lifted {
   readonly carried: Carried;
 }
 
-/** Takes positions as early as shapes allow, in place. @returns the graph indexed anew; undefined where no product is saved */
+/**
+ * Takes positions as early as shapes allow, in place.
+ * @returns the graph indexed anew; undefined where no product is saved
+ */
 function lift({ graph, name, opset }: OnnxModel, shapes: Shapes): Graph | undefined {
   const nodes = graph.proto.node.filter(({ input, output }) =>
     [...input, ...output].every((value) => value === "" || shapes.has(value)),
@@ -165,7 +171,10 @@ function lift({ graph, name, opset }: OnnxModel, shapes: Shapes): Graph | undefi
   return lifted;
 }
 
-/** Finds the nodes in front of a Gather of one position that need to compute no other. @param nodes those with known shapes */
+/**
+ * Finds the nodes in front of a Gather of one position that need to compute no other.
+ * @param nodes those with known shapes
+ */
 function liftable(
   { proto: main, consumers }: Graph,
   gather: NodeProto,
@@ -255,7 +264,10 @@ function takeEarly(
   gather.input.splice(1, 1, ...(scalar ? [constants.of([axis])] : []));
 }
 
-/** Inputs that need only one position too if the output needs one along `at`; undefined where all of an input may be needed. */
+/**
+ * Inputs that need only one position too if the output needs one along `at`; undefined where all of an input may be
+ * needed.
+ */
 function carriedBy(node: NodeProto, at: number, shapes: Shapes): Carried | undefined {
   const { opType, input, output } = node;
   const made = shapes.sizes(output[0]!);
@@ -284,7 +296,8 @@ function carriedBy(node: NodeProto, at: number, shapes: Shapes): Carried | undef
       return one(apart && intOf(node, "keepdims", 1) === 1 ? at : undefined);
     }
     case "Reshape": {
-      // The dimension with as many elements in front of it and as many positions, so that the rest moves as a whole. One may be free.
+      // The dimension with as many elements in front of it and as many positions, so that the rest moves as a whole.
+      // One may be free.
       const before = (sizes: typeof made, axis: number): string =>
         String([0, 1].map((run) => sizes.slice(0, axis).reduce((product, size) => product * size[run]!, 1)));
       const along = first.findIndex(

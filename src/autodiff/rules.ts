@@ -19,7 +19,10 @@ export interface Rule {
   readonly backward: (node: NodeGradient) => void;
 }
 
-/** Rule of an operator that broadcasts: gives the gradient of each input in the shape of the output. Inputs without an entry get none. */
+/**
+ * Rule of an operator that broadcasts: gives the gradient of each input in the shape of the output. Inputs without an
+ * entry get none.
+ */
 export function broadcast(derive: Readonly<Record<number, (node: NodeGradient) => string>>): Rule {
   const inputs = Object.keys(derive).map(Number);
   return {
@@ -40,7 +43,9 @@ export interface Walk {
   readonly gradients: Map<string, string>;
 }
 
-/** One node in the backward pass: what a rule can ask about it, and where it puts the gradients of the node's inputs. */
+/**
+ * One node in the backward pass: what a rule can ask about it, and where it puts the gradients of the node's inputs.
+ */
 export class NodeGradient extends OperatorNode {
   readonly #walk: Walk;
 
@@ -342,7 +347,8 @@ function byBytes(node: NodeGradient, g: string, blocks: BlockWeight): string {
 }
 
 /**
- * Unpacks with onnxruntime's operator, for devices without other operators on bytes. On processors it takes several times as long.
+ * Unpacks with onnxruntime's operator, for devices without other operators on bytes. On processors it takes several
+ * times as long.
  * @returns [rows of g, count · block]
  */
 function byGather(node: NodeGradient, g: string, blocks: BlockWeight): string {
@@ -373,8 +379,8 @@ const softmax: Rule = {
 };
 
 /**
- * The gradient through Where(IsNaN(y), 0, y), which exporters of scaled dot-product attention put behind the softmax for rows that see
- * nothing. Their gradient is 0 as well, and 0 · NaN would spoil all others.
+ * The gradient through Where(IsNaN(y), 0, y), which exporters of scaled dot-product attention put behind the softmax
+ * for rows that see nothing. Their gradient is 0 as well, and 0 · NaN would spoil all others.
  */
 function guarded({ graph, y }: NodeGradient): string {
   const users = (value: string): readonly Use[] => graph.consumers.get(value) ?? [];
@@ -436,8 +442,8 @@ const matMul: Rule = {
       }
       if (!node.wants(1)) return;
       const x = aDims.length === 2 ? a : emit.rows(a);
-      // A factor has few columns, and their number is free. Its gradient is computed through the transpose, since products are fast for
-      // long rows. The order matters: runtimes would fuse the Transpose into the Gemm.
+      // A factor has few columns, and their number is free. Its gradient is computed through the transpose, since
+      // products are fast for long rows. The order matters: runtimes would fuse the Transpose into the Gemm.
       const isThin = single && bDims[1] !== undefined && bDims[2] === undefined;
       const product = emit.op("Gemm", ...(isThin ? [rows(g), x] : [x, rows(g)]), { transA: 1 });
       const given = single ? emit.unsqueeze(product, [0]) : product;
@@ -538,8 +544,8 @@ const gelu = unary((emit, g, x, _, node) => {
 });
 
 /**
- * Rules by operator, with the domain in front where it is not the standard one. Where no gradient passes it is exactly 0, never
- * 0 · NaN.
+ * Rules by operator, with the domain in front where it is not the standard one. Where no gradient passes it is exactly
+ * 0, never 0 · NaN.
  */
 export const RULES: ReadonlyMap<string, Rule> = new Map(
   Object.entries({

@@ -1,6 +1,6 @@
 /**
- * Ranks, types and fixed dimensions of a graph's values, found by running it twice instead of by shape inference. Free dimensions differ
- * between the two feeds, so a size that is equal in both runs is fixed.
+ * Ranks, types and fixed dimensions of a graph's values, found by running it twice instead of by shape inference. Free
+ * dimensions differ between the two feeds, so a size that is equal in both runs is fixed.
  */
 
 import { FormatError } from "../errors.ts";
@@ -21,8 +21,8 @@ interface Probed {
 }
 
 /**
- * Loads a model, runs each feed once, and returns all outputs of each run by name; any runtime of ONNX models can do it. The weights are
- * files apart from the graph (`externalData` of onnxruntime's options).
+ * Loads a model, runs each feed once, and returns all outputs of each run by name; any runtime of ONNX models can do
+ * it. The weights are files apart from the graph (`externalData` of onnxruntime's options).
  */
 export type ShapeProbe = (
   model: DetachedModel,
@@ -104,7 +104,10 @@ function nameOf(dataType: number): string {
   return TYPES.get(dataType) ?? "other";
 }
 
-/** The weight behind a value, also through Casts and Transposes: returning all weights from the run would tell nothing new. */
+/**
+ * The weight behind a value, also through Casts and Transposes: returning all weights from the run would tell nothing
+ * new.
+ */
 function weightOf(graph: Graph, value: string, steps = 4): Probed | undefined {
   const { dims: own, dataType } = graph.initializers.get(value) ?? {};
   const dims = own?.map(Number);
@@ -165,7 +168,10 @@ export class Shapes {
     }
   }
 
-  /** Factors of a value's dimensions; undefined where one is neither an input's size nor a product of two, or is ambiguous. */
+  /**
+   * Factors of a value's dimensions; undefined where one is neither an input's size nor a product of two, or is
+   * ambiguous.
+   */
   dimensions(value: string): readonly Dimension[] | undefined {
     if (!this.has(value)) return undefined;
     const known = this.sizes(value).map(([size, other]) => {
@@ -230,7 +236,10 @@ export class Shapes {
     return first.every((one, i) => Object.is(one, second[i])) && this.#isFixed(value) ? first : undefined;
   }
 
-  /** Tells whether a value is made of constants and shapes: values that depend on an input's data may agree in both runs by chance. */
+  /**
+   * Tells whether a value is made of constants and shapes: values that depend on an input's data may agree in both runs
+   * by chance.
+   */
   #isFixed(value: string): boolean {
     const { producers, initializers } = this.#graph;
     const needs = (name: string): readonly string[] => {

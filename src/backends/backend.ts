@@ -1,7 +1,8 @@
 /**
- * The interface that every backend implements: memory in blocks, and a few operations on slices of blocks; the check that slices stay in their
- * blocks, and what backends of the CPU share. A backend knows nothing of packs, tasks, modules or hosts. CPU backends run an operation when it is
- * called; a GPU backend records it, and `finish` submits the whole switch at once. Either way operations take effect in the order of the calls.
+ * The interface that every backend implements: memory in blocks, and a few operations on slices of blocks; the check
+ * that slices stay in their blocks, and what backends of the CPU share. A backend knows nothing of packs, tasks,
+ * modules or hosts. CPU backends run an operation when it is called; a GPU backend records it, and `finish` submits the
+ * whole switch at once. Either way operations take effect in the order of the calls.
  *
  * All matrices are row-major. Factors are stored by rank: A as [rank, in] and B transposed, Bᵀ as [rank, out], so that
  * both factors expand from their bases in the same way and either orientation of a weight folds with the same loop.
@@ -59,7 +60,9 @@ export interface ExpandJob {
   readonly add?: boolean | undefined;
   /** f32 [rank, rows]. A mean is the basis' last row with coefficient 1. */
   readonly coefficients: Slice;
-  /** One encoded tensor [rows, width] (`dtypes.ts`): scales first where the type has them, then rows of packed values. */
+  /**
+   * One encoded tensor [rows, width] (`dtypes.ts`): scales first where the type has them, then rows of packed values.
+   */
   readonly basis: Slice;
   readonly dtype: Dtype;
   readonly rank: number;
@@ -98,8 +101,8 @@ export interface WeightJob {
 }
 
 /**
- * out[i, j] = (base[i, j] + Σ_k left[k, i] · right[k, j]) · rowScale[i] · columnScale[j], computed in f32, rounded once. Rank 0 copies base to
- * out (times the scales).
+ * out[i, j] = (base[i, j] + Σ_k left[k, i] · right[k, j]) · rowScale[i] · columnScale[j], computed in f32, rounded
+ * once. Rank 0 copies base to out (times the scales).
  */
 export interface FoldJob extends WeightJob {
   /** [rows, columns] like `base`. May be exactly `base`; must not overlap it otherwise. */
@@ -112,8 +115,8 @@ export interface FoldJob extends WeightJob {
 
 /**
  * DoRA's scale of one axis: out[i] = magnitude[i] / ‖(base + leftᵀ·right)[i, :]‖₂ for axis "rows", over [:, j] for
- * "columns". Squares are accumulated in f64 where the backend has it. A zero norm gives 0. NaN stands for another scale that is no
- * normal f32: it would have lost digits, or all.
+ * "columns". Squares are accumulated in f64 where the backend has it. A zero norm gives 0. NaN stands for another scale
+ * that is no normal f32: it would have lost digits, or all.
  */
 export interface ScaleJob extends WeightJob {
   /** f32 [rows] or [columns]. */
@@ -137,7 +140,10 @@ export interface Backend {
   readonly name: "js" | "wasm" | "webgpu";
   /** Which build runs: "scalar", "simd", "relaxed-simd"; for js "js"; for webgpu the adapter's name. */
   readonly variant: string;
-  /** Zeroed memory, 16-byte aligned, counted under `owner` until freed. @throws BackendError when there is none left. */
+  /**
+   * Zeroed memory, 16-byte aligned, counted under `owner` until freed.
+   * @throws BackendError when there is none left.
+   */
   allocate(byteLength: number, owner: Owner): Block;
   free(block: Block): void;
   /** The block that a buffer of the device is; one of the caller's stays the caller's. Backends on a device have it. */
@@ -158,7 +164,10 @@ export interface Backend {
   expanding?(job: ExpandJob): Generator<void>;
   folding?(job: FoldJob): Generator<void>;
   scaling?(job: ScaleJob): Generator<void>;
-  /** Hands what is recorded to the device and does not wait; what goes wrong is told by `finish`. CPU backends do not have it. */
+  /**
+   * Hands what is recorded to the device and does not wait; what goes wrong is told by `finish`. CPU backends do not
+   * have it.
+   */
   submit?(): void;
   /** Resolves when all operations so far have taken effect. CPU backends return nothing. */
   finish(): Promise<void> | void;
@@ -198,8 +207,9 @@ export function weightBytes({ dtype, rows, columns, stride }: WeightJob): number
 type Tile = readonly [row: number, rows: number, column: number, columns: number];
 
 /**
- * Divides a matrix, row by row, into tiles that take at most `most` products where each of its numbers takes `depth`: whole rows where four
- * of them are few enough, since kernels work on four at a time, else 32 columns and more, which are whole bytes in every type.
+ * Divides a matrix, row by row, into tiles that take at most `most` products where each of its numbers takes `depth`:
+ * whole rows where four of them are few enough, since kernels work on four at a time, else 32 columns and more, which
+ * are whole bytes in every type.
  */
 export function* tilesOf(rows: number, columns: number, depth: number, most: number): Generator<Tile> {
   // Numbers are moved where there are no products, too.

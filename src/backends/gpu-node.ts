@@ -1,8 +1,12 @@
 /**
- * Dawn, the WebGPU of the optional package `webgpu`, for Node and Bun: `#gpu` of package.json is this where the condition `node` is set.
+ * Dawn, the WebGPU of the optional package `webgpu`, for Node and Bun: `#gpu` of package.json is this where the
+ * condition `node` is set.
  */
 
-/** Dawn's entry point, kept for the life of the process: when it is collected, drivers may crash (dawn-gpu/node-webgpu#18). */
+/**
+ * Dawn's entry point, kept for the life of the process: when it is collected, drivers may crash
+ * (dawn-gpu/node-webgpu#18).
+ */
 let dawn: object | undefined;
 
 /** @throws Error when the package is not there */

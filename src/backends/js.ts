@@ -147,7 +147,10 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
     }
   }
 
-  /** Calls `use` with all rows of base + leftᵀ·right in f32, or parts of them from column j on. The array is the same each time. */
+  /**
+   * Calls `use` with all rows of base + leftᵀ·right in f32, or parts of them from column j on. The array is the same
+   * each time.
+   */
   *#product(job: WeightJob, use: (row: Float32Array, i: number, j: number) => void): Generator<void> {
     const { rank, rows, columns, stride } = job;
     const base = this.#elements("base", job.base, job);
@@ -201,7 +204,9 @@ function elements(type: FloatDtype, { buffer, byteOffset, byteLength }: Uint8Arr
   };
 }
 
-/** out[j] += Σ_k left[start + k·step]·right[k·stride + j], four columns at a time so that their sums stay in registers. */
+/**
+ * out[j] += Σ_k left[start + k·step]·right[k·stride + j], four columns at a time so that their sums stay in registers.
+ */
 function addProduct(
   out: Float32Array,
   left: Float32Array,

@@ -18,7 +18,10 @@ import {
   weightBytes,
 } from "./backend.ts";
 
-/** A kernel with the parameters of its namesake in `assembly/kernels.ts`: 32-bit numbers; the address 0 stands for an absent slice. */
+/**
+ * A kernel with the parameters of its namesake in `assembly/kernels.ts`: 32-bit numbers; the address 0 stands for an
+ * absent slice.
+ */
 type Kernel = (...values: number[]) => void;
 
 type WasmKernels = Record<"expand" | "project" | "fold" | "scaleRows" | "scaleColumns", Kernel> & {
@@ -84,7 +87,8 @@ class WasmBackend extends CpuBackend<number> {
     const out = this.#address("out", job.out, 4 * rank * width);
     const coefficients = this.#address("coefficients", job.coefficients, 4 * rank * rows);
     const basis = this.#address("basis", job.basis, tensorBytes(dtype, rows, width));
-    // Each piece decodes its columns of the basis, for many rows but not for all: they may lie on as many pages that are new.
+    // Each piece decodes its columns of the basis, for many rows but not for all: they may lie on as many pages that
+    // are new.
     const high = Math.min(rank, 256);
     const wide = 32 * Math.max(1, Math.floor(PIECE / Math.max(1, high * rows) / 32));
     for (let i = 0; i < rank; i += high) {
@@ -208,8 +212,9 @@ async function compile<Variant extends string>(
   for (const candidate of variant === undefined ? (Object.keys(binaries) as Variant[]).reverse() : [variant]) {
     const { default: bytes } = await binaries[candidate]();
     try {
-      // Compiled instead of validated: edge runtimes, and pages whose policy forbids it, accept the binary and do not compile it.
-      // Compiled without a promise, because that of WebAssembly.compile may never settle in a worker of WebKit.
+      // Compiled instead of validated: edge runtimes, and pages whose policy forbids it, accept the binary and do not
+      // compile it. Compiled without a promise, because that of WebAssembly.compile may never settle in a worker of
+      // WebKit.
       return new WebAssembly.Module(bytes);
     } catch (cause) {
       reasons.push(`${candidate}: ${cause}`);
@@ -224,7 +229,9 @@ const ALIGN = 16;
 /** Hands out ranges of a memory, which grows by whole pages, never ahead of need. */
 export class Heap {
   readonly #memory: WebAssembly.Memory;
-  /** Sorted, disjoint, never adjacent. Beyond `#top` nothing was ever handed out: those bytes are zero and not listed. */
+  /**
+   * Sorted, disjoint, never adjacent. Beyond `#top` nothing was ever handed out: those bytes are zero and not listed.
+   */
   readonly #free: { start: number; end: number }[] = [];
   #top: number;
 

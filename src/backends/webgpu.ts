@@ -1,7 +1,7 @@
 /**
- * The WebGPU backend: the kernels of `kernels/` on buffers of a device. Operations are recorded into one command buffer, and `finish` submits
- * them at once. Blocks are buffers of their own; what crosses the bus is what is uploaded and read. What goes wrong, WebGPU tells later than it
- * happens.
+ * The WebGPU backend: the kernels of `kernels/` on buffers of a device. Operations are recorded into one command
+ * buffer, and `finish` submits them at once. Blocks are buffers of their own; what crosses the bus is what is uploaded
+ * and read. What goes wrong, WebGPU tells later than it happens.
  */
 /// <reference types="@webgpu/types" />
 
@@ -14,7 +14,10 @@ import { after, at, checkLength, checkSlice, weightBytes } from "./backend.ts";
 
 /** Options of `webgpu`. */
 export interface WebgpuOptions {
-  /** The device to compute on, for instance the one that the model runs on; it stays the caller's. Absent: the system's is requested. */
+  /**
+   * The device to compute on, for instance the one that the model runs on; it stays the caller's. Absent: the system's
+   * is requested.
+   */
   readonly device?: backend.DeviceHandle | undefined;
   /** Milliseconds to wait for the device before it counts as lost. Default: 60 000. */
   readonly timeout?: number | undefined;
@@ -29,7 +32,10 @@ const STORAGE = 128;
 /** Usages that kernels and copies need. */
 const BLOCK_USAGE = COPY_SRC | COPY_DST | STORAGE;
 
-/** Sizes of the kernels: columns or words of a workgroup; rows of a fold's tile; rows of an expansion or projection; columns of a norm. */
+/**
+ * Sizes of the kernels: columns or words of a workgroup; rows of a fold's tile; rows of an expansion or projection;
+ * columns of a norm.
+ */
 const LANES = 64;
 const TILE_ROWS = 8;
 const ROWS = 8;
@@ -37,7 +43,8 @@ const ACROSS = 16;
 
 /**
  * A backend on the device given, or on one of the system's.
- * @param options `bindingBytes`: most bytes that a kernel sees of one buffer, if less than the device allows; larger weights are folded in parts
+ * @param options `bindingBytes`: most bytes that a kernel sees of one buffer, if less than the device allows; larger
+ *   weights are folded in parts
  * @throws BackendError when there is no WebGPU, no adapter, no device, or a shader is refused
  */
 export async function createWebgpuBackend(
@@ -248,8 +255,8 @@ class WebgpuBackend implements backend.Backend {
     const [first] = this.#jobs;
     if (first?.entry !== job.entry || first.dtype !== job.dtype) return undefined;
     if (job.ranges.some(({ slice }, i) => slice.block !== covered[i]!.slice.block)) return undefined;
-    // An input in the block of the result is copied when it is bound, so this job could not change it afterwards. Offsets of results only grow,
-    // so no two results overlap.
+    // An input in the block of the result is copied when it is bound, so this job could not change it afterwards.
+    // Offsets of results only grow, so no two results overlap.
     const [out, ...inputs] = job.ranges as [ByteRange, ...ByteRange[]];
     const { block, byteOffset } = out.slice;
     if (inputs.some(({ slice }) => slice.block === block) || byteOffset < end(covered[0]!)) return undefined;
@@ -452,8 +459,8 @@ const MAX_PREPARED = 8192;
 const MAX_GROUPS = 65535;
 
 /**
- * Records kernels and copies, and keeps what a repeated dispatch needs: pipelines, bind groups, parameters. Knows buffers and shaders, not what
- * they are for.
+ * Records kernels and copies, and keeps what a repeated dispatch needs: pipelines, bind groups, parameters. Knows
+ * buffers and shaders, not what they are for.
  */
 class Recorder {
   readonly faults: Faults;
@@ -702,7 +709,8 @@ async function openDevice({ device: given, timeout = TIMEOUT }: WebgpuOptions) {
     const adapter = await inTime(asked, timeout, "the adapter");
     if (!adapter)
       throw new Error("there is no adapter; a driver may be missing, or the browser may have WebGPU disabled");
-    // Limits are raised only where they decide which weights fit: the size of a buffer, and how much of it a kernel sees.
+    // Limits are raised only where they decide which weights fit: the size of a buffer, and how much of it a kernel
+    // sees.
     const { maxBufferSize, maxStorageBufferBindingSize } = adapter.limits;
     const requested = adapter.requestDevice({
       label: "eigenlora",
@@ -732,7 +740,9 @@ async function inTime<T>(work: Promise<T>, timeout: number, what: string): Promi
   }
 }
 
-/** Collects errors of a device. Error scopes are opened and closed within one call, so that a user's own stay in order. */
+/**
+ * Collects errors of a device. Error scopes are opened and closed within one call, so that a user's own stay in order.
+ */
 export class Faults {
   /** Resolves when the device is lost, or has not answered in time. */
   readonly lost: Promise<BackendError>;

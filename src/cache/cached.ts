@@ -1,6 +1,6 @@
 /**
- * A source that keeps what it reads in a store, and reads it from there the next time. What a version of a file is, its server
- * says, or the caller who knows what the file must hold; bytes of different versions never meet.
+ * A source that keeps what it reads in a store, and reads it from there the next time. What a version of a file is, its
+ * server says, or the caller who knows what the file must hold; bytes of different versions never meet.
  */
 
 import { checkOptions, described, SourceError } from "../errors.ts";
@@ -24,10 +24,10 @@ import { toHex } from "../text.ts";
 /** Options of `cachedSource`. */
 export interface CacheOptions extends FetchOptions {
   /**
-   * The root that the pack must have, as `openPack` takes it; give it to both, for it is `openPack` that checks it. What is kept is
-   * then found by this, whatever the address, and works offline: the server is not even asked for its version. Of other files, such as
-   * models, it is a name that the caller vouches for: the hash of the file, say. Default: the server's ETag or Last-Modified, asked for
-   * once by one request without bytes.
+   * The root that the pack must have, as `openPack` takes it; give it to both, for it is `openPack` that checks it.
+   * What is kept is then found by this, whatever the address, and works offline: the server is not even asked for its
+   * version. Of other files, such as models, it is a name that the caller vouches for: the hash of the file, say.
+   * Default: the server's ETag or Last-Modified, asked for once by one request without bytes.
    */
   readonly integrity?: string;
 }
@@ -60,11 +60,11 @@ export interface CachedSource extends ByteSource {
 const PIECE_BYTES = 4 * 2 ** 20;
 
 /**
- * A URL, or a source of your own that can `identify` itself, with a memory. `openPack`, sessions and everything else that reads
- * bytes takes it.
+ * A URL, or a source of your own that can `identify` itself, with a memory. `openPack`, sessions and everything else
+ * that reads bytes takes it.
  *
- * Only checksums are compared when bytes come from the store: a program that can write there can change them. `integrity` of
- * `openPack` finds that out.
+ * Only checksums are compared when bytes come from the store: a program that can write there can change them.
+ * `integrity` of `openPack` finds that out.
  * @param source nothing is read before it is needed
  * @param store `cacheStore`, `folderStore` of `eigenlora/node`, or your own
  * @throws TypeError when `source`, `store` or `integrity` is something else
@@ -228,9 +228,10 @@ const CHECKSUM_BYTES = 32;
 type Ranges = Awaited<ReturnType<typeof openRanges>>;
 
 /**
- * The ranges as of now and what happens here from now on. An entry is a range, followed by its SHA-256. Its key says which file, which version,
- * which bytes: the store's list of keys is all there is to know, so nothing can disagree with it. An entry of no bytes lies at the end of the
- * file, and so tells its size. Other versions of the file are forgotten.
+ * The ranges as of now and what happens here from now on. An entry is a range, followed by its SHA-256. Its key says
+ * which file, which version, which bytes: the store's list of keys is all there is to know, so nothing can disagree
+ * with it. An entry of no bytes lies at the end of the file, and so tells its size. Other versions of the file are
+ * forgotten.
  * @param version undefined: all that there are stay
  */
 async function openRanges(store: RangeStore, file: string, version?: string) {
@@ -273,7 +274,8 @@ async function openRanges(store: RangeStore, file: string, version?: string) {
       entry.set(bytes);
       entry.set(await sha256(bytes), length);
       await store.put(key, entry);
-      // Listed only once it is there: a reader that did not find it would take it off the list, and it would never be deleted.
+      // Listed only once it is there: a reader that did not find it would take it off the list, and it would never be
+      // deleted.
       kept.set(key, { offset, length });
     },
     async clear(): Promise<void> {
@@ -288,8 +290,8 @@ async function digestOf(text: string): Promise<string> {
 }
 
 /**
- * Bytes under names. Entries may vanish or be damaged at any time: they are checked when they are read. Keys are up to 120
- * letters, digits, dots and hyphens.
+ * Bytes under names. Entries may vanish or be damaged at any time: they are checked when they are read. Keys are up to
+ * 120 letters, digits, dots and hyphens.
  */
 export interface RangeStore {
   /** The bytes; undefined when there are none. */

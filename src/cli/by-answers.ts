@@ -1,6 +1,7 @@
 /**
- * Packing and adding with a model: the smallest tasks that still answer as their adapters do, or those of a size that answer most like them.
- * Loaded by `--model` alone. Outcomes are kept in a folder until the pack is written, so that a command which was stopped goes on.
+ * Packing and adding with a model: the smallest tasks that still answer as their adapters do, or those of a size that
+ * answer most like them. Loaded by `--model` alone. Outcomes are kept in a folder until the pack is written, so that a
+ * command which was stopped goes on.
  */
 import { rmdir } from "node:fs/promises";
 import { createEngine } from "../../bindings/ort-engine.ts";

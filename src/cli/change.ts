@@ -1,6 +1,6 @@
 /**
- * Commands that change a pack in place: add puts tasks behind those of the pack, whose bytes stay; remove and compact write it again; sign
- * vouches for it, with a key of keygen.
+ * Commands that change a pack in place: add puts tasks behind those of the pack, whose bytes stay; remove and compact
+ * write it again; sign vouches for it, with a key of keygen.
  */
 import { readFile } from "node:fs/promises";
 import { resolve } from "node:path";

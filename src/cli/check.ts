@@ -1,6 +1,7 @@
 /**
- * The command check: whether a pack works on a model, which modes do, what a session costs, and what to do where it does not. It
- * plans as a session does, and lists all obstacles; where onnxruntime-node is installed it makes one, too, and runs it.
+ * The command check: whether a pack works on a model, which modes do, what a session costs, and what to do where it
+ * does not. It plans as a session does, and lists all obstacles; where onnxruntime-node is installed it makes one, too,
+ * and runs it.
  */
 import { basename, extname } from "node:path";
 import { createEigenSession, createEigenSessions } from "../../bindings/onnxruntime.ts";

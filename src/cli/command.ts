@@ -1,6 +1,7 @@
 /**
- * A command: its declaration, and a `Run` of it, which knows what it reads, writes and locks. All that was opened is closed when the command
- * ends, however it ends. Names of the Hugging Face Hub become paths here: no command knows of it.
+ * A command: its declaration, and a `Run` of it, which knows what it reads, writes and locks. All that was opened is
+ * closed when the command ends, however it ends. Names of the Hugging Face Hub become paths here: no command knows of
+ * it.
  */
 
 import { existsSync } from "node:fs";
@@ -187,7 +188,8 @@ export class Run {
   }
 
   /**
-   * The path that a name of the command line stands for, once what it needs is downloaded; or a name that the library takes.
+   * The path that a name of the command line stands for, once what it needs is downloaded; or a name that the library
+   * takes.
    * @throws TypeError for a name of the Hub that is not well formed, SourceError for a model that cannot be had
    */
   async take(given: string, reads: ReadAs): Promise<string> {
@@ -345,7 +347,10 @@ function isShort(given: string): boolean {
   return !existsSync(given) && !existsSync(dirname(given));
 }
 
-/** The only file with an ending in a folder, or in its folder onnx, where exporters put it. @throws SourceError unless there is one */
+/**
+ * The only file with an ending in a folder, or in its folder onnx, where exporters put it.
+ * @throws SourceError unless there is one
+ */
 async function fileIn(folder: string, ending: string): Promise<string> {
   for (const place of [folder, join(folder, "onnx")]) {
     const names = await readdir(place).catch((): string[] => []);

@@ -1,6 +1,7 @@
 /**
- * The command distill: trains the tasks of a pack to answer plain text more like the adapters they were made of, or with `--part` those of
- * one machine of many (docs/hub.md). Finished tasks are kept in a folder until all are done, so that a run which was stopped goes on.
+ * The command distill: trains the tasks of a pack to answer plain text more like the adapters they were made of, or
+ * with `--part` those of one machine of many (docs/hub.md). Finished tasks are kept in a folder until all are done, so
+ * that a run which was stopped goes on.
  */
 import { resolve } from "node:path";
 import type { EigenSession } from "../../bindings/onnxruntime.ts";

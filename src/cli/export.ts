@@ -1,6 +1,6 @@
 /**
- * The commands export and fold: a task of a pack as an adapter that other tools load, the pack's components for those who train, or the
- * weights of a base model with a task merged into them.
+ * The commands export and fold: a task of a pack as an adapter that other tools load, the pack's components for those
+ * who train, or the weights of a base model with a task merged into them.
  */
 
 import { readdir } from "node:fs/promises";

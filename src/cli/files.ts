@@ -1,7 +1,7 @@
 /**
- * Files that commands write: where they may go, one writer at a time, whole or not at all, and nothing half written after a signal. All writes
- * are synchronous steps, so a signal is heard between two of them. Locks are own code: proper-lockfile finds a dead holder by the age of its
- * lock alone, and brings three packages.
+ * Files that commands write: where they may go, one writer at a time, whole or not at all, and nothing half written
+ * after a signal. All writes are synchronous steps, so a signal is heard between two of them. Locks are own code:
+ * proper-lockfile finds a dead holder by the age of its lock alone, and brings three packages.
  */
 import { isUtf8 } from "node:buffer";
 import { createHash, randomBytes, randomUUID } from "node:crypto";
@@ -141,7 +141,10 @@ export function filesOf({ file }: Pick<Adapter, "file">): string[] {
   return [file, ...["", ...MODELS].flatMap((model) => ADAPTER_FILES.map((name) => join(file, model, name)))];
 }
 
-/** Makes a folder, and those that it lies in, as far as they are missing. @throws SourceError when there cannot be one */
+/**
+ * Makes a folder, and those that it lies in, as far as they are missing.
+ * @throws SourceError when there cannot be one
+ */
 export function makeFolder(path: string): void {
   attempt(path, "made a folder", () => fs.mkdirSync(path, { recursive: true }));
 }
@@ -168,8 +171,8 @@ interface Written {
 
 /**
  * Writes files that belong together: each under a temporary name first, and only when all are there they are renamed.
- * @param replace files that are there already. Otherwise one that appeared during the work stays, and what was to be written is kept
- *   under other names
+ * @param replace files that are there already. Otherwise one that appeared during the work stays, and what was to be
+ *   written is kept under other names
  * @returns their sizes in bytes
  * @throws SourceError naming the one that cannot be written
  */
@@ -263,8 +266,8 @@ function syncFolder(path: string): void {
 }
 
 /**
- * Appends to a pack whose lock is held. The superblock goes last, behind a flush: until it is written the file reads as before (SPEC.md,
- * section 9).
+ * Appends to a pack whose lock is held. The superblock goes last, behind a flush: until it is written the file reads as
+ * before (SPEC.md, section 9).
  * @throws SourceError when it cannot be written, as when the disk is full; the pack is then as it was
  */
 export function append(path: string, { offset, body, superblock, superblockOffset }: Append): void {
@@ -328,8 +331,8 @@ const reading = (path: string, file: number, at: number, size: number) => async 
     return bytes;
   });
 
-// One writer at a time: a command holds FILE.lock from its beginning until the new content is there. The lock names the process that holds it.
-// That of a process that has ended is taken over, any other is waited for.
+// One writer at a time: a command holds FILE.lock from its beginning until the new content is there. The lock names the
+// process that holds it. That of a process that has ended is taken over, any other is waited for.
 
 interface Owner {
   readonly pid: number;
@@ -352,8 +355,8 @@ const NAMELESS_PATIENCE = 2_000;
 const SILENCE = 1_000;
 
 /**
- * Takes the lock of a file, there or not. `close` releases it, and so does the end of the process by a signal or an exit; the next taker
- * removes what SIGKILL leaves.
+ * Takes the lock of a file, there or not. `close` releases it, and so does the end of the process by a signal or an
+ * exit; the next taker removes what SIGKILL leaves.
  * @param warn is given the process that is waited for
  * @param patience milliseconds to wait for another process
  * @throws SourceError naming the process that holds it for longer, or when the lock cannot be made
@@ -418,8 +421,8 @@ function take(lock: string, token: string): Owner | typeof NAMELESS | undefined 
     const holder = holderOf(lock);
     if (holder === undefined) continue;
     if (holder === NAMELESS || !isGone(holder)) return holder;
-    // Two processes may see the same dead lock, and the second would remove the first one's new lock. So the removal has a lock, named after the dead
-    // one, whose token never comes again.
+    // Two processes may see the same dead lock, and the second would remove the first one's new lock. So the removal
+    // has a lock, named after the dead one, whose token never comes again.
     const turn = `${lock}.${holder.token}`;
     const other = take(turn, token);
     if (other !== undefined) return other;

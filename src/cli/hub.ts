@@ -1,7 +1,7 @@
 /**
- * The commands below `eigenlora hub`, for packs too large for one machine (docs/hub.md): shard and merge, from adapters to a basis;
- * project and assemble, from a basis to a pack. A batch engine runs each: it reads files, writes one under a temporary name and renames it,
- * and gives the same bytes for the same input.
+ * The commands below `eigenlora hub`, for packs too large for one machine (docs/hub.md): shard and merge, from adapters
+ * to a basis; project and assemble, from a basis to a pack. A batch engine runs each: it reads files, writes one under
+ * a temporary name and renames it, and gives the same bytes for the same input.
  */
 
 import { createHash } from "node:crypto";
@@ -219,8 +219,8 @@ export async function tasksPart(
 }
 
 /**
- * Writes a part, unless a whole one made from the same is there. Parts need no lock: every writer writes the whole part, and nothing
- * changes it later. So a machine that is gone cannot keep another from making its part again.
+ * Writes a part, unless a whole one made from the same is there. Parts need no lock: every writer writes the whole
+ * part, and nothing changes it later. So a machine that is gone cannot keep another from making its part again.
  * @throws UsageError when something else is there, or a part that is damaged
  */
 async function makePart(

@@ -1,6 +1,6 @@
 /**
- * The command learn: a new task from labelled texts, or prompts with completions, trained on a pack's components, as a task
- * file. `eigenlora add` brings it into the pack.
+ * The command learn: a new task from labelled texts, or prompts with completions, trained on a pack's components, as a
+ * task file. `eigenlora add` brings it into the pack.
  */
 
 import { basename, extname } from "node:path";

@@ -1,6 +1,7 @@
 /**
- * Shared by commands that run a model: onnxruntime and a tokenizer, which are optional peers of the package; the texts that a model is asked
- * or taught, whose wrong lines are named; and outcomes that are kept so that a command which was stopped goes on.
+ * Shared by commands that run a model: onnxruntime and a tokenizer, which are optional peers of the package; the texts
+ * that a model is asked or taught, whose wrong lines are named; and outcomes that are kept so that a command which was
+ * stopped goes on.
  */
 
 import { createHash } from "node:crypto";
@@ -68,7 +69,8 @@ interface Jinja {
 }
 
 /**
- * Loads onnxruntime, and the tokenizer of a model with tokenizer_config.json and chat_template.jinja where they lie in its folder.
+ * Loads onnxruntime, and the tokenizer of a model with tokenizer_config.json and chat_template.jinja where they lie in
+ * its folder.
  * @param whole texts are prompts with completions, which must not be cut
  * @throws BackendError when a package is not installed, SourceError when there is no tokenizer
  */
@@ -166,7 +168,8 @@ export async function openTrainable(
   return { session: run.closing(session), encode };
 }
 
-// Outcomes that are kept. Files count by their content: another model or adapter may have come to lie at the same place.
+// Outcomes that are kept. Files count by their content: another model or adapter may have come to lie at the same
+// place.
 
 /** Outcomes as files of a folder, by all that they depend on. */
 export function finishedIn(folder: string, settings: unknown): FinishedOutcomes & { nameOf(key: string): string } {
@@ -250,7 +253,8 @@ export function asksPrompts(
 }
 
 /**
- * Reads examples to learn from: `{"text": "…", "label": "…"}`, `{"prompt": "…", "completion": "…"}` or `{"messages": […]}` on each line.
+ * Reads examples to learn from: `{"text": "…", "label": "…"}`, `{"prompt": "…", "completion": "…"}` or `{"messages":
+ * […]}` on each line.
  * @returns labels in the order in which they appear; none with completions
  * @throws SourceError naming the line, what was expected and what was found
  */

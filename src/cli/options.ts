@@ -1,5 +1,6 @@
 /**
- * Options of commands: the table of a command gives their values, checks, conflicts and help. Those of several commands are here.
+ * Options of commands: the table of a command gives their values, checks, conflicts and help. Those of several commands
+ * are here.
  */
 import { nearest } from "../errors.ts";
 import type { ComponentSelection, Gauge } from "../extract/components.ts";
@@ -12,9 +13,9 @@ export class UsageError extends Error {
 }
 
 /**
- * Purpose of a name that may be one of the Hugging Face Hub: a single file, by its path in a repository; a repository of adapters or a
- * base; a model to run, with its other files; or the weights of a model, which may be named by their folder. `own` is a file that the
- * command changes, so it must be on the disk.
+ * Purpose of a name that may be one of the Hugging Face Hub: a single file, by its path in a repository; a repository
+ * of adapters or a base; a model to run, with its other files; or the weights of a model, which may be named by their
+ * folder. `own` is a file that the command changes, so it must be on the disk.
  */
 export type ReadAs = "file" | "repository" | "model" | "weights" | "own";
 
@@ -316,7 +317,10 @@ const ALIASES: ReadonlyMap<string, string> = new Map([
   ["rename", "as"],
 ]);
 
-/** A message of the library, with flags of a command in place of its options: `` `name` ``, `` `name: value` `` or `name: value`. */
+/**
+ * A message of the library, with flags of a command in place of its options: `` `name` ``, `` `name: value` `` or
+ * `name: value`.
+ */
 export function inFlags(message: string, options: Options): string {
   const option = /(?:the option )?`(\w+)(?:: ([\w.]+))?`|\b(\w+): (true|[\d.]+|\["[^"]*"\])/g;
   // The library has no such option for a base.

@@ -1,6 +1,6 @@
 /**
- * Output of the command line: one JSON object on stdout, or text for people; progress on stderr, as one line that changes or, where
- * that is no terminal, as a line now and then. All of it goes through `printable`.
+ * Output of the command line: one JSON object on stdout, or text for people; progress on stderr, as one line that
+ * changes or, where that is no terminal, as a line now and then. All of it goes through `printable`.
  */
 import type { Adapter } from "../adapters/adapter.ts";
 import type { WorkProgress } from "../work.ts";
@@ -84,8 +84,8 @@ function progressText({ stage, done, total, unit, detail }: WorkProgress): strin
 }
 
 /**
- * One line as it may reach a terminal. Names come from files: what would move the cursor, change colours, begin a line or turn the
- * direction of writing is spelt out as in JSON, so JSON stays what it was.
+ * One line as it may reach a terminal. Names come from files: what would move the cursor, change colours, begin a line
+ * or turn the direction of writing is spelt out as in JSON, so JSON stays what it was.
  */
 export function printable(line: string): string {
   return line.replace(
@@ -94,7 +94,10 @@ export function printable(line: string): string {
   );
 }
 
-/** A message that may have several lines. Those behind the first are indented, so that none passes for a message of its own. */
+/**
+ * A message that may have several lines. Those behind the first are indented, so that none passes for a message of its
+ * own.
+ */
 export function paragraph(message: string): string {
   return message.split("\n").map(printable).join("\n  ");
 }

@@ -1,6 +1,6 @@
 /**
- * The command pack: makes a pack from adapters, with a number of components or by a criterion: a size, an error, or, with a model, the
- * answers of adapters and pack. Without a model no session, ONNX or trainer is loaded.
+ * The command pack: makes a pack from adapters, with a number of components or by a criterion: a size, an error, or,
+ * with a model, the answers of adapters and pack. Without a model no session, ONNX or trainer is loaded.
  */
 import { existsSync } from "node:fs";
 import { availableParallelism } from "node:os";

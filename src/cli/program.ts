@@ -1,5 +1,6 @@
 /**
- * The program: its commands, help, version, and errors as people and `--json` see them. Only the command that was asked for is loaded.
+ * The program: its commands, help, version, and errors as people and `--json` see them. Only the command that was asked
+ * for is loaded.
  */
 
 import { EigenLoraError } from "../errors.ts";

@@ -46,7 +46,9 @@ class Checks {
     this.all.push({ name, ok, detail });
   }
 
-  /** Notes a check that passes when `read` does; a damaged section is reported, and the others are checked all the same. */
+  /**
+   * Notes a check that passes when `read` does; a damaged section is reported, and the others are checked all the same.
+   */
   async passes<T>(name: string, read: () => Promise<T>): Promise<T | undefined> {
     try {
       const value = await read();

@@ -1,6 +1,7 @@
 /**
- * The base model as the runtime sees it: who lists its weights, hands them out and, where they live in the user's memory, takes the folded
- * ones. Knows nothing of packs. Which of the weights an adapted module is, `mismatch.ts` finds.
+ * The base model as the runtime sees it: who lists its weights, hands them out and, where they live in the user's
+ * memory, takes the folded ones. Knows nothing of packs. Which of the weights an adapted module is, `mismatch.ts`
+ * finds.
  */
 
 import type { DeviceBuffer } from "../backends/backend.ts";
@@ -32,38 +33,44 @@ export interface Parameter {
 /** Changes to a host that take effect together. */
 export interface Transaction {
   /**
-   * New value of a parameter, or null to remove one that a task had added. `view` is valid during the call only: copy it.
+   * New value of a parameter, or null to remove one that a task had added. `view` is valid during the call only: copy
+   * it.
    */
   write(name: string, view: View | null): void | Promise<void>;
   /** Makes all writes visible to readers before it resolves. */
   commit(): void | Promise<void>;
   /**
-   * Gives readers what was there before `begin`. Parameters that a host shows by `view` may stay as they are, since the runtime writes
-   * those again. When it fails, nothing is read until another switch has succeeded.
+   * Gives readers what was there before `begin`. Parameters that a host shows by `view` may stay as they are, since the
+   * runtime writes those again. When it fails, nothing is read until another switch has succeeded.
    */
   rollback(): void | Promise<void>;
 }
 
 /**
- * Holds the weights of a base model. Adapted weights whose `view` is a buffer of a device are folded into in place, and `write` is
- * not called for them; the transaction's `commit` says when they are whole. All other values go through `read` and `write`, in the
- * CPU's memory.
+ * Holds the weights of a base model. Adapted weights whose `view` is a buffer of a device are folded into in place, and
+ * `write` is not called for them; the transaction's `commit` says when they are whole. All other values go through
+ * `read` and `write`, in the CPU's memory.
  */
 export interface WeightHost {
   list(): Iterable<Parameter>;
-  /** The parameter's bytes, in `into` when given. Called before the parameter is first written, so what it returns is pristine. */
+  /**
+   * The parameter's bytes, in `into` when given. Called before the parameter is first written, so what it returns is
+   * pristine.
+   */
   read(name: string, into?: Uint8Array, options?: ReadOptions): Promise<View>;
   /** The parameter as it is now, where it lies in memory; undefined where it can only be read and written. */
   view?(name: string): View | undefined;
   /**
-   * Called before weights are folded in place. Work that the model has recorded must not run with the new weights: submit it first, or move the
-   * weights to other memory and leave the old ones to it. `view` is asked again afterwards; what it shows then is overwritten as a whole.
+   * Called before weights are folded in place. Work that the model has recorded must not run with the new weights:
+   * submit it first, or move the weights to other memory and leave the old ones to it. `view` is asked again
+   * afterwards; what it shows then is overwritten as a whole.
    * @param names of the weights that are folded in place next
    */
   flush?(names: readonly string[]): void | Promise<void>;
   /**
    * Absent: the host cannot be written. The runtime then keeps the folded weights; take them from `runtime.weight`.
-   * @param names of all parameters that will change; what speaks against it is best said here, before anything has changed
+   * @param names of all parameters that will change; what speaks against it is best said here, before anything has
+   *   changed
    * @param alone subset of `names` whose new values must not reach other parameters in the same memory
    */
   begin?(names: Iterable<string>, alone?: Iterable<string>): Transaction;

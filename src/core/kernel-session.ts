@@ -1,10 +1,11 @@
 /**
- * The arithmetic of a switch. `planTasks` decodes the coefficients of its tasks into one f32 array, with strengths applied, and lists of what
- * rows every module's factors are made: no backend, no host. A `KernelSession` uploads that array and does the plans on a backend: expand,
- * fold, DoRA's scale. It keeps the bases, and scratch memory from switch to switch.
+ * The arithmetic of a switch. `planTasks` decodes the coefficients of its tasks into one f32 array, with strengths
+ * applied, and lists of what rows every module's factors are made: no backend, no host. A `KernelSession` uploads that
+ * array and does the plans on a backend: expand, fold, DoRA's scale. It keeps the bases, and scratch memory from switch
+ * to switch.
  *
- * Factors live in one scratch block, for a round of modules at a time. A CPU expands one module after the other, so that its
- * factors stay in a cache; a device expands as many as fit at once.
+ * Factors live in one scratch block, for a round of modules at a time. A CPU expands one module after the other, so
+ * that its factors stay in a cache; a device expands as many as fit at once.
  */
 
 import {
@@ -120,8 +121,10 @@ class UploadBuffer {
 }
 
 /**
- * Makes a plan for each module of the tasks of one switch. Strengths multiply B, whose factors carry the adapter's scale already.
- * @param leave whether rows of factors without components, which nothing is added to, are left as they are stored. Default: false
+ * Makes a plan for each module of the tasks of one switch. Strengths multiply B, whose factors carry the adapter's
+ * scale already.
+ * @param leave whether rows of factors without components, which nothing is added to, are left as they are stored.
+ *   Default: false
  */
 export function planTasks(
   tasks: readonly ActiveTask[],
@@ -153,7 +156,8 @@ export function planTasks(
         const row = plan.rank;
         if (coefficients) {
           const basis = bases[coefficients.basis]!;
-          // The mean is the basis' last row: one more coefficient per row, 1 (times the strength) where the task uses it.
+          // The mean is the basis' last row: one more coefficient per row, 1 (times the strength) where the task uses
+          // it.
           const mean = basis.mean ? (coefficients.mean ? times : 0) : undefined;
           const at = buffer.add(blob, coefficients.tensor, times, mean);
           expansions.push({ at, rows: coefficients.tensor.rows, basis, row, add: rows !== undefined });
@@ -275,7 +279,10 @@ export class KernelSession {
     return largest;
   }
 
-  /** Makes the factors of the round of a plan that was prepared, where they are not there. Yields between pieces of work. */
+  /**
+   * Makes the factors of the round of a plan that was prepared, where they are not there. Yields between pieces of
+   * work.
+   */
   *expand(plan: ModulePlan): Generator<void> {
     const { round } = plan.place!;
     if (this.#expanded === round) return;
@@ -317,7 +324,10 @@ export class KernelSession {
     }
   }
 
-  /** out = base + ΔW of the plan, rows scaled where the task has magnitudes; out may be base. Yields between pieces of work. */
+  /**
+   * out = base + ΔW of the plan, rows scaled where the task has magnitudes; out may be base. Yields between pieces of
+   * work.
+   */
   *fold(plan: ModulePlan, weight: Stored, base: Slice, out: Slice): Generator<void> {
     const { backend } = this;
     yield* this.expand(plan);
@@ -386,8 +396,8 @@ export function hasCore({ A, core }: ModulePlan, mode: "core" | "factors"): bool
 }
 
 /**
- * An array of this length: `old`, or in its memory where that is large enough, and at most twice as large. Switches between tasks of like
- * ranks allocate nothing once they are warm.
+ * An array of this length: `old`, or in its memory where that is large enough, and at most twice as large. Switches
+ * between tasks of like ranks allocate nothing once they are warm.
  */
 export function reuse(old: Float32Array | undefined, length: number): Float32Array {
   if (old?.length === length) return old;
@@ -398,7 +408,8 @@ export function reuse(old: Float32Array | undefined, length: number): Float32Arr
 }
 
 /**
- * Writes the core of a plan that has one: core[a, b] = Σ_r α_A[r, a] · α_B[r, b] over all its tasks. Yields between pieces of work.
+ * Writes the core of a plan that has one: core[a, b] = Σ_r α_A[r, a] · α_B[r, b] over all its tasks. Yields between
+ * pieces of work.
  * @param uploaded coefficients, as `planTasks` has left them
  * @param at where in `out` the core begins, its rows `stride` apart
  */
@@ -427,8 +438,8 @@ const PIECE = 2 ** 20;
 type Sizes = readonly [a0: number, rowsA: number, b0: number, rowsB: number, rows: number];
 
 /**
- * Adds the product of a task's coefficients to rows of a core, in tiles of 2 × 4 whose sums stay in registers. Rows and columns at an edge stand in for
- * those beyond it. @param first whether `out` is overwritten
+ * Adds the product of a task's coefficients to rows of a core, in tiles of 2 × 4 whose sums stay in registers. Rows and
+ * columns at an edge stand in for those beyond it. @param first whether `out` is overwritten
  */
 function addProduct(
   uploaded: Float32Array,
@@ -492,8 +503,8 @@ export type BackendChoice = "wasm" | "js" | DeviceBackend;
 /** Which backend computes. */
 export interface BackendOptions {
   /**
-   * The backend, or several in the order in which they are tried: `[webgpu(), "wasm"]`. Default: `["wasm", "js"]`. Folded weights of a backend on a
-   * device are buffers there.
+   * The backend, or several in the order in which they are tried: `[webgpu(), "wasm"]`. Default: `["wasm", "js"]`.
+   * Folded weights of a backend on a device are buffers there.
    */
   readonly backend?: BackendChoice | readonly BackendChoice[] | undefined;
   wasm?:

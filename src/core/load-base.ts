@@ -1,6 +1,6 @@
 /**
- * A base model whose tensors lie in the user's memory or on a device, and are written in place; and the adapted weights of any base: found,
- * held against the pack's fingerprints, and copied.
+ * A base model whose tensors lie in the user's memory or on a device, and are written in place; and the adapted weights
+ * of any base: found, held against the pack's fingerprints, and copied.
  */
 
 import { at, type Backend, type Block, type DeviceBuffer, type Slice } from "../backends/backend.ts";
@@ -28,7 +28,8 @@ type Tensors = Map<string, Tensor | DeviceTensor>;
  * Added parameters become new entries of the map.
  * @param backend reads and writes tensors on its device. They can be listed without it
  * @throws TypeError for a number format that there is not
- * @throws BaseMismatchError when a tensor's data is not as long as its shape says, for instance because it was transferred
+ * @throws BaseMismatchError when a tensor's data is not as long as its shape says, for instance because it was
+ *   transferred
  */
 export function memoryHost(tensors: Tensors, backend?: Backend): WeightHost {
   checkSizes(tensors);
@@ -49,7 +50,9 @@ export function memoryHost(tensors: Tensors, backend?: Backend): WeightHost {
       backend!.free(block);
     }
   };
-  /** Writes in place where the value has the type and shape of the tensor, or of the caller's own, else as a new entry. */
+  /**
+   * Writes in place where the value has the type and shape of the tensor, or of the caller's own, else as a new entry.
+   */
   const write = (name: string, value: View | null, undo: (() => void)[]): void => {
     const old = tensors.get(name);
     undo.push(() => (old ? tensors.set(name, old) : tensors.delete(name)));
@@ -162,7 +165,8 @@ function checkSizes(tensors: Tensors): void {
 
 /**
  * @param alone of the parameters that change
- * @throws BaseMismatchError when one that changes shares its memory, as tied weights do, with another that changes, or that is to stay
+ * @throws BaseMismatchError when one that changes shares its memory, as tied weights do, with another that changes, or
+ *   that is to stay
  */
 function refuseSharedMemory(tensors: Tensors, names: Iterable<string>, alone: ReadonlySet<string>): void {
   const taken = new Map<object, { readonly name: string; readonly start: number; readonly end: number }[]>();

@@ -1,6 +1,6 @@
 /**
- * Merges parameters that tasks override apart from their terms: selects a task's parameter, or blends heads, biases and token rows. Uses names and
- * numbers, no base.
+ * Merges parameters that tasks override apart from their terms: selects a task's parameter, or blends heads, biases and
+ * token rows. Uses names and numbers, no base.
  */
 
 import { BaseMismatchError, described, isPlain, TaskError } from "../errors.ts";
@@ -48,10 +48,12 @@ export function refuseMagnitudes(
 }
 
 /**
- * Makes tasks compatible: none changes a parameter that another replaces. A task by itself never does both (SPEC.md, section
- * 6.2), and PEFT has no two such adapters on one model.
- * @param head the task of a blend whose saved modules are used: those of the others go, and what the others do to its own
- * @throws TaskError for a blend without `head` in which tasks do both, a head that is none of the tasks, a blend or strength with DoRA
+ * Makes tasks compatible: none changes a parameter that another replaces. A task by itself never does both (SPEC.md,
+ * section 6.2), and PEFT has no two such adapters on one model.
+ * @param head the task of a blend whose saved modules are used: those of the others go, and what the others do to its
+ *   own
+ * @throws TaskError for a blend without `head` in which tasks do both, a head that is none of the tasks, a blend or
+ *   strength with DoRA
  */
 export function reconcile(parts: readonly ActiveTask[], pack: PackView, head: string | undefined): ActiveTask[] {
   if (head !== undefined && !parts.some(({ id }) => id === head))
@@ -141,8 +143,8 @@ export function blendHeads(
 }
 
 /**
- * Biases and token rows: base + Σ strength · (task − base), and differences of biases behind that; exactly the task's values, and its
- * difference, for one task at strength 1.
+ * Biases and token rows: base + Σ strength · (task − base), and differences of biases behind that; exactly the task's
+ * values, and its difference, for one task at strength 1.
  * @param base the pristine parameter, where there is a base
  * @throws BaseMismatchError when a task's parameter does not fit the base's
  */

@@ -1,6 +1,7 @@
 /**
- * Identity of a base's weights: which of them a module of an adapter is, by its name or by that of another version of transformers;
- * fingerprints; values that tied weights share; and errors for a module whose weight is not there, not as it must be, or not of DoRA's size.
+ * Identity of a base's weights: which of them a module of an adapter is, by its name or by that of another version of
+ * transformers; fingerprints; values that tied weights share; and errors for a module whose weight is not there, not as
+ * it must be, or not of DoRA's size.
  */
 import { BaseMismatchError, nearest } from "../errors.ts";
 import { FINGERPRINT_SIZE, type Layout, moduleOf, type PackModule } from "../format/format.ts";
@@ -29,10 +30,10 @@ interface NotFound {
 }
 
 /**
- * Finds, for names of an adapter, the parameters of a base model they mean: by the longest common suffix of whole dotted
- * segments that is the whole of one of the two names. "bert.encoder.layer.0.query.weight" finds
- * "encoder.layer.0.query.weight", and the other way round; "layer.1.query" never finds "layer.0.query". A name that finds
- * nothing is looked for by what other versions of transformers call it.
+ * Finds, for names of an adapter, the parameters of a base model they mean: by the longest common suffix of whole
+ * dotted segments that is the whole of one of the two names. "bert.encoder.layer.0.query.weight" finds
+ * "encoder.layer.0.query.weight", and the other way round; "layer.1.query" never finds "layer.0.query". A name that
+ * finds nothing is looked for by what other versions of transformers call it.
  */
 export class NameMatcher {
   readonly #exact = new Set<string>();
@@ -198,7 +199,10 @@ export function refuseShared(modules: readonly Pick<PackModule, "name">[], weigh
   }
 }
 
-/** One way of calling modules against another, by segments; "#" is a number. Earlier pairs come first, in both directions. */
+/**
+ * One way of calling modules against another, by segments; "#" is a number. Earlier pairs come first, in both
+ * directions.
+ */
 type Renaming = readonly (readonly [former: string, now: string])[];
 
 const attention = (inside: string): Renaming => [
@@ -350,8 +354,9 @@ function correlation(a: Float32Array, b: Float32Array): number {
   return aa > 0 && bb > 0 ? ab / Math.sqrt(aa * bb) : 0;
 }
 
-// Weights of a base that are one in the model: a head that is tied to an embedding, or two embeddings. Files have such a weight once,
-// or once for each layer with the same values; nothing else in them tells. An untied weight that equals the other is taken for tied.
+// Weights of a base that are one in the model: a head that is tied to an embedding, or two embeddings. Files have such
+// a weight once, or once for each layer with the same values; nothing else in them tells. An untied weight that equals
+// the other is taken for tied.
 
 /** A matrix, and how exactly its numbers are known: "other" is quantised. */
 export interface Matrix {
@@ -359,7 +364,10 @@ export interface Matrix {
   readonly dtype: FloatDtype | "other";
 }
 
-/** Says whether two matrices [out, in] have the same values: all of them, or some up to rounding where their types differ. */
+/**
+ * Says whether two matrices [out, in] have the same values: all of them, or some up to rounding where their types
+ * differ.
+ */
 export function sameValues(a: Matrix, b: Matrix, out: number, inputs: number): boolean {
   const likeness = correlation(fingerprint("", out, inputs, a.at), fingerprint("", out, inputs, b.at));
   if (a.dtype === "other" || b.dtype === "other") return likeness >= SAME_QUANTIZED;

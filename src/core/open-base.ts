@@ -1,5 +1,6 @@
 /**
- * A base model from whatever serves as one: a host, tensors in the user's memory or on a device, or a safetensors file, which is only read.
+ * A base model from whatever serves as one: a host, tensors in the user's memory or on a device, or a safetensors file,
+ * which is only read.
  */
 import { SourceError } from "../errors.ts";
 import { wrongKind } from "../format/kind.ts";

@@ -1,7 +1,7 @@
 /**
- * An open pack: which tasks and modules it has, and their bytes when they are wanted. It is opened by two reads, the window and then
- * directory and bases, each checked before the next is planned (SPEC.md, sections 2 to 4). Plans reads, checks what arrives and
- * keeps task blobs. Computes nothing.
+ * An open pack: which tasks and modules it has, and their bytes when they are wanted. It is opened by two reads, the
+ * window and then directory and bases, each checked before the next is planned (SPEC.md, sections 2 to 4). Plans reads,
+ * checks what arrives and keeps task blobs. Computes nothing.
  */
 /// <reference lib="esnext.disposable" preserve="true" />
 import {
@@ -72,13 +72,13 @@ export interface TaskInfo {
   readonly adapterBytes: number;
   readonly metadata: TaskMetadata;
   /**
-   * Overrides of the task apart from its terms, as "role name" (SPEC.md, section 4.3), for instance "saved classifier.weight".
-   * Undefined in packs that do not say.
+   * Overrides of the task apart from its terms, as "role name" (SPEC.md, section 4.3), for instance "saved
+   * classifier.weight". Undefined in packs that do not say.
    */
   readonly brings: readonly string[] | undefined;
   /**
-   * The hash of the task, "sha256-…": what `revoked` takes. The same in a pack and in a task file. Undefined in packs without hashes, and for
-   * tasks that were added where the platform has no SHA-256.
+   * The hash of the task, "sha256-…": what `revoked` takes. The same in a pack and in a task file. Undefined in packs
+   * without hashes, and for tasks that were added where the platform has no SHA-256.
    */
   readonly integrity: string | undefined;
   /** True if a switch to it needs no request, at the time of asking. */
@@ -99,7 +99,10 @@ interface TaskSlot {
   loading?: SharedWork<TaskBlob> | undefined;
 }
 
-/** The facts about tasks, put together when they are asked for, each time anew: a pack may have many, and few are looked at. */
+/**
+ * The facts about tasks, put together when they are asked for, each time anew: a pack may have many, and few are looked
+ * at.
+ */
 class Tasks implements ReadonlyMap<string, TaskInfo> {
   readonly #entries: ReadonlyMap<string, Entry>;
   readonly #slots: ReadonlyMap<Entry, TaskSlot>;
@@ -266,7 +269,9 @@ export class Pack extends Observable<PackEvents> {
     return this.#entries;
   }
 
-  /** The slot of a task, made when it is first asked for: a pack may have many tasks, and most of them are never used. */
+  /**
+   * The slot of a task, made when it is first asked for: a pack may have many tasks, and most of them are never used.
+   */
   #slot(id: string): TaskSlot | undefined {
     const entry = this.#entries.get(id);
     if (entry && !this.#slots.has(entry)) this.#slots.set(entry, { entry });
@@ -281,7 +286,8 @@ export class Pack extends Observable<PackEvents> {
   }
 
   /**
-   * Reads task blobs ahead, so that switching to them needs no request. They stay in memory where `maxResidentBytes` was not given.
+   * Reads task blobs ahead, so that switching to them needs no request. They stay in memory where `maxResidentBytes`
+   * was not given.
    * @param ids of tasks, or the id of one
    * @throws TaskError for an id that is not there
    */
@@ -358,8 +364,8 @@ export class Pack extends Observable<PackEvents> {
   }
 
   /**
-   * Reads and checks the bases section: all components and means. All callers share one copy, which is forgotten when the
-   * last of them closes; the next call reads it again.
+   * Reads and checks the bases section: all components and means. All callers share one copy, which is forgotten when
+   * the last of them closes; the next call reads it again.
    * @throws SourceError, FormatError when it cannot be read or is damaged
    */
   async bases(options: BasesOptions = {}): Promise<Bases> {
@@ -420,8 +426,8 @@ export class Pack extends Observable<PackEvents> {
   }
 
   /**
-   * The root of the pack, "sha256-…", which names everything in it: what `openPack` takes as `integrity`. The same whether the
-   * pack is signed or not; another after each change.
+   * The root of the pack, "sha256-…", which names everything in it: what `openPack` takes as `integrity`. The same
+   * whether the pack is signed or not; another after each change.
    * @throws TypeError where the platform has no WebCrypto
    */
   async integrity(): Promise<string> {
@@ -430,8 +436,9 @@ export class Pack extends Observable<PackEvents> {
 
   /**
    * Adds a task that came as a file of its own (SPEC.md, section 7), for this open pack only; nothing is written.
-   * @throws FormatError when the file is damaged, TaskError when it belongs to another basis, or the id is taken or being added, TrustError
-   *   when it is another than `integrity` says, or revoked, or not signed where the pack was opened with `keys`
+   * @throws FormatError when the file is damaged, TaskError when it belongs to another basis, or the id is taken or
+   *   being added, TrustError when it is another than `integrity` says, or revoked, or not signed where the pack was
+   *   opened with `keys`
    */
   async addTask(id: string, file: SourceInput, options: AddTaskOptions = {}): Promise<void> {
     const { addTaskFile } = await import("./task-file.ts");
@@ -479,7 +486,9 @@ const MOST_TOGETHER = 2 ** 22;
 /** Options of `openPack`. */
 export interface OpenOptions extends FetchOptions, TrustOptions {
   readonly signal?: AbortSignal;
-  /** Receives the progress of reading, as `progress_callback` of transformers.js does. Not called for sources in memory. */
+  /**
+   * Receives the progress of reading, as `progress_callback` of transformers.js does. Not called for sources in memory.
+   */
   readonly onProgress?: OnProgress | undefined;
   /**
    * `now` reads the bases together with the directory, so that a first task costs three requests. `later` reads the
@@ -487,22 +496,23 @@ export interface OpenOptions extends FetchOptions, TrustOptions {
    */
   readonly bases?: "now" | "later";
   /**
-   * Most bytes of task blobs to keep; the least recently used go first. Default: 8 MB, or four times the largest task if that is more; prefetched
-   * tasks then stay.
+   * Most bytes of task blobs to keep; the least recently used go first. Default: 8 MB, or four times the largest task
+   * if that is more; prefetched tasks then stay.
    */
   readonly maxResidentBytes?: number;
   /**
-   * Largest size of a task in memory, as factors or as an exported adapter, in multiples of its stored bytes (SPEC.md, section 10). 16 MiB are
-   * always allowed. Set it higher for a pack that you trust. Default: 1024.
+   * Largest size of a task in memory, as factors or as an exported adapter, in multiples of its stored bytes (SPEC.md,
+   * section 10). 16 MiB are always allowed. Set it higher for a pack that you trust. Default: 1024.
    */
   readonly maxExpansion?: number | undefined;
 }
 
 /**
  * Opens a pack. Reads the window, then directory and bases (one request where they are adjacent, as in a fresh pack).
- * @param input path, URL (read by HTTP ranges), name on the Hugging Face Hub (`hf:org/name/tasks.eigen`), Blob, ArrayBuffer or any ByteSource
- * @throws SourceError when bytes cannot be had, FormatError when they are not a whole pack of a known version, TrustError when they
- *   are not what `integrity` and `keys` ask for
+ * @param input path, URL (read by HTTP ranges), name on the Hugging Face Hub (`hf:org/name/tasks.eigen`), Blob,
+ *   ArrayBuffer or any ByteSource
+ * @throws SourceError when bytes cannot be had, FormatError when they are not a whole pack of a known version,
+ *   TrustError when they are not what `integrity` and `keys` ask for
  * @example
  * const pack = await openPack("tasks.eigen");
  * console.log([...pack.tasks.keys()]);

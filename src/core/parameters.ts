@@ -1,7 +1,7 @@
 /**
  * The rest of a task: classifier heads, biases and token rows, whole parameters that change with the task without being
- * adapted modules. Computed in plain JS, since they are small; the result is the list of parameters that differ from the
- * base. Loaded when a task overrides some.
+ * adapted modules. Computed in plain JS, since they are small; the result is the list of parameters that differ from
+ * the base. Loaded when a task overrides some.
  */
 
 import { at } from "../backends/backend.ts";
@@ -206,7 +206,8 @@ export class Parameters {
 
 /**
  * Says whether tasks bring a parameter whole.
- * @throws BaseMismatchError when some do, and others change it under another name; or when two names of one task mean it, in one role
+ * @throws BaseMismatchError when some do, and others change it under another name; or when two names of one task mean
+ *   it, in one role
  */
 function isWhole(name: string, changes: readonly ParameterChange[]): boolean {
   const [first] = changes as [ParameterChange];
@@ -245,8 +246,8 @@ function asStored(
 }
 
 /**
- * A head the way round that the base stores it: checkpoints have [out, in], or [out, in, 1, 1] for a convolution. It may have another
- * number of labels than the base's.
+ * A head the way round that the base stores it: checkpoints have [out, in], or [out, in, 1, 1] for a convolution. It
+ * may have another number of labels than the base's.
  * @throws BaseMismatchError when it takes other inputs than the base's
  */
 function headAsStored({ name, shape: stored, layout }: Parameter, { part }: ParameterChange, head: Merged): Merged {

@@ -8,7 +8,9 @@ import type { Pack, TaskInfo } from "./pack.ts";
 /** Interface of a pack for runtimes and sessions. */
 export type PackView = Pick<Pack, "name" | "modules" | "tasks" | "load" | "bases" | "reads" | "residentBytes">;
 
-/** True if a module of a pack, or of its tasks' parameters, is wanted: "encoder.layer.0.attention.query", "classifier". */
+/**
+ * True if a module of a pack, or of its tasks' parameters, is wanted: "encoder.layer.0.attention.query", "classifier".
+ */
 export type ModuleFilter = (module: string) => boolean;
 
 /**

@@ -1,8 +1,8 @@
 /**
- * The runtime: one pack on one base model, and which task is active. `startRuntime` finds the adapted weights in the base and picks the
- * backend that they go to. The runtime owns what is resident, orders switches and makes
- * each of them happen as a whole or not at all. The arithmetic is the backend's, the bytes are the pack's, the weights are
- * the host's.
+ * The runtime: one pack on one base model, and which task is active. `startRuntime` finds the adapted weights in the
+ * base and picks the backend that they go to. The runtime owns what is resident, orders switches and makes
+ * each of them happen as a whole or not at all. The arithmetic is the backend's, the bytes are the pack's, the weights
+ * are the host's.
  */
 /// <reference lib="esnext.disposable" preserve="true" />
 import type { DeviceBackend, DeviceHandle } from "../backends/backend.ts";
@@ -85,9 +85,10 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   }
 
   /**
-   * Makes a task, a blend or the pristine base active. Calls are queued. Long work lets the event loop have a turn now and then:
-   * wait for the switch before the weights are used. When it fails or is aborted, the previous task stays whole, or is made
-   * whole again; where a host does not let that be, nothing is read until another switch has succeeded.
+   * Makes a task, a blend or the pristine base active. Calls are queued. Long work lets the event loop have a turn now
+   * and then: wait for the switch before the weights are used. When it fails or is aborted, the previous task stays
+   * whole, or is made whole again; where a host does not let that be, nothing is read until another switch has
+   * succeeded.
    * @param selection a task id; null for the base; or strengths by id, W0 + Σ strength · ΔW
    * @throws TaskError for an unknown id (naming the nearest), a blend with DoRA, heads that cannot be blended
    * @throws SourceError, FormatError when the task's blob cannot be read or is damaged
@@ -172,10 +173,10 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   }
 
   /**
-   * A parameter of the model as the active task has it. Valid until the next switch; copy what has to last. A weight that the
-   * runtime holds on a device is that device's buffer.
-   * @param name of an adapted module ("encoder.layer.0.attention.self.query", with or without ".weight") or of a parameter
-   *   that tasks override ("classifier.weight")
+   * A parameter of the model as the active task has it. Valid until the next switch; copy what has to last. A weight
+   * that the runtime holds on a device is that device's buffer.
+   * @param name of an adapted module ("encoder.layer.0.attention.self.query", with or without ".weight") or of a
+   *   parameter that tasks override ("classifier.weight")
    * @throws RangeError when no task of the pack changes such a parameter, or the active one does not have it
    * @throws BackendError while a switch is under way, and where one failed and the task before it could not be put back
    */
@@ -239,9 +240,9 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   }
 
   /**
-   * y += x·ΔWᵀ, the low-rank term of a linear layer for a batch, of the active task or of one task per row. Arrays of the CPU
-   * are ready when it resolves; buffers of the runtime's device when what is submitted to it before is done. Biases and heads
-   * are not in it: `term(name).bias`, `changes()`.
+   * y += x·ΔWᵀ, the low-rank term of a linear layer for a batch, of the active task or of one task per row. Arrays of
+   * the CPU are ready when it resolves; buffers of the runtime's device when what is submitted to it before is done.
+   * Biases and heads are not in it: `term(name).bias`, `changes()`.
    * @param name module name as in `pack.modules`
    * @param x f32 [rows, …, in]
    * @param y f32 [rows, …, out], added to
@@ -258,8 +259,8 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   }
 
   /**
-   * Every parameter in which the model of the active task differs from the base, by the base's names: folded weights (mode
-   * "folded", where the runtime holds them), heads, biases, token rows. Valid until the next switch.
+   * Every parameter in which the model of the active task differs from the base, by the base's names: folded weights
+   * (mode "folded", where the runtime holds them), heads, biases, token rows. Valid until the next switch.
    * @throws BackendError as `weight`
    */
   changes(): ReadonlyMap<string, View> {
@@ -322,13 +323,14 @@ export interface RuntimeOptions extends BackendOptions, FetchOptions {
   /** The base model's weights. Needed for mode "folded"; in the others only for DoRA and for biases. */
   readonly base?: BaseInput;
   /**
-   * `folded`: W0 + ΔW is written where the weights are. `factors`: A and B of the active task are handed out. `core`: the
-   * product of the coefficients is handed out, for a model that has the components built in. Folded when there is a base.
+   * `folded`: W0 + ΔW is written where the weights are. `factors`: A and B of the active task are handed out. `core`:
+   * the product of the coefficients is handed out, for a model that has the components built in. Folded when there is a
+   * base.
    */
   readonly mode?: "folded" | "factors" | "core";
   /**
-   * `copy` keeps the pristine weights in memory. `reload` reads them again at each switch: half the resident memory, for a
-   * base that is a file. Default: `copy`.
+   * `copy` keeps the pristine weights in memory. `reload` reads them again at each switch: half the resident memory,
+   * for a base that is a file. Default: `copy`.
    */
   readonly policy?: "copy" | "reload";
   /** Names of weights in the base, by module name of the pack, where matching by suffix does not find them. */
@@ -338,8 +340,8 @@ export interface RuntimeOptions extends BackendOptions, FetchOptions {
   /** Parameters of tasks that are left out, by the pack's names: "classifier.weight". */
   readonly ignore?: Iterable<string>;
   /**
-   * Which modules of the pack and of its tasks' parameters are used, by the pack's names. The others are left out: for a base that
-   * lacks them, or is one of several files. Default: all.
+   * Which modules of the pack and of its tasks' parameters are used, by the pack's names. The others are left out: for
+   * a base that lacks them, or is one of several files. Default: all.
    */
   readonly modules?: ModuleFilter;
   readonly signal?: AbortSignal;

@@ -1,5 +1,6 @@
 /**
- * Selection of a caller, the task blobs that make it up, and the report of a switch: one shape for the runtime and for sessions.
+ * Selection of a caller, the task blobs that make it up, and the report of a switch: one shape for the runtime and for
+ * sessions.
  */
 
 import type { Owner } from "../backends/backend.ts";
@@ -16,7 +17,8 @@ export type Selection = string | null | Readonly<Record<string, number>>;
 export interface SwitchOptions {
   readonly signal?: AbortSignal | undefined;
   /**
-   * The task whose saved modules (classifier) a blend uses. Saved modules of the other tasks, and their changes to these modules, are left out.
+   * The task whose saved modules (classifier) a blend uses. Saved modules of the other tasks, and their changes to
+   * these modules, are left out.
    */
   readonly head?: string | undefined;
 }
@@ -37,8 +39,8 @@ export function copySelection(selection: Selection): Selection {
 /**
  * Reads the tasks of a selection, as they go together.
  * @param ignored parameters that are left out of the tasks, by the pack's names
- * @throws TaskError for an unknown id, a head that is none of the tasks, a blend or strength with DoRA, tasks that bring and change
- *   the same parameter
+ * @throws TaskError for an unknown id, a head that is none of the tasks, a blend or strength with DoRA, tasks that
+ *   bring and change the same parameter
  */
 export async function loadParts(
   pack: PackView,

@@ -65,9 +65,10 @@ function mostBytes(first: Uint8Array): number {
  * @param tasks of the pack, by id; not its snapshot of them, which is made again after every change
  * @param trust of the pack, where it has some
  * @param options of `Pack.addTask`
- * @param put adds the task: `integrity` is the SHA-256 of `stored`, the blob as the file has it, where the platform can tell
- * @throws FormatError when the file is damaged, TaskError when it belongs to another basis or the id is taken, TrustError when it is
- *   not what is trusted
+ * @param put adds the task: `integrity` is the SHA-256 of `stored`, the blob as the file has it, where the platform can
+ *   tell
+ * @throws FormatError when the file is damaged, TaskError when it belongs to another basis or the id is taken,
+ *   TrustError when it is not what is trusted
  */
 export async function addTaskFile(
   file: SourceInput,

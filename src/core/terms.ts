@@ -1,6 +1,6 @@
 /**
- * Modes "core" and "factors": the terms of the active task, for models that add the low-rank term themselves (docs/runtime.md, "Unfolded"),
- * and `apply`, which adds it for a batch. Loaded where a runtime does not fold.
+ * Modes "core" and "factors": the terms of the active task, for models that add the low-rank term themselves
+ * (docs/runtime.md, "Unfolded"), and `apply`, which adds it for a batch. Loaded where a runtime does not fold.
  */
 import { after, at, type Slice } from "../backends/backend.ts";
 import { checkArgument, nearest, TaskError } from "../errors.ts";
@@ -31,7 +31,8 @@ export interface ModuleTerm extends Term {
 const ALWAYS = 2 ** 24;
 
 /**
- * Refuses a task whose terms would become many times the bytes that are stored for it, before memory is taken for them (SPEC.md, section 10).
+ * Refuses a task whose terms would become many times the bytes that are stored for it, before memory is taken for them
+ * (SPEC.md, section 10).
  * @param mode "core" where products of coefficients are wanted instead of the factors that have them
  * @throws TaskError naming what is allowed
  */
@@ -63,7 +64,10 @@ export class ActiveTerms {
   readonly #context: RuntimeContext;
   readonly #mode: "core" | "factors";
   #active: ReadonlyMap<number, Term> = new Map();
-  /** Terms of the previous task. The next task's are written there, so that the active ones stay whole until all are made. */
+  /**
+   * Terms of the previous task. The next task's are written there, so that the active ones stay whole until all are
+   * made.
+   */
   #spare: ReadonlyMap<number, Term> = new Map();
 
   constructor(context: RuntimeContext, mode: "core" | "factors") {
@@ -238,8 +242,9 @@ interface UnfoldOptions {
 }
 
 /**
- * Terms of the plans, by module. A term has `core` in mode "core" where all of its shared pieces lie between column bases,
- * `rowScale` where the plan has magnitudes, and one row of zeros where it has no factors. Long work lets others have a turn.
+ * Terms of the plans, by module. A term has `core` in mode "core" where all of its shared pieces lie between column
+ * bases, `rowScale` where the plan has magnitudes, and one row of zeros where it has no factors. Long work lets others
+ * have a turn.
  * @param weightOf a module of a plan with magnitudes
  * @throws the reason of `signal`, once it is aborted
  */
@@ -301,7 +306,8 @@ export async function unfold(
 }
 
 /**
- * The term of a plan. Each factor is taken by itself: coefficients over all its components, residual rows, or expanded rows.
+ * The term of a plan. Each factor is taken by itself: coefficients over all its components, residual rows, or expanded
+ * rows.
  * @param mode "core" where the term is a core if it has one, with the residual pairs of all tasks
  * @param keys of factors that expand; these and the core are still to be written
  */

@@ -1,6 +1,6 @@
 /**
- * Checks a file against what a caller trusts, before any of it is used (SPEC.md, section 8), with hashes and Ed25519 signatures of the
- * platform's WebCrypto. Loaded when `openPack` is given a hash, keys or revoked tasks.
+ * Checks a file against what a caller trusts, before any of it is used (SPEC.md, section 8), with hashes and Ed25519
+ * signatures of the platform's WebCrypto. Loaded when `openPack` is given a hash, keys or revoked tasks.
  */
 import { described, TrustError } from "../errors.ts";
 import { fromIntegrity, integrityOf, sha256, toIntegrity } from "../format/fields.ts";
@@ -14,8 +14,8 @@ export type PublicKey = string | CryptoKey;
 /** Hashes and keys to trust. */
 export interface TrustOptions {
   /**
-   * The root that the pack must have: "sha256-…", as `pack.integrity()` and `eigenlora inspect` say it. Everything that is read is
-   * checked against it before it is used, in the same requests. Default: no check.
+   * The root that the pack must have: "sha256-…", as `pack.integrity()` and `eigenlora inspect` say it. Everything that
+   * is read is checked against it before it is used, in the same requests. Default: no check.
    */
   readonly integrity?: string;
   /** The pack, and every task file that is added to it, must be signed by one of these keys. Default: no check. */
@@ -91,7 +91,8 @@ export class Trust {
   }
 
   /**
-   * Checks a decoded task: packs before version 1.2 recoded tasks, and `revoked` may list the hash of the decoded bytes.
+   * Checks a decoded task: packs before version 1.2 recoded tasks, and `revoked` may list the hash of the decoded
+   * bytes.
    * @throws TrustError when it is revoked
    */
   async checkDecoded(bytes: Uint8Array, part: string, file?: string): Promise<void> {

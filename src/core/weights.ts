@@ -1,7 +1,7 @@
 /**
- * The adapted weights of a base model, folded. Each has a pristine value in its binding, and one writer, `FoldedWeights`, which stores the task's
- * replacement or the pristine value, plus ΔW. Weights that the backend holds are folded in place; those of a host in the CPU's memory pass through
- * it.
+ * The adapted weights of a base model, folded. Each has a pristine value in its binding, and one writer,
+ * `FoldedWeights`, which stores the task's replacement or the pristine value, plus ΔW. Weights that the backend holds
+ * are folded in place; those of a host in the CPU's memory pass through it.
  */
 import { at, type Block, type Slice } from "../backends/backend.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
@@ -77,7 +77,10 @@ export interface TaskChange {
   readonly plans: readonly ModulePlan[];
   /** Parameters that the tasks override. */
   readonly resolved: Resolved;
-  /** All adapted weights that are written, by module, and the bytes that ΔW is added to where these are not the pristine copy. */
+  /**
+   * All adapted weights that are written, by module, and the bytes that ΔW is added to where these are not the pristine
+   * copy.
+   */
   readonly weights: ReadonlyMap<number, Uint8Array | undefined>;
 }
 
@@ -87,7 +90,10 @@ interface Changed {
   readonly names: ReadonlySet<string>;
 }
 
-/** The adapted weights: those of one task, or inconsistent while a change is made and after one that could not be undone. */
+/**
+ * The adapted weights: those of one task, or inconsistent while a change is made and after one that could not be
+ * undone.
+ */
 export class FoldedWeights {
   readonly #context: RuntimeContext;
   readonly #pristine: (name: string) => CpuView | undefined;

@@ -1,8 +1,8 @@
 /**
- * Components of one module (Algorithm 1 of the paper): the adapters of a module become two bases, stored once, and coefficients per task, a
- * row of a factor each. Adapters that come later are projected onto a stored basis. Principal components of a stack of rows are computed
- * in f64, from the smaller Gram matrix, as many as asked but never a direction that is only rounding error. Works on one module at a time,
- * on arrays only: no files, no pack.
+ * Components of one module (Algorithm 1 of the paper): the adapters of a module become two bases, stored once, and
+ * coefficients per task, a row of a factor each. Adapters that come later are projected onto a stored basis. Principal
+ * components of a stack of rows are computed in f64, from the smaller Gram matrix, as many as asked but never a
+ * direction that is only rounding error. Works on one module at a time, on arrays only: no files, no pack.
  */
 import { refuseLarge } from "../format/encode.ts";
 import { type Dtype, decodeTensor, isQuantized, sum } from "../tensor/dtypes.ts";
@@ -47,8 +47,8 @@ export interface TaskUpdate extends BySide<Factor> {
   readonly rank: number;
   readonly dtype: Dtype;
   /**
-   * ‖ΔW − ΔW'‖ / ‖ΔW‖ with ΔW' as stored; 0 where ΔW is zero. Components measure a balanced pair against itself, without the directions
-   * that are zero within rounding: below 1e-6 of ‖ΔW‖.
+   * ‖ΔW − ΔW'‖ / ‖ΔW‖ with ΔW' as stored; 0 where ΔW is zero. Components measure a balanced pair against itself,
+   * without the directions that are zero within rounding: below 1e-6 of ‖ΔW‖.
    */
   readonly error: number;
   /** ‖ΔW‖. */
@@ -71,7 +71,10 @@ export interface ModuleStack {
 /** Factorisation: factors are taken as they come, or rewritten as B = U·√S, A = √S·Vᵀ first. */
 export type Gauge = "as-trained" | "balanced";
 
-/** Number of components of a factor, never more than its numerical rank: `k` that many; `energy` the fewest with that share of the squared singular values, 1 for all of them. */
+/**
+ * Number of components of a factor, never more than its numerical rank: `k` that many; `energy` the fewest with that
+ * share of the squared singular values, 1 for all of them.
+ */
 export type ComponentSelection =
   | { readonly kind: "k"; readonly k: number }
   | { readonly kind: "energy"; readonly share: number };
@@ -79,10 +82,16 @@ export type ComponentSelection =
 /** Options of projection. */
 export interface ProjectOptions {
   readonly gauge: Gauge;
-  /** The most rows that a task keeps of each module, its strongest directions: balanced factorisation only. Default: all. */
+  /**
+   * The most rows that a task keeps of each module, its strongest directions: balanced factorisation only. Default:
+   * all.
+   */
   readonly rank?: number | undefined;
   readonly coefficientDtype: Dtype;
-  /** Quantisation step: the change of ΔW from one integer of a coefficient to the next. Default: as `coefficientDtype` says. */
+  /**
+   * Quantisation step: the change of ΔW from one integer of a coefficient to the next. Default: as `coefficientDtype`
+   * says.
+   */
   readonly step?: number | undefined;
 }
 
@@ -91,16 +100,17 @@ export interface ExtractOptions extends Omit<ProjectOptions, "step"> {
   /** "keep" subtracts the mean of the rows and stores it, "none" uses none. */
   readonly centering: "keep" | "none";
   /**
-   * Every task counts alike when components are sought, however large its update is: one a thousand times larger than the
-   * others would have them to itself. Default: false.
+   * Every task counts alike when components are sought, however large its update is: one a thousand times larger than
+   * the others would have them to itself. Default: false.
    */
   readonly normalize?: boolean | undefined;
   /** Default: no components of all tasks. */
   readonly select?: ComponentSelection | undefined;
   readonly basisDtype: Dtype;
   /**
-   * Quantisation steps of the members of a stack: the change of ΔW from one integer to the next. Coefficients are then int8, and components
-   * integers of as many bits as they need, whatever the types say, with steps that make all equally coarse for ΔW.
+   * Quantisation steps of the members of a stack: the change of ΔW from one integer to the next. Coefficients are then
+   * int8, and components integers of as many bits as they need, whatever the types say, with steps that make all
+   * equally coarse for ΔW.
    */
   readonly steps?: readonly number[] | undefined;
   /** Products of large matrices: half the time of an extraction is spent there. Default: the plain loops. */
@@ -148,8 +158,8 @@ export interface Components {
   /** [count, width], orthonormal within 1e-8, strongest first, the largest entry of each positive. */
   vectors: Float64Array;
   /**
-   * All min(rows, width) singular values, descending. Those below 1e-7 of the largest are rounding errors unless the components asked for
-   * go down to them.
+   * All min(rows, width) singular values, descending. Those below 1e-7 of the largest are rounding errors unless the
+   * components asked for go down to them.
    */
   singular: Float64Array;
   /** ‖X‖², the sum of the squared singular values; 0 where no row is above its floor. */
@@ -183,8 +193,8 @@ export function columnMeans(x: Float64Array, rows: number, width: number, weight
  * and not by the largest singular value, so that an adapter a thousand times smaller than its neighbours still counts.
  *
  * @param floors per row, the length below which what is left of it is rounding error: `ROUNDING` times its own size
- * @param choose the number of components, or a function of all singular values and their sum of squares that returns it; clipped
- *   to the numerical rank
+ * @param choose the number of components, or a function of all singular values and their sum of squares that returns
+ *   it; clipped to the numerical rank
  */
 export function principalComponents(
   x: Float64Array,
@@ -305,7 +315,9 @@ function smallerGram(x: Float64Array, rows: number, width: number, products: lin
   return rows > width ? products.gram(linalg.transpose(x, rows, width), width, rows) : products.gram(x, rows, width);
 }
 
-/** Makes vectors `from` to `from + count` unit vectors, the weak ones orthogonal to all before them (twice is enough). */
+/**
+ * Makes vectors `from` to `from + count` unit vectors, the weak ones orthogonal to all before them (twice is enough).
+ */
 export function orthonormalize(
   v: Float64Array,
   from: number,
@@ -333,7 +345,9 @@ function needed(rest: Float64Array, along: Float64Array, count: number, floors: 
   return 0;
 }
 
-/** Makes the largest entry (the first of equals) of each vector positive, since signs of singular vectors are arbitrary. */
+/**
+ * Makes the largest entry (the first of equals) of each vector positive, since signs of singular vectors are arbitrary.
+ */
 export function fixSigns(vectors: Float64Array, count: number, width: number): void {
   for (let k = 0; k < count; k++) {
     if (linalg.dominant(vectors, k * width, width) < 0) linalg.scale(-1, vectors, k * width, width);
@@ -395,12 +409,15 @@ export function decompose(
   return { width, rows: options.rank === undefined ? rows : stacked(all), mean, components };
 }
 
-/** Tasks whose rows are so many times as long as those of others: a mean of both would take digits from the shorter ones. */
+/**
+ * Tasks whose rows are so many times as long as those of others: a mean of both would take digits from the shorter
+ * ones.
+ */
 const FAR_APART = 8;
 
 /**
- * Weights of each factor's rows in their mean. All rows count alike, as in the paper, unless tasks are to count alike, or a mean would
- * be much longer than the rows of some: coefficients cancel it to the digits of f32 of the longer one.
+ * Weights of each factor's rows in their mean. All rows count alike, as in the paper, unless tasks are to count alike,
+ * or a mean would be much longer than the rows of some: coefficients cancel it to the digits of f32 of the longer one.
  * @returns undefined where all count alike
  */
 function meanWeights(
@@ -442,8 +459,8 @@ export function stacked(factors: readonly Float64Array[]): Float64Array {
 
 /**
  * The first `most` components and the mean as they are stored.
- * @param stored the number format; or steps of the integers of the components and, last, of the mean. Components that would be all zeros
- *   are left out
+ * @param stored the number format; or steps of the integers of the components and, last, of the mean. Components that
+ *   would be all zeros are left out
  */
 export function encodeSide(
   side: Omit<Side, "rows">,
@@ -529,10 +546,11 @@ export interface Target {
   at: Float64Array;
 }
 
-// Adapters on bases as they are stored: coefficients, and what they lose. Extraction ends here for its own tasks, and adapters that come
-// later begin here. Components that were rounded are no longer orthonormal, so coefficients are always solved for, never read off by
-// products. The Cholesky factor L of the components' Gram matrix turns coefficients α into coordinates α·L on an orthonormal basis of the
-// same span, in which the length of a projection is a sum of squares.
+// Adapters on bases as they are stored: coefficients, and what they lose. Extraction ends here for its own tasks, and
+// adapters that come later begin here. Components that were rounded are no longer orthonormal, so coefficients are
+// always solved for, never read off by products. The Cholesky factor L of the components' Gram matrix turns
+// coefficients α into coordinates α·L on an orthonormal basis of the same span, in which the length of a projection is
+// a sum of squares.
 
 export function openSubspace(stored: Basis, products: linalg.Products = linalg.PLAIN): Subspace {
   const { components, width } = stored;
@@ -545,7 +563,8 @@ export function openSubspace(stored: Basis, products: linalg.Products = linalg.P
 }
 
 /**
- * Takes the stacked rows [Σ ranks, width] of tasks as targets: all at once, because one large product costs less than many small ones.
+ * Takes the stacked rows [Σ ranks, width] of tasks as targets: all at once, because one large product costs less than
+ * many small ones.
  * @param most rows of a task that have coefficients
  */
 export function targetsOf(
@@ -603,7 +622,10 @@ export function expand(space: Subspace, coefficients: Float64Array, rank: number
   return rows;
 }
 
-/** Encodes values [rows, width] as a tensor of `type`, and decodes them again. @param steps as of `encodeTensor`, as `find` */
+/**
+ * Encodes values [rows, width] as a tensor of `type`, and decodes them again.
+ * @param steps as of `encodeTensor`, as `find`
+ */
 export function rounded(
   type: Dtype,
   values: Float64Array,
@@ -668,12 +690,15 @@ function mirrors({ gauge, coefficientDtype }: ProjectOptions): boolean {
   return gauge === "balanced" && fewBits(coefficientDtype);
 }
 
-/** Largest sine at which a row counts as within the components: far above the rounding of f32, far below any row that was made elsewhere. */
+/**
+ * Largest sine at which a row counts as within the components: far above the rounding of f32, far below any row that
+ * was made elsewhere.
+ */
 const WITHIN = 1e-4;
 
 /**
- * The pair in the factorisation of a pack, along the stored mean where there is one. About a mean, a pair that was trained within the
- * components lies in them in its own factorisation alone, and keeps it.
+ * The pair in the factorisation of a pack, along the stored mean where there is one. About a mean, a pair that was
+ * trained within the components lies in them in its own factorisation alone, and keeps it.
  */
 export function gauged(trained: Pair, { A, B }: ModuleSpace, options: ProjectOptions): Pair {
   const { gauge, rank = Infinity, step } = options;
@@ -733,7 +758,10 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
   return { A: A.basis, B: B.basis, tasks };
 }
 
-/** The factors of a member, [rank, in] and [rank, out]. @throws RangeError for factors of other widths, NaN and infinity */
+/**
+ * The factors of a member, [rank, in] and [rank, out].
+ * @throws RangeError for factors of other widths, NaN and infinity
+ */
 export function memberPair(member: ModuleMember, out: number, inputs: number): Pair {
   for (const [name, values, width] of [
     ["A", member.A, inputs],

@@ -1,6 +1,7 @@
 /**
- * Extraction of many modules: one after another where this runs, or several at a time in threads of their own, which gives the same
- * bytes. A thread is sent one module's stack and answers with what is stored of it; or a section of a pack, which it codes.
+ * Extraction of many modules: one after another where this runs, or several at a time in threads of their own, which
+ * gives the same bytes. A thread is sent one module's stack and answers with what is stored of it; or a section of a
+ * pack, which it codes.
  */
 import { openThread } from "#threads";
 import { BackendError } from "../errors.ts";
@@ -100,7 +101,9 @@ interface Question {
   readonly options: unknown;
 }
 
-/** A thread's answer. Errors do not keep their class on the way, but its name; `owner` is that of an UnstorableError. */
+/**
+ * A thread's answer. Errors do not keep their class on the way, but its name; `owner` is that of an UnstorableError.
+ */
 export type Answer = { readonly result: unknown } | { readonly failed: Failure };
 type Failure = Pick<UnstorableError, "name" | "message" | "owner">;
 

@@ -1,7 +1,7 @@
 /**
- * A pair of factors (Bᵀ, A), and its ΔW = B·A: the balanced pair, signs and turns of rows, the error of an approximation, and steps of
- * integers. (B·R, R⁻¹·A) is the same ΔW for every invertible R, but Algorithm 1 of the paper stacks A and B separately, so its result depends
- * on R, the factorisation ("gauge").
+ * A pair of factors (Bᵀ, A), and its ΔW = B·A: the balanced pair, signs and turns of rows, the error of an
+ * approximation, and steps of integers. (B·R, R⁻¹·A) is the same ΔW for every invertible R, but Algorithm 1 of the
+ * paper stacks A and B separately, so its result depends on R, the factorisation ("gauge").
  */
 
 import { type Dtype, sum } from "../tensor/dtypes.ts";
@@ -9,8 +9,8 @@ import type { Term } from "../tensor/term.ts";
 import * as linalg from "./linalg.ts";
 
 /**
- * The factors of a term in f64, to compute with: rows are turned, mirrored and replaced here, which nothing that comes from a
- * reader may be. ΔW [out, in] = Btᵀ·A: A [rank, in], Bt [rank, out].
+ * The factors of a term in f64, to compute with: rows are turned, mirrored and replaced here, which nothing that comes
+ * from a reader may be. ΔW [out, in] = Btᵀ·A: A [rank, in], Bt [rank, out].
  */
 export interface Pair {
   rank: number;
@@ -31,11 +31,14 @@ interface Factored {
   across(u: Float64Array, count: number): Float64Array;
 }
 
-/** Share of a row's square that must be independent of earlier rows, so that a Gram matrix has the digits that L needs. */
+/**
+ * Share of a row's square that must be independent of earlier rows, so that a Gram matrix has the digits that L needs.
+ */
 const INDEPENDENT = 2 ** -16;
 
 /**
- * Factors X [rows, width], which stays as it is: by its Gram matrix, a fifth of the time of reflectors, where no row leans on others.
+ * Factors X [rows, width], which stays as it is: by its Gram matrix, a fifth of the time of reflectors, where no row
+ * leans on others.
  * @param whole false: without `across`
  */
 function factored(
@@ -93,7 +96,9 @@ export function singularValues(
   return [...S.subarray(0, rank)];
 }
 
-/** ΔW = QBᵀ·(LBᵀ·LA)·QA: the SVD in brackets [n, m], which has the singular values of ΔW, and how many of them are kept. */
+/**
+ * ΔW = QBᵀ·(LBᵀ·LA)·QA: the SVD in brackets [n, m], which has the singular values of ΔW, and how many of them are kept.
+ */
 function core(
   inner: number,
   { L: LA, size: m }: Factored,
@@ -215,8 +220,8 @@ export function mix(
 }
 
 /**
- * Replaces the first `kept` rows of each rank by 2·mean − row, in place: a reflection that preserves the mean of a stack and what is stored of it.
- * Rows of a balanced pair, long and short, become nearly alike; of four exactly so.
+ * Replaces the first `kept` rows of each rank by 2·mean − row, in place: a reflection that preserves the mean of a
+ * stack and what is stored of it. Rows of a balanced pair, long and short, become nearly alike; of four exactly so.
  */
 export function mirror(values: Float64Array, ranks: readonly number[], width: number, kept: number = Infinity): void {
   let from = 0;
@@ -239,24 +244,28 @@ function hartley(n: number): Float64Array {
   });
 }
 
-// Errors, ‖ΔW − ΔW'‖ and ‖ΔW‖ in the Frobenius norm, from the factors alone: ΔW is never formed. With D_A = A − A' and D_B = B − B',
+// Errors, ‖ΔW − ΔW'‖ and ‖ΔW‖ in the Frobenius norm, from the factors alone: ΔW is never formed. With D_A = A − A' and
+// D_B = B − B',
 //
 //     ΔW − ΔW' = D_B·A + B'·D_A,
 //
-// whose squared norm is a sum of products of r×r Gram matrices. In one factorisation they are of the same size as the result, where the
-// textbook form ‖ΔW‖² + ‖ΔW'‖² − 2⟨ΔW, ΔW'⟩ would cancel.
+// whose squared norm is a sum of products of r×r Gram matrices. In one factorisation they are of the same size as the
+// result, where the textbook form ‖ΔW‖² + ‖ΔW'‖² − 2⟨ΔW, ΔW'⟩ would cancel.
 
 /** Share of ‖ΔW‖; 0 by definition for an adapter that is zero, which has no share to speak of. */
 export function relative(value: number, norm: number): number {
   return norm > 0 ? value / norm : 0;
 }
 
-/** Below this share of its bound a difference has too few digits, since squares of the bound have cancelled in its square. */
+/**
+ * Below this share of its bound a difference has too few digits, since squares of the bound have cancelled in its
+ * square.
+ */
 const CANCELLED = 1e-6;
 
 /**
- * ‖ΔW − ΔW'‖ and ‖ΔW‖ of two pairs of factors for the same module; ranks and factorisations may differ. Exact to a few 1e-15 of
- * ‖D_B‖·‖A‖ + ‖B'‖·‖D_A‖, which bounds the difference.
+ * ‖ΔW − ΔW'‖ and ‖ΔW‖ of two pairs of factors for the same module; ranks and factorisations may differ. Exact to a few
+ * 1e-15 of ‖D_B‖·‖A‖ + ‖B'‖·‖D_A‖, which bounds the difference.
  * @throws RangeError when the pairs are of different shapes
  */
 export function deltaError(
@@ -326,10 +335,10 @@ function subtracted(one: Pair, other: Pair): Pair {
   return { rank: one.rank + other.rank, A: join(one.A, other.A, 1), Bt: join(one.Bt, other.Bt, -1) };
 }
 
-// Steps of integers that are equally coarse for ΔW. An integer of a coefficient of row i of A changes ΔW by its step times the length of
-// row i of Bᵀ, one of a component by its step times all that its coefficients weigh. Where every integer changes ΔW alike, the fewest
-// bits lose the least: reverse water-filling (T. Cover, J. Thomas, "Elements of Information Theory", 10.3.3), which entropy coding
-// does by itself, since what is below the step becomes zeros.
+// Steps of integers that are equally coarse for ΔW. An integer of a coefficient of row i of A changes ΔW by its step
+// times the length of row i of Bᵀ, one of a component by its step times all that its coefficients weigh. Where every
+// integer changes ΔW alike, the fewest bits lose the least: reverse water-filling (T. Cover, J. Thomas, "Elements of
+// Information Theory", 10.3.3), which entropy coding does by itself, since what is below the step becomes zeros.
 
 export interface Spectrum {
   readonly task: string;
@@ -404,8 +413,8 @@ export function componentSteps(
 }
 
 /**
- * The ‖ΔW − ΔW'‖² that is expected of a step: all of a rank-1 term that is not worth its bits, and of the others what rounding leaves.
- * Values of a row are taken for normally distributed.
+ * The ‖ΔW − ΔW'‖² that is expected of a step: all of a rank-1 term that is not worth its bits, and of the others what
+ * rounding leaves. Values of a row are taken for normally distributed.
  * @param isRounded true for numbers that are rounded to the step
  */
 export function roundingLoss(spectra: readonly Spectrum[], step: number, isRounded: boolean = true): number {
@@ -423,7 +432,10 @@ export function roundingLoss(spectra: readonly Spectrum[], step: number, isRound
   return lost;
 }
 
-/** Bits that terms are expected to take with a step. @param isRounded as of `roundingLoss`; else numbers take 16 bits */
+/**
+ * Bits that terms are expected to take with a step.
+ * @param isRounded as of `roundingLoss`; else numbers take 16 bits
+ */
 export function expectedBits(spectra: readonly Spectrum[], step: number, isRounded: boolean = true): number {
   let sum = 0;
   for (const { singular, in: inputs, out } of spectra)
@@ -439,12 +451,18 @@ export function roundedBits(size: number): number {
   return 0.5 * Math.log2(1 + 17 * size ** 2);
 }
 
-/** Mean squared error of values of this root mean square that are rounded to integers: all of tiny ones, an eleventh of a step² of large ones. */
+/**
+ * Mean squared error of values of this root mean square that are rounded to integers: all of tiny ones, an eleventh of
+ * a step² of large ones.
+ */
 export function roundedSquare(size: number): number {
   return size ** 2 / (1 + 11 * size ** 2);
 }
 
-/** Root mean square, in steps, from which on a rank-1 term is worth its bits: below, a finer step for all others gains more. */
+/**
+ * Root mean square, in steps, from which on a rank-1 term is worth its bits: below, a finer step for all others gains
+ * more.
+ */
 const WORTH = 0.7;
 
 /** @param width the mean of both factors' */

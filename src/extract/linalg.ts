@@ -1,14 +1,18 @@
 /**
- * Dense linear algebra in f64 for packing: products of row-major matrices, LQ, a small SVD, Cholesky, the symmetric eigenproblem. Nothing
- * here knows of adapters. Every matrix is a flat row-major Float64Array; a "row" is a vector of the space we work in, so products are taken
- * between rows, which lie contiguous in memory. Own code, since ml-matrix holds an array for each row, which WebAssembly cannot take over,
- * and computes all eigenvectors where a pack keeps a few.
+ * Dense linear algebra in f64 for packing: products of row-major matrices, LQ, a small SVD, Cholesky, the symmetric
+ * eigenproblem. Nothing here knows of adapters. Every matrix is a flat row-major Float64Array; a "row" is a vector of
+ * the space we work in, so products are taken between rows, which lie contiguous in memory. Own code, since ml-matrix
+ * holds an array for each row, which WebAssembly cannot take over, and computes all eigenvectors where a pack keeps a
+ * few.
  */
 import { uniform } from "../tensor/random.ts";
 
 const EPSILON = Number.EPSILON;
 
-/** One step of f32: the rest of a vector below this share of its length is the rounding error of trained weights, not a direction. */
+/**
+ * One step of f32: the rest of a vector below this share of its length is the rounding error of trained weights, not a
+ * direction.
+ */
 export const ROUNDING: number = 2 ** -23;
 
 /** Products in which extraction spends its time: the plain loops of this file, or faster ones. */
@@ -21,7 +25,10 @@ export interface Products {
   gram(x: Float64Array, rows: number, width: number): Float64Array;
   /** Reduces a symmetric matrix [n, n], in place of the plain loop. */
   tridiagonalize?(a: Float64Array, n: number): Tridiagonal;
-  /** Finds the scale that loses least of a row of values, rounded to integers up to `largest`. Default: the plain loop of `encodeTensor`. */
+  /**
+   * Finds the scale that loses least of a row of values, rounded to integers up to `largest`. Default: the plain loop
+   * of `encodeTensor`.
+   */
   findScale?(values: Float64Array, scales: Float64Array, largest: number): number;
 }
 
@@ -60,7 +67,10 @@ export interface Tridiagonal {
   turn(z: Float64Array, count: number): void;
 }
 
-/** Xᵀ [width, rows] of X [rows, width]. In strips of 16 rows, because each column of the result is a cache line of its own. */
+/**
+ * Xᵀ [width, rows] of X [rows, width]. In strips of 16 rows, because each column of the result is a cache line of its
+ * own.
+ */
 export function transpose(x: Float64Array, rows: number, width: number): Float64Array {
   const out = new Float64Array(rows * width);
   for (let from = 0; from < rows; from += 16) {
@@ -158,7 +168,9 @@ function reflector(x: Float64Array, at: number, count: number): { tau: number; b
   return { tau: (beta - alpha) / beta, beta };
 }
 
-/** Applies H = I − tau·v·vᵀ to `rows` vectors of `length` values, `stride` apart. Four at a time share the reads of v. */
+/**
+ * Applies H = I − tau·v·vᵀ to `rows` vectors of `length` values, `stride` apart. Four at a time share the reads of v.
+ */
 function reflect(
   tau: number,
   v: Float64Array,
@@ -346,9 +358,9 @@ export function backwardSolve(l: Float64Array, n: number, count: number, y: Floa
   }
 }
 
-// The symmetric eigenproblem: all eigenvalues, but eigenvectors of the largest ones only, since a pack keeps a fraction of the components.
-// Householder tridiagonalisation, implicit QL for the values, inverse iteration for the vectors (Golub & Van Loan, "Matrix Computations",
-// 8.3 and 8.2.2).
+// The symmetric eigenproblem: all eigenvalues, but eigenvectors of the largest ones only, since a pack keeps a fraction
+// of the components. Householder tridiagonalisation, implicit QL for the values, inverse iteration for the vectors
+// (Golub & Van Loan, "Matrix Computations", 8.3 and 8.2.2).
 
 /** Eigenvalues and, on demand, eigenvectors of a symmetric matrix. */
 export interface Eigen {

@@ -1,7 +1,8 @@
 /**
- * Tasks that share each factor of a module by itself: a factor is made of coefficients over one of the bases of its side, of residual rows,
- * which hold what the basis lacks, or of both. Bits and loss together decide: bits as the coder counts them, loss at the price that
- * rounding pays for a bit. Bases come from groups of tasks whose row spaces overlap.
+ * Tasks that share each factor of a module by itself: a factor is made of coefficients over one of the bases of its
+ * side, of residual rows, which hold what the basis lacks, or of both. Bits and loss together decide: bits as the coder
+ * counts them, loss at the price that rounding pays for a bit. Bases come from groups of tasks whose row spaces
+ * overlap.
  */
 
 import { codedBits } from "../format/encode-coded.ts";
@@ -47,8 +48,8 @@ export interface SharedSides {
 /** The number format of a task's coefficients and residual rows. */
 export interface RowFormat {
   /**
-   * Quantisation step: the change of ΔW from one integer to the next. Rank-1 terms that are not worth their bits with such a step are left out, in other
-   * number formats too; 0 leaves out none.
+   * Quantisation step: the change of ΔW from one integer to the next. Rank-1 terms that are not worth their bits with
+   * such a step are left out, in other number formats too; 0 leaves out none.
    */
   readonly step: number;
   /** Default: integers with the step, which are entropy-coded. */
@@ -68,7 +69,9 @@ export interface SideCosts extends components.BySide<readonly SideCost[]> {
   readonly left: number;
 }
 
-/** Bits that a loss of one step, squared, is worth: what rounding to steps pays where values are large, 12 / (2 ln 2). */
+/**
+ * Bits that a loss of one step, squared, is worth: what rounding to steps pays where values are large, 12 / (2 ln 2).
+ */
 const PRICE = 8.66;
 
 export function costOf({ bits, lost }: Pick<SideCost, "bits" | "lost">): number {
@@ -248,7 +251,10 @@ function withResidual(rows: Float64Array, { rank, type, steps }: RowsFormat, sha
   return { coefficients: shared?.coefficients, K: shared?.K ?? 0, residual, values };
 }
 
-/** Cost of one factor. Loss counts a row's length on the other side, which steps have. @param isCounted false: bits are 0 */
+/**
+ * Cost of one factor. Loss counts a row's length on the other side, which steps have.
+ * @param isCounted false: bits are 0
+ */
 function sideCost(
   rows: Float64Array,
   steps: Float64Array,
@@ -272,8 +278,8 @@ function sideCost(
   return { bits: codedBits(tensors), lost };
 }
 
-// Groups: tasks fall into groups by overlaps of their row spaces, and each group's components are as many as would pay for themselves.
-// `sideCosts` of every task then says if they do.
+// Groups: tasks fall into groups by overlaps of their row spaces, and each group's components are as many as would pay
+// for themselves. `sideCosts` of every task then says if they do.
 
 /** The components of a group, before they are rounded. */
 interface Span extends Omit<components.Side, "rows"> {
@@ -281,7 +287,9 @@ interface Span extends Omit<components.Side, "rows"> {
   readonly steps: Float64Array;
 }
 
-/** Overlaps from which on tasks are taken for a group, from close relations to all together: candidates, which must pay. */
+/**
+ * Overlaps from which on tasks are taken for a group, from close relations to all together: candidates, which must pay.
+ */
 const LEVELS = [0.8, 0.5, 0.25, 0];
 
 /** Candidates for sharing of each side of a module. */
@@ -371,7 +379,10 @@ function groupsOf(
   return best.flatMap(({ span }) => span ?? []);
 }
 
-/** Groups at each level, by the mean overlap of their members' spaces, ‖Q₁·Q₂ᵀ‖² / rank: from many small ones to all together. */
+/**
+ * Groups at each level, by the mean overlap of their members' spaces, ‖Q₁·Q₂ᵀ‖² / rank: from many small ones to all
+ * together.
+ */
 function levelsOf(spaces: readonly Float64Array[], width: number, products: Products): number[][][] {
   const count = spaces.length;
   const overlap = overlapsOf(spaces, width, products);

@@ -1,5 +1,6 @@
 /**
- * A thread that extracts modules (`createExtractor` of extractor.ts), started by `openThread` of threads-node.ts. Not a module to import.
+ * A thread that extracts modules (`createExtractor` of extractor.ts), started by `openThread` of threads-node.ts. Not a
+ * module to import.
  */
 import { parentPort } from "node:worker_threads";
 import { createAnswerer } from "./extractor.ts";

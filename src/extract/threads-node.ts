@@ -1,10 +1,14 @@
 /** Threads of Node, Deno and Bun: what `#threads` of package.json is where the condition `node` is set. */
 import type { Thread } from "./threads-web.ts";
 
-/** Starts a thread for extraction. @throws Error when it cannot be started; from `ask` when it ends before it has answered */
+/**
+ * Starts a thread for extraction.
+ * @throws Error when it cannot be started; from `ask` when it ends before it has answered
+ */
 export async function openThread(): Promise<Thread> {
   const { Worker } = await import("node:worker_threads");
-  // Flags of this process stay with it: some, as --eval, would stop a thread. A small heap will do, since arrays lie outside it.
+  // Flags of this process stay with it: some, as --eval, would stop a thread. A small heap will do, since arrays lie
+  // outside it.
   const options = { execArgv: [], resourceLimits: { maxYoungGenerationSizeMb: 4 } };
   const worker = new Worker(new URL("./thread.js", import.meta.url), options);
   let answered: (answer: unknown) => void = () => {};

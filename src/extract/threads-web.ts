@@ -1,6 +1,6 @@
 /**
- * No threads are started in browsers, workers and React Native: extraction is done where it is asked for. `#threads` of package.json is this
- * file unless the condition `node` is set.
+ * No threads are started in browsers, workers and React Native: extraction is done where it is asked for. `#threads` of
+ * package.json is this file unless the condition `node` is set.
  */
 
 /** Answers one question after the other, in a thread of its own. */

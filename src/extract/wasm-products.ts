@@ -22,8 +22,8 @@ const BINARIES: Binaries<Variant> = {
 };
 
 /**
- * Products and reductions of extraction in WebAssembly. Data is copied in and out; the memory stays as large as the largest
- * call needs.
+ * Products and reductions of extraction in WebAssembly. Data is copied in and out; the memory stays as large as the
+ * largest call needs.
  * @throws BackendError as `createWasmBackend`; the functions when memory is short
  */
 export async function createWasmProducts(options: { variant?: Variant } = {}): Promise<Required<Products>> {

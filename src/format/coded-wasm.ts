@@ -1,10 +1,11 @@
 /**
- * Coded sections decoded by WebAssembly (`assembly/coded.ts`), where there is some: several times as fast as `coded.ts`, most with the
- * first section. And decoded integers as floats, six times as fast as `placeTensor`.
+ * Coded sections decoded by WebAssembly (`assembly/coded.ts`), where there is some: several times as fast as
+ * `coded.ts`, most with the first section. And decoded integers as floats, six times as fast as `placeTensor`.
  *
- * A module of its own instead of a part of the backend's kernels: sections are decoded where there is no backend, and those kernels are
- * loaded without it in the core of every app. Where an engine has no WebAssembly, no SIMD or a policy against it, `coded.ts` decodes.
- * The module is compiled synchronously. Pages in older Chromium refuse that above 4 kB, so `coded.ts` decodes there.
+ * A module of its own instead of a part of the backend's kernels: sections are decoded where there is no backend, and
+ * those kernels are loaded without it in the core of every app. Where an engine has no WebAssembly, no SIMD or a policy
+ * against it, `coded.ts` decodes. The module is compiled synchronously. Pages in older Chromium refuse that above 4 kB,
+ * so `coded.ts` decodes there.
  */
 import binary from "#wasm/coded";
 import { DTYPES, type QuantizedDtype } from "../tensor/dtypes.ts";
@@ -40,7 +41,9 @@ const STORED = 143_392;
 const PAGE = 65_536;
 /** Memory that is kept for the next section or tensor; that of larger ones is given back. */
 const MOST_KEPT = 32 * PAGE;
-/** All bytes of a section, coded and not, and what it copies from. More than this is for an engine without such limits. */
+/**
+ * All bytes of a section, coded and not, and what it copies from. More than this is for an engine without such limits.
+ */
 const MOST = 1 << 28;
 /** Symbols of a piece: less than a millisecond once the code is hot. */
 const PIECE = 1 << 14;
@@ -90,8 +93,8 @@ function* decoded(
 }
 
 /**
- * The numbers of an encoded tensor, as `decodeTensor` gives them, valid until anything else is decoded. Undefined where the engine
- * does not compile the module, or has too little memory.
+ * The numbers of an encoded tensor, as `decodeTensor` gives them, valid until anything else is decoded. Undefined where
+ * the engine does not compile the module, or has too little memory.
  * @param turned whether [width, rows] is wanted
  */
 export function wasmFloats(
@@ -138,7 +141,10 @@ function withMemory(bytes: number, decoder: WasmDecoder | undefined): WasmDecode
   }
 }
 
-/** Makes one more decoder, without a promise as in src/backends/wasm.ts. @returns undefined where the engine refuses, or memory lacks */
+/**
+ * Makes one more decoder, without a promise as in src/backends/wasm.ts.
+ * @returns undefined where the engine refuses, or memory lacks
+ */
 function another(): WasmDecoder | undefined {
   if (refused) return undefined;
   try {

@@ -1,8 +1,8 @@
 /**
- * Entropy-coded sections (SPEC.md, appendix A): integers of tensors in as many bits as they are worth. Coding loses nothing: a
- * section is what it was, byte for byte, once decoded. The coder is rANS (J. Duda, "Asymmetric numeral systems", 2013) over
- * frequencies that adapt, or that the section gives where integers are many. `code` tells what is coded in which order, for both
- * directions; the reading half is below, the writing half in `encode-coded.ts`.
+ * Entropy-coded sections (SPEC.md, appendix A): integers of tensors in as many bits as they are worth. Coding loses
+ * nothing: a section is what it was, byte for byte, once decoded. The coder is rANS (J. Duda, "Asymmetric numeral
+ * systems", 2013) over frequencies that adapt, or that the section gives where integers are many. `code` tells what is
+ * coded in which order, for both directions; the reading half is below, the writing half in `encode-coded.ts`.
  */
 import { FormatError } from "../errors.ts";
 import { Changes, type Pause, paced, pacer, throwIfAborted } from "../pace.ts";
@@ -115,7 +115,9 @@ export interface Plan {
   readonly runs: readonly TensorRun[];
   /** Frequencies of the runs that want them. Default: none are coded, since all is only counted. */
   readonly frequencies?: Frequencies | undefined;
-  /** Earlier bytes that are the same as those at `at`: how many, and how far back. Undefined where there are too few. */
+  /**
+   * Earlier bytes that are the same as those at `at`: how many, and how far back. Undefined where there are too few.
+   */
   copyAt(at: number, end: number): { readonly length: number; readonly distance: number } | undefined;
 }
 
@@ -127,7 +129,8 @@ export function isCoded(blob: Uint8Array): boolean {
 }
 
 /**
- * Codes a section, or fills one with what is decoded, in pieces. Bytes that belong to no run are copies of earlier ones, or stand as they are.
+ * Codes a section, or fills one with what is decoded, in pieces. Bytes that belong to no run are copies of earlier
+ * ones, or stand as they are.
  * @param before bytes that copies may repeat, in addition to the section itself
  * @param plan of an encoder
  */
@@ -233,7 +236,10 @@ function codeByte(coder: Coder, last: number, byte: number): number {
   return (high << 5) | (middle << 2) | (coder.symbol(LOW + 8 * high + middle, byte & 3) & 3);
 }
 
-/** Statistics of a run: of each row the upper byte of the last scale, and the mean magnitude; of each place where they are few. */
+/**
+ * Statistics of a run: of each row the upper byte of the last scale, and the mean magnitude; of each place where they
+ * are few.
+ */
 class Memory {
   readonly scales: Uint8Array;
   readonly rows: Int32Array;
@@ -304,7 +310,10 @@ function slowness(i: number, slow: number): number {
   return i < 7 ? 3 : i < 15 ? 4 : slow;
 }
 
-/** Integers `i` to `end` of a row by given frequencies, four at a time: first the symbols of all lanes, then what they do not say. */
+/**
+ * Integers `i` to `end` of a row by given frequencies, four at a time: first the symbols of all lanes, then what they
+ * do not say.
+ */
 function codeFours(coder: Coder, row: Integers, i: number, end: number): void {
   const symbols = [0, 0, 0, 0];
   for (; i < end; i += LANES) {
@@ -379,7 +388,8 @@ function codeInteger(coder: Coder, mean: number, row: Integers, i: number): numb
   return put(row, i, found && coder.bits(1, Number(value < 0)) ? -found : found, value);
 }
 
-// Tables of coded sections (SPEC.md, appendix A): frequencies that adapt, and those that a section gives where integers are many.
+// Tables of coded sections (SPEC.md, appendix A): frequencies that adapt, and those that a section gives where integers
+// are many.
 
 /** Bits of a frequency, and of a word. */
 export const FREQUENCY_BITS = 15;
@@ -398,8 +408,8 @@ const STEPS: Uint8Array = Uint8Array.from({ length: 41 }, (_, used) =>
 const RAISED = (1 << FREQUENCY_BITS) - SYMBOLS * LEAST;
 
 /**
- * First tables, by the level of a mean magnitude (`LEVELS`): 2^15 times the probability that a value of a normal distribution with
- * such a mean magnitude, rounded, is at most 0, 1, … 6.
+ * First tables, by the level of a mean magnitude (`LEVELS`): 2^15 times the probability that a value of a normal
+ * distribution with such a mean magnitude, rounded, is at most 0, 1, … 6.
  */
 const FIRST: readonly (readonly number[])[] = [
   [31897, 32672, 32688, 32704, 32720, 32736, 32752],
@@ -436,7 +446,10 @@ export const GIVEN: number = MOST_GIVEN + 2;
 /** Places of a level in the order of its symbols: 0, 1, −1, … 15, −15, one that nothing has, OTHER. */
 export const GIVEN_SYMBOLS: number = 2 * MOST_GIVEN + 3;
 
-/** [levels, 17]: of 2^11 integers at a level, how many are 0, how many are 1 and as many −1, and so on to 15; how many are none of these. */
+/**
+ * [levels, 17]: of 2^11 integers at a level, how many are 0, how many are 1 and as many −1, and so on to 15; how many
+ * are none of these.
+ */
 export type Frequencies = Uint16Array<ArrayBuffer>;
 
 /** Place of a symbol of given frequencies in their order. */
@@ -532,7 +545,8 @@ export class Tables {
   }
 }
 
-// The reading half: in one pass, in pieces, by WebAssembly where there is some. Either decoder says the same of a section that breaks a rule.
+// The reading half: in one pass, in pieces, by WebAssembly where there is some. Either decoder says the same of a
+// section that breaks a rule.
 
 /** First tables as `coded-wasm.ts` wants them. */
 export const FIRST_TABLES: CodedWork["tables"] = [FIRST_SUMS, LEVEL_OF, GIVEN_LEVEL_OF];
@@ -541,7 +555,10 @@ export const FIRST_TABLES: CodedWork["tables"] = [FIRST_SUMS, LEVEL_OF, GIVEN_LE
 export interface Decoding {
   readonly file: string;
   readonly part: string;
-  /** Bytes that copies may repeat, in addition to the section itself: of bases and task blobs the basis description. Default: nothing. */
+  /**
+   * Bytes that copies may repeat, in addition to the section itself: of bases and task blobs the basis description.
+   * Default: nothing.
+   */
   readonly before?: Uint8Array;
   /** Bytes that it must become. Default: what it says. */
   readonly expected?: number | undefined;
@@ -629,7 +646,10 @@ export async function decodeSection(
   });
 }
 
-/** One section after the other: side by side they would take as long, and a memory each. Small ones do not wait for large ones. */
+/**
+ * One section after the other: side by side they would take as long, and a memory each. Small ones do not wait for
+ * large ones.
+ */
 const [small, large] = [new Changes(), new Changes()];
 const SMALL = 1 << 20;
 

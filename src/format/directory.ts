@@ -1,6 +1,7 @@
 /**
- * Reads a pack: the window, which says which generation counts and where its parts are (SPEC.md, section 2); the directory: sections, basis
- * description, task list (section 4); the blob of a task (section 6). Bytes become checked values, without I/O.
+ * Reads a pack: the window, which says which generation counts and where its parts are (SPEC.md, section 2); the
+ * directory: sections, basis description, task list (section 4); the blob of a task (section 6). Bytes become checked
+ * values, without I/O.
  */
 import { FormatError } from "../errors.ts";
 import { atOnce, paced, pacer } from "../pace.ts";
@@ -183,8 +184,8 @@ function* parseParts(f: Fields, superblock: format.Superblock, stored: Uint8Arra
 }
 
 /**
- * Checks the section table. Sections and the directory tile the file: each begins where the part before it ends, at the next multiple
- * of 64.
+ * Checks the section table. Sections and the directory tile the file: each begins where the part before it ends, at the
+ * next multiple of 64.
  * @returns the sections that every reader needs
  */
 function* parseSections(
@@ -443,7 +444,8 @@ export function* parseTask(
   yield* checkTensors(bytes, 8 + headerLength, taskTensors(terms, parameters, modules), file, f.part);
   const blob = { terms, parameters, bytes };
   if (brings) {
-    // Models are prepared for what the directory says. Many tasks may share one list, so it is not gone through where the count differs.
+    // Models are prepared for what the directory says. Many tasks may share one list, so it is not gone through where
+    // the count differs.
     const found = bringsOf(blob, modules);
     if (found.length !== brings.length)
       f.fail(`it brings ${found.length} parameters and modules, the directory says ${brings.length}`);
@@ -483,7 +485,8 @@ export function* taskTensors(
 }
 
 /**
- * @param given coefficients, the number of their basis, the type of residual rows; coefficients alone are over the first basis
+ * @param given coefficients, the number of their basis, the type of residual rows; coefficients alone are over the
+ *   first basis
  */
 function coefficientsOf(
   [item, which, own]: readonly Value[],
@@ -574,9 +577,9 @@ export function* basesTensors(modules: readonly format.PackModule[]): Generator<
 export const MOST = 65_536;
 
 /**
- * Refuses what no tensor may hold (SPEC.md, section 5): NaN and infinity, which would spread to the whole weight and no sum
- * would show where from, and what would become so when multiplied; the integer −2^(b−1); and bits and bytes that mean nothing
- * and are not zero. Works in pieces.
+ * Refuses what no tensor may hold (SPEC.md, section 5): NaN and infinity, which would spread to the whole weight and no
+ * sum would show where from, and what would become so when multiplied; the integer −2^(b−1); and bits and bytes that
+ * mean nothing and are not zero. Works in pieces.
  * @param start where the first tensor may begin
  * @param tensors one behind the other, with what they are called
  * @throws FormatError naming the tensor

@@ -108,7 +108,10 @@ const TOGETHER = 2 ** 24;
 const LANE_SHIFT = 13;
 const GIVEN_NOTE = 1 << 12;
 const LEVEL_SHIFT = 6;
-/** A note of bits: how many they are, above their value. The value of more than 9 is a note of its own behind one that says LONG. */
+/**
+ * A note of bits: how many they are, above their value. The value of more than 9 is a note of its own behind one that
+ * says LONG.
+ */
 const BITS = 1 << 15;
 const VALUE_BITS = 9;
 const LONG = 15;
@@ -148,8 +151,9 @@ interface Block {
 }
 
 /**
- * Notes what is coded; rANS codes it from the last to the first, so that a decoder reads it from the first on. A section has many times
- * more notes than bytes, so each is a symbol in 16 bits; what frequency the symbol had is found by going through a block again.
+ * Notes what is coded; rANS codes it from the last to the first, so that a decoder reads it from the first on. A
+ * section has many times more notes than bytes, so each is a symbol in 16 bits; what frequency the symbol had is found
+ * by going through a block again.
  */
 export class Encoder implements Coder {
   readonly #tables = new Tables();

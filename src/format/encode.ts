@@ -296,7 +296,10 @@ function encodeSuperblock({ signature, ...s }: format.Superblock): Bytes {
   return bytes;
 }
 
-/** One task as a file of its own (SPEC.md, section 7). @throws FormatError for metadata that the format does not hold */
+/**
+ * One task as a file of its own (SPEC.md, section 7).
+ * @throws FormatError for metadata that the format does not hold
+ */
 export function encodeTaskFile(entry: TaskEntry, basisId: string, blob: Uint8Array): Uint8Array<ArrayBuffer> {
   checkEntry(entry, entry.id);
   const map = pack(entryMap(entry));
@@ -371,7 +374,10 @@ async function measured(bytes: Uint8Array, coded: boolean): Promise<Measured> {
   return { length: bytes.length, crc: crc32c(bytes), integrity: await integrityOf(bytes), coded };
 }
 
-/** Writes a fresh pack as consecutive chunks: window, directory, bases, blobs, one blob in memory at a time. `bytes` is the total size. */
+/**
+ * Writes a fresh pack as consecutive chunks: window, directory, bases, blobs, one blob in memory at a time. `bytes` is
+ * the total size.
+ */
 export async function streamFresh(
   { description, bases: plain, coded, basisId }: FreshBasis,
   tasks: readonly TaskPlace[],
@@ -415,7 +421,10 @@ export async function streamFresh(
   return { bytes: basesOffset + end, chunks: chunks() };
 }
 
-/** The directory of a pack with coded sections, where it takes fewer bytes coded. It says no places: they follow from the lengths. */
+/**
+ * The directory of a pack with coded sections, where it takes fewer bytes coded. It says no places: they follow from
+ * the lengths.
+ */
 function codedDirectory(
   sections: readonly format.Section[],
   description: Uint8Array,
@@ -512,7 +521,9 @@ export async function layoutSigned({ window, directory }: Current, sign: Sign): 
   };
 }
 
-/** The parts with zeros in front of each, so that all start at multiples of 64 when the first byte lands at `offset`. */
+/**
+ * The parts with zeros in front of each, so that all start at multiples of 64 when the first byte lands at `offset`.
+ */
 function padded(parts: readonly Uint8Array[], offset: number): Uint8Array[] {
   const chunks: Uint8Array[] = [];
   let end = offset;

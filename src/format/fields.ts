@@ -1,6 +1,6 @@
 /**
- * Checked reads of the parts of a file: little-endian fields, checksums (CRC-32C) and hashes (SHA-256), plain MessagePack, and tensors one
- * behind the other.
+ * Checked reads of the parts of a file: little-endian fields, checksums (CRC-32C) and hashes (SHA-256), plain
+ * MessagePack, and tensors one behind the other.
  * Nothing that a file says is believed before it is held against the bytes that follow.
  */
 
@@ -58,7 +58,10 @@ export function align64(n: number): number {
   return Math.ceil(n / 64) * 64;
 }
 
-/** An integer as V8's small integers where it is one: loops that count to the same number as a double take twice as long. */
+/**
+ * An integer as V8's small integers where it is one: loops that count to the same number as a double take twice as
+ * long.
+ */
 const integer = (value: number): number => (value === (value | 0) ? value | 0 : value);
 
 /** Checked reads of little-endian fields of one part of one file. */
@@ -118,7 +121,10 @@ export class Fields {
   }
 }
 
-/** Most maps and arrays of one MessagePack value, most values in it, keys included, and most keys of a map (SPEC.md, section 10). */
+/**
+ * Most maps and arrays of one MessagePack value, most values in it, keys included, and most keys of a map (SPEC.md,
+ * section 10).
+ */
 const MOST_COLLECTIONS = 1e6;
 const MOST_VALUES = 2e6;
 const MOST_KEYS = 65_536;
@@ -285,7 +291,10 @@ class Reader extends Fields {
   }
 }
 
-/** A MessagePack value in its file: made when it is asked for, so that its size is compared first. Every mismatch names its place. */
+/**
+ * A MessagePack value in its file: made when it is asked for, so that its size is compared first. Every mismatch names
+ * its place.
+ */
 export class Value {
   /** "nil" where a map lacks it, too. */
   readonly kind: Kind;
@@ -410,7 +419,8 @@ export class Value {
  * @param step each begins at a multiple of it
  * @param start where the first may begin
  * @param size of the section
- * @returns `place` for the next tensor, `full` once all are placed, and where they `end`; the first two throw FormatError where sizes do not agree
+ * @returns `place` for the next tensor, `full` once all are placed, and where they `end`; the first two throw
+ *   FormatError where sizes do not agree
  */
 export function placing(
   step: number,
@@ -458,8 +468,8 @@ export function toIntegrity(hash: Uint8Array): string {
 }
 
 /**
- * @throws TypeError when it is not "sha256-" and the base64 of 32 bytes, written in the only way that `toIntegrity` writes it: hashes
- *   are compared as text
+ * @throws TypeError when it is not "sha256-" and the base64 of 32 bytes, written in the only way that `toIntegrity`
+ *   writes it: hashes are compared as text
  */
 export function fromIntegrity(text: string): Uint8Array<ArrayBuffer> {
   // The last letter before the padding holds four bits.

@@ -1,6 +1,7 @@
 /**
- * SPEC.md as code: what a pack is made of, as values. Bytes become checked values in `directory.ts`, without I/O, and without an
- * allocation of a size that the file names before that size has been checked; values become bytes in `encode.ts`.
+ * SPEC.md as code: what a pack is made of, as values. Bytes become checked values in `directory.ts`, without I/O, and
+ * without an allocation of a size that the file names before that size has been checked; values become bytes in
+ * `encode.ts`.
  */
 import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
 
@@ -51,8 +52,8 @@ export const ROLES: readonly ParameterRole[] = ["saved", "bias", "bias-delta", "
 export const FINGERPRINT_SIZE = 64;
 
 /**
- * Most rows of the factors of a module [out, in] that a task may have: beyond 256 they take at most four times the weight's memory,
- * however few bytes the coefficients have.
+ * Most rows of the factors of a module [out, in] that a task may have: beyond 256 they take at most four times the
+ * weight's memory, however few bytes the coefficients have.
  */
 export function mostRank(inputs: number, out: number): number {
   return Math.min(65_535, Math.max(256, 2 * Math.min(inputs, out)));
@@ -160,7 +161,9 @@ export interface BasisDescription {
   readonly centering: string;
   /** The most rank that was kept of each module, where that was limited. */
   readonly rank: number | undefined;
-  /** Step of the integers that coefficients were rounded to, as a share of what an adapter typically does to a module. */
+  /**
+   * Step of the integers that coefficients were rounded to, as a share of what an adapter typically does to a module.
+   */
   readonly step: number | undefined;
   /** The share of its ΔW that no task was to lose. */
   readonly error: number | undefined;
@@ -228,7 +231,10 @@ export interface TaskBlob {
   readonly terms: readonly TaskTerm[];
   readonly parameters: readonly TaskParameter[];
   readonly bytes: Uint8Array;
-  /** Stored bytes of the task and its bases, and the factor by which its terms may exceed them. Undefined for tasks made here. */
+  /**
+   * Stored bytes of the task and its bases, and the factor by which its terms may exceed them. Undefined for tasks made
+   * here.
+   */
   readonly limit?: { readonly stored: number; readonly times: number } | undefined;
 }
 
@@ -245,7 +251,10 @@ export interface TaskFile extends TaskEntry {
 /** A basis of each side of a module. */
 export type SharedBases = Readonly<Record<"A" | "B", Side>>;
 
-/** The bases of a module that all its tasks share on both sides; undefined where they share one side alone, or fall into groups. */
+/**
+ * The bases of a module that all its tasks share on both sides; undefined where they share one side alone, or fall into
+ * groups.
+ */
 export function sharedBases({
   A: [A, ...moreA],
   B: [B, ...moreB],
@@ -333,8 +342,8 @@ export function isHead(parameter: string): boolean {
 }
 
 /**
- * Says how a task's class names differ from its head; undefined where they fit, or where it brings no head that is known
- * as one. One layer of a head has a row for each class.
+ * Says how a task's class names differ from its head; undefined where they fit, or where it brings no head that is
+ * known as one. One layer of a head has a row for each class.
  */
 export function misfitLabels(
   labels: readonly string[] | undefined,

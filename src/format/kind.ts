@@ -1,6 +1,6 @@
 /**
- * Kinds of files, recognised by their first bytes, and messages for those that are refused. Loaded when that happens: people swap arguments, and name
- * the file beside.
+ * Kinds of files, recognised by their first bytes, and messages for those that are refused. Loaded when that happens:
+ * people swap arguments, and name the file beside.
  */
 import { FormatError, type TrustError } from "../errors.ts";
 import type { ByteSource } from "../source.ts";
@@ -60,8 +60,8 @@ export async function wrongKind(error: unknown, source: ByteSource, expected: st
 }
 
 /**
- * Error for a pack that was refused, perhaps since it is another kind of file. Clears a cache, which may hold the damage, so that the next try
- * reads the file itself.
+ * Error for a pack that was refused, perhaps since it is another kind of file. Clears a cache, which may hold the
+ * damage, so that the next try reads the file itself.
  */
 export async function refusal(error: FormatError | TrustError, source: ByteSource): Promise<unknown> {
   await source.clear?.().catch(() => undefined);

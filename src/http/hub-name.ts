@@ -1,6 +1,6 @@
 /**
- * Names of files on the Hugging Face Hub, and their addresses: `hf:org/name@revision/folder/file`, as `hf://…` too, which is how
- * huggingface_hub writes them.
+ * Names of files on the Hugging Face Hub, and their addresses: `hf:org/name@revision/folder/file`, as `hf://…` too,
+ * which is how huggingface_hub writes them.
  */
 
 import type { FetchOptions } from "../source.ts";
@@ -27,7 +27,9 @@ export function hubEndpoint(): string {
   throw new TypeError(`HF_ENDPOINT is "${endpoint}", expected an address such as ${HUB}`);
 }
 
-/** Headers that only the Hub may see, by names in lower case: those given, and the token of HF_TOKEN, or else `token`. */
+/**
+ * Headers that only the Hub may see, by names in lower case: those given, and the token of HF_TOKEN, or else `token`.
+ */
 export function hubHeaders({ headers = {} }: FetchOptions, token = ""): Record<string, string> {
   const authorization = (environment()["HF_TOKEN"] || token).trim();
   const given = Object.entries(headers).map(([name, value]) => [name.toLowerCase(), value]);
@@ -61,7 +63,10 @@ export function hubUrl(endpoint: string, { repository, revision, path }: HubName
   return url;
 }
 
-/** @param body a name with or without `hf:`; `text` is what messages quote @throws TypeError when it is not well formed */
+/**
+ * @param body a name with or without `hf:`; `text` is what messages quote
+ * @throws TypeError when it is not well formed
+ */
 export function parsed(body: string, text: string): HubName {
   const refuse = (problem: string): never => {
     throw new TypeError(`${text}: ${problem}; expected hf:org/name, hf:org/name@revision or hf:org/name/folder/file`);
@@ -80,8 +85,8 @@ export function parsed(body: string, text: string): HubName {
 }
 
 /**
- * Tells if a path stays below where it begins. Names of a repository become paths on this disk and in addresses, where half a character
- * has no spelling: its owner chooses them.
+ * Tells if a path stays below where it begins. Names of a repository become paths on this disk and in addresses, where
+ * half a character has no spelling: its owner chooses them.
  */
 export function isInside(path: string): boolean {
   return path.split("/").every((part) => !/^\.{0,2}$|[\\\0\p{Cs}]|^[a-z]:/iu.test(part));

@@ -1,9 +1,10 @@
 /**
- * Downloads from the Hugging Face Hub. Own code, since @huggingface/hub 2.17 checks no hash, which SECURITY.md promises, begins again when a
- * download breaks off, has no offline mode, and puts the files of one revision below several commits.
+ * Downloads from the Hugging Face Hub. Own code, since @huggingface/hub 2.17 checks no hash, which SECURITY.md
+ * promises, begins again when a download breaks off, has no offline mode, and puts the files of one revision below
+ * several commits.
  *
- * Files of a repository are listed once, so that all are of one commit, and downloaded into the Hub's own cache when they are needed, for Node,
- * Deno and Bun.
+ * Files of a repository are listed once, so that all are of one commit, and downloaded into the Hub's own cache when
+ * they are needed, for Node, Deno and Bun.
  */
 
 import { createHash, randomUUID } from "node:crypto";
@@ -20,7 +21,10 @@ import { type HubName, hubEndpoint, hubHeaders, hubUrl, isInside } from "./hub-n
 import { hubName, hubText } from "./hub-page.ts";
 import { UrlSource } from "./url-source.ts";
 
-/** Options of requests to the Hub. Default of `headers`: the token of HF_TOKEN, or the one that `hf auth login` has kept. */
+/**
+ * Options of requests to the Hub. Default of `headers`: the token of HF_TOKEN, or the one that `hf auth login` has
+ * kept.
+ */
 export interface HubOptions extends FetchOptions, AbortOptions {
   /** Receives the progress of files that were not in the cache. */
   readonly onProgress?: OnProgress | undefined;
@@ -165,8 +169,8 @@ export class Snapshot {
       await mkdir(dirname(blob), { recursive: true });
       if (!(await isWhole(blob, file))) await receive(blob, file, source, signal, onBytes);
       await mkdir(dirname(place), { recursive: true });
-      // The link replaces an older one in one step, since others may open the file at any time. Windows allows links to some users only: the
-      // file itself then takes its place, as in Python.
+      // The link replaces an older one in one step, since others may open the file at any time. Windows allows links to
+      // some users only: the file itself then takes its place, as in Python.
       const link = `${place}.${randomUUID().slice(0, 8)}.tmp`;
       const linked = symlink(relative(dirname(place), blob), link).then(() => link);
       await rename(await linked.catch(() => blob), place);
@@ -231,7 +235,10 @@ async function listingOf(hub: Hub): Promise<{ commit: string; tree: ListedFiles 
   }
 }
 
-/** @param path of the file that is asked for; empty for the listing @throws SourceError where the Hub must not be asked */
+/**
+ * @param path of the file that is asked for; empty for the listing
+ * @throws SourceError where the Hub must not be asked
+ */
 function sourceOf(hub: Hub, address: URL, path: string): UrlSource {
   if (hub.isOffline) throw new SourceError(OFFLINE, { file: hubText({ ...hub.name, path }) });
   const { fetch: ask = (url, init) => fetch(url, init) } = hub;
@@ -274,13 +281,14 @@ interface Listing {
   siblings: { rfilename: string; size: number; blobId: string; lfs?: { sha256: string; size: number } | null }[];
 }
 
-// The cache of the Hugging Face Hub on this disk, in the layout of Python's huggingface_hub, so that each finds what the other has
-// downloaded:
+// The cache of the Hugging Face Hub on this disk, in the layout of Python's huggingface_hub, so that each finds what
+// the other has downloaded:
 // models--org--name/refs/main           the commit that a branch was at when it was last asked for
 // trees/COMMIT.json   names, sizes and hashes of a commit's files
 // blobs/HASH          contents, by SHA-256 where Git LFS keeps them, else by Git's own hash
 // snapshots/COMMIT/…  the files of a commit: links to blobs
-// It needs no locks. A blob gets its name when its hash is right; before that several writers put the same bytes in the same places.
+// It needs no locks. A blob gets its name when its hash is right; before that several writers put the same bytes in the
+// same places.
 
 /** Size and hash that the Hub promises for a file. */
 interface HubFile {
@@ -294,8 +302,8 @@ interface HubFile {
 const COMMIT: RegExp = /^[0-9a-f]{40}$/;
 
 /**
- * Bytes of a first request, and of the largest. What a request has not brought to its end is lost, so each asks for twice as much as the one
- * before: each begins with a redirect, which takes its time whatever follows.
+ * Bytes of a first request, and of the largest. What a request has not brought to its end is lost, so each asks for
+ * twice as much as the one before: each begins with a redirect, which takes its time whatever follows.
  */
 const FIRST_PIECE = 2 ** 20;
 const LARGEST_PIECE = 2 ** 25;
@@ -335,7 +343,9 @@ async function writeWhole(path: string, text: string): Promise<void> {
   await rename(temporary, path);
 }
 
-/** Files that another program has downloaded and not listed, for use without the Hub, which alone knows their hashes. */
+/**
+ * Files that another program has downloaded and not listed, for use without the Hub, which alone knows their hashes.
+ */
 async function filesIn(folder: string): Promise<ReadonlyMap<string, HubFile>> {
   const files = new Map<string, HubFile>();
   for (const entry of await readdir(folder, { recursive: true, withFileTypes: true }).catch(() => [])) {

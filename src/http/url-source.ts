@@ -1,5 +1,6 @@
 /**
- * Packs, models and adapters behind a URL, read by HTTP ranges; whole where the server has none. Loaded when a URL is opened.
+ * Packs, models and adapters behind a URL, read by HTTP ranges; whole where the server has none. Loaded when a URL is
+ * opened.
  */
 import { described, SourceError } from "../errors.ts";
 import { pacer, throwIfAborted, turn } from "../pace.ts";
@@ -31,7 +32,10 @@ const QUERIES = /(\bhttps?:\/\/[^\s?]*\?)[^\s)"']+/g;
 /** Skips the bytes of a byte order mark, if there is one. */
 const HTML_START = /^(\xef\xbb\xbf)?\s*<(!doctype html|html[\s>])/i;
 
-/** Version of a file by the headers of a response. Missing headers are undefined: servers differ, and browsers hide headers. */
+/**
+ * Version of a file by the headers of a response. Missing headers are undefined: servers differ, and browsers hide
+ * headers.
+ */
 interface Version {
   /** Entity tag, without the mark of a weak one: there is one representation here. */
   readonly etag: string | undefined;
@@ -65,8 +69,9 @@ export async function openUrl(url: URL, options: FetchOptions, text: string): Pr
 }
 
 /**
- * A file behind a URL. Every response is compared with the request and with earlier responses: status, range, total size,
- * entity tag or date, and number of bytes, so that a file that changes between two reads is noticed and never mixed.
+ * A file behind a URL. Every response is compared with the request and with earlier responses: status, range, total
+ * size, entity tag or date, and number of bytes, so that a file that changes between two reads is noticed and never
+ * mixed.
  */
 export class UrlSource implements ByteSource {
   readonly name: string;
@@ -77,7 +82,10 @@ export class UrlSource implements ByteSource {
   /** The file, or its way here, once the server has answered with all of it. */
   #whole: Promise<Uint8Array> | undefined;
 
-  /** @throws RangeError for options that are no numbers in their range, TypeError for headers that are none, or an address with a password */
+  /**
+   * @throws RangeError for options that are no numbers in their range, TypeError for headers that are none, or an
+   *   address with a password
+   */
   constructor(url: URL, { fetch: given, headers = {}, ...numbers }: FetchOptions) {
     const { timeout = 30_000, minRate = 500, retries = 3, maxWholeBytes = 2 ** 28 } = numbers;
     for (const [name, value] of Object.entries({ timeout, minRate, retries, maxWholeBytes }) as [string, unknown][])
@@ -151,8 +159,8 @@ export class UrlSource implements ByteSource {
   async identify({ signal }: ReadOptions = {}): Promise<string | undefined> {
     const isKnown = ({ etag, modified }: Version): boolean => (etag ?? modified) !== undefined;
     if (!isKnown(this.#version)) {
-      // A range keeps the server from compressing, which would change the entity tag. The body is not read. Not HEAD, which addresses
-      // that are signed for GET refuse.
+      // A range keeps the server from compressing, which would change the entity tag. The body is not read. Not HEAD,
+      // which addresses that are signed for GET refuse.
       await this.#request("bytes=0-0", { signal }, async (response) => {
         this.#checkStatus(response, [200, 206], "the file");
         this.#recognise(response, response.status === 206 ? rangeOf(response)?.size : sizeOf(response));
@@ -188,14 +196,17 @@ export class UrlSource implements ByteSource {
     return this.#fail(`answered an HTML page, not the file: ${advice}`, { status });
   }
 
-  /** @throws SourceError when the response to a request for a range is another one, or of another version of the file */
+  /**
+   * @throws SourceError when the response to a request for a range is another one, or of another version of the file
+   */
   #checkRange(response: Response, offset: number, length: number): void {
     const { headers, status } = response;
     const end = offset + length;
     const coding = headers.get("content-encoding") ?? "identity";
     if (coding !== "identity")
       this.#fail(`the server compresses ranges (content-encoding: ${coding}); switch that off`, { status });
-    // Cross-origin responses hide Content-Range unless the server exposes it; then the number of bytes is the only check.
+    // Cross-origin responses hide Content-Range unless the server exposes it; then the number of bytes is the only
+    // check.
     const range = rangeOf(response);
     this.#recognise(response, range?.size);
     if (range?.size !== undefined) checkRange(this.name, offset, length, range.size);
@@ -351,7 +362,10 @@ export class UrlSource implements ByteSource {
     }
   }
 
-  /** Sends `headers` to the host of the address alone: of all headers, `fetch` keeps only authorization from other hosts. */
+  /**
+   * Sends `headers` to the host of the address alone: of all headers, `fetch` keeps only authorization from other
+   * hosts.
+   */
   async #send(init: RequestInit): Promise<Response> {
     const { fetch: ask, headers } = this.#options;
     const secret = { ...init, headers: { ...headers, ...init.headers } };
@@ -434,8 +448,8 @@ function sizeOf({ headers }: Response): number | undefined {
 }
 
 /**
- * A body in memory of at most twice of what has arrived: what a server promises is not to be believed. Ends with the chunk that exceeds `longest`
- * or what `most` allows.
+ * A body in memory of at most twice of what has arrived: what a server promises is not to be believed. Ends with the
+ * chunk that exceeds `longest` or what `most` allows.
  */
 async function stream(
   reader: ReadableStreamDefaultReader<Uint8Array>,

@@ -1,6 +1,7 @@
 /**
- * Values of quantised weights, decoded as the operators that use them do: MatMulNBits, DequantizeLinear, MatMulInteger after
- * DynamicQuantizeLinear, QLinearMatMul. They serve fingerprints and the base's heads; products are computed by the runtime.
+ * Values of quantised weights, decoded as the operators that use them do: MatMulNBits, DequantizeLinear, MatMulInteger
+ * after DynamicQuantizeLinear, QLinearMatMul. They serve fingerprints and the base's heads; products are computed by
+ * the runtime.
  */
 
 import type { WeightAt } from "../core/mismatch.ts";
@@ -16,7 +17,10 @@ import { INTEGERS, readTensor } from "./tensors.ts";
 
 type Values = (i: number) => number;
 
-/** Values of a quantised weight; undefined where it is quantised in an unknown way. @throws FormatError, SourceError as `readTensor` */
+/**
+ * Values of a quantised weight; undefined where it is quantised in an unknown way.
+ * @throws FormatError, SourceError as `readTensor`
+ */
 export async function readQuantizedWeight(
   file: ModelFile,
   parameter: Stored,
@@ -29,7 +33,10 @@ export async function readQuantizedWeight(
   return affine(read, file.model, parameter, use, parameter.layout === "in-out", out, inputs);
 }
 
-/** Reads a vector as f32, stored as floats or behind a DequantizeLinear. @throws FormatError, SourceError as `readTensor` */
+/**
+ * Reads a vector as f32, stored as floats or behind a DequantizeLinear.
+ * @throws FormatError, SourceError as `readTensor`
+ */
 export async function readVector(
   file: ModelFile,
   parameter: OnnxParameter,
@@ -104,7 +111,10 @@ function integersIn(bytes: Uint8Array, bits: number, signed: boolean): Values {
   };
 }
 
-/** Decodes B [N, blocks, block_size · bits / 8], scales [N · blocks], and zero points packed by row, 2^(bits − 1) by default. */
+/**
+ * Decodes B [N, blocks, block_size · bits / 8], scales [N · blocks], and zero points packed by row, 2^(bits − 1) by
+ * default.
+ */
 async function nBits(read: Read, node: NodeProto): Promise<WeightAt | undefined> {
   const inputs = intOf(node, "K");
   const out = intOf(node, "N");

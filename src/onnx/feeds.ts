@@ -1,6 +1,6 @@
 /**
- * Made-up inputs for any model, from its declared inputs: token ids 1, masks 1, no past. Their values mean nothing; they only make the
- * model run.
+ * Made-up inputs for any model, from its declared inputs: token ids 1, masks 1, no past. Their values mean nothing;
+ * they only make the model run.
  */
 import { elementsOf } from "../tensor/dtypes.ts";
 import { BOOL, FLOAT, FLOAT16, INT64 } from "./linear.ts";
@@ -22,7 +22,10 @@ const MOST_ELEMENTS = 2 ** 23;
 
 type Feeds = ReadonlyMap<string, Feed> | undefined;
 
-/** Synthetic values of inputs: the smallest, and others whose rows differ, made when they are needed. Undefined as by `tinyFeeds`. */
+/**
+ * Synthetic values of inputs: the smallest, and others whose rows differ, made when they are needed. Undefined as by
+ * `tinyFeeds`.
+ */
 export function syntheticFeeds(
   model: OnnxModel,
   inputs: readonly ValueInfoProto[],
@@ -71,7 +74,10 @@ export function knownSizes({ graph }: OnnxModel, inputs: readonly ValueInfoProto
   return found;
 }
 
-/** Names of free dimensions. Without a past, the present and the sum of past and present are equally long and get one name. */
+/**
+ * Names of free dimensions. Without a past, the present and the sum of past and present are equally long and get one
+ * name.
+ */
 export function presentNames(inputs: readonly ValueInfoProto[]): (dimension: string) => string {
   const plain = inputs.flatMap((input) =>
     (dimsOf(input) ?? [])

@@ -1,7 +1,7 @@
 /**
- * Uses of weights that are no linear layers but can be adapted: convolutions, tables of embeddings, weights of normalisations, biases of
- * convolutions; how they are found, and the graph surgery next to them. The base's nodes stay as they are, quantised or not, and what is
- * added is zero without a task. Loaded only for packs with such modules.
+ * Uses of weights that are no linear layers but can be adapted: convolutions, tables of embeddings, weights of
+ * normalisations, biases of convolutions; how they are found, and the graph surgery next to them. The base's nodes stay
+ * as they are, quantised or not, and what is added is zero without a task. Loaded only for packs with such modules.
  *
  * A convolution, with x [n, channels, …], y [n, out, …] and S positions of y, whose batch comes first:
  *
@@ -11,8 +11,8 @@
  *
  * Factors: one Conv with the A of all tasks gives [n, tasks · q, …], and each row takes the q channels of its own task.
  *
- * A table: rows of E_Aᵀ [vocabulary, K_A] are looked up, then as in a linear layer. A normalisation: y' = y + x̂·(w − w_base), where x̂ is
- * what it makes with ones for its weight.
+ * A table: rows of E_Aᵀ [vocabulary, K_A] are looked up, then as in a linear layer. A normalisation: y' = y + x̂·(w −
+ * w_base), where x̂ is what it makes with ones for its weight.
  */
 import { transpose } from "../tensor/term.ts";
 import type { Injector } from "./inject.ts";
@@ -23,7 +23,10 @@ import type { OnnxParameter } from "./modules.ts";
 import type { Operand, Place } from "./nodes.ts";
 import type { NodeProto } from "./protobuf.ts";
 
-/** @returns the kind of a layer that is not linear, and its applications; the reason where a use of the weight cannot be adapted */
+/**
+ * @returns the kind of a layer that is not linear, and its applications; the reason where a use of the weight cannot be
+ *   adapted
+ */
 export function formOf(
   model: OnnxModel,
   { uses, copies, initializer, shape }: OnnxParameter,

@@ -12,16 +12,16 @@ export type { Parameter, View, WeightHost } from "../core/base.ts";
 export type { ModelOptions } from "./read.ts";
 
 /**
- * Opens a model and finds its parameters. The file is read whole and stays in memory; files next to it are read when a weight in them is.
- * Closing the host releases those.
+ * Opens a model and finds its parameters. The file is read whole and stays in memory; files next to it are read when a
+ * weight in them is. Closing the host releases those.
  *
  * @example
  * const base = await openOnnxHost("model.onnx");
  * const runtime = await createRuntime(pack, { base });
  *
  * @throws FormatError when the file is truncated or is no ONNX model
- * @throws SourceError when the file cannot be read; `read` throws it also for missing external files, and BaseMismatchError
- *   for a name that several weights of different values have
+ * @throws SourceError when the file cannot be read; `read` throws it also for missing external files, and
+ *   BaseMismatchError for a name that several weights of different values have
  */
 export async function openOnnxHost(input: SourceInput, options: ModelOptions = {}): Promise<WeightHost> {
   checkOptions("openOnnxHost", options, ["onProgress", "external", "signal", ...FETCH_OPTIONS]);

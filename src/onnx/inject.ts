@@ -9,10 +9,11 @@
  *     d  = xs·E_B + (reshape(x, [tasks, n / tasks, in]) · A) · B  A [tasks, in, q], B [tasks, q, out]
  *     y' = y + reshape(d, shape of y)
  *
- * Where tasks share one side alone, factors lie over its components: A is [tasks, K_A, q] behind x·E_Aᵀ, B [tasks, q, K_B] before E_B.
- * Layers that one x enters (queries, keys, values) share its product with their components, and one input that holds their cores along
- * its diagonal. Such inputs of one width may come as one, one below the other. The usual x [batch, sequence, in] needs none of the
- * reshapes. Every node and every input costs: sessions take longer to create and to run.
+ * Where tasks share one side alone, factors lie over its components: A is [tasks, K_A, q] behind x·E_Aᵀ, B [tasks, q,
+ * K_B] before E_B. Layers that one x enters (queries, keys, values) share its product with their components, and one
+ * input that holds their cores along its diagonal. Such inputs of one width may come as one, one below the other. The
+ * usual x [batch, sequence, in] needs none of the reshapes. Every node and every input costs: sessions take longer to
+ * create and to run.
  */
 import { transpose } from "../tensor/term.ts";
 import type * as linear from "./linear.ts";
@@ -34,7 +35,10 @@ import {
 } from "./nodes.ts";
 import type { GraphProto, NodeProto } from "./protobuf.ts";
 
-/** Operators of a runtime for products with integers: MatMulNBits for 4 bits, DequantizeLinear for bytes, both for MatMulNBits of bytes too. */
+/**
+ * Operators of a runtime for products with integers: MatMulNBits for 4 bits, DequantizeLinear for bytes, both for
+ * MatMulNBits of bytes too.
+ */
 type IntegerProducts = readonly ("MatMulNBits" | "DequantizeLinear")[];
 
 export interface InjectOptions {
@@ -44,7 +48,10 @@ export interface InjectOptions {
   readonly integers?: IntegerProducts | undefined;
   /** Needed for modules with a form, and for vectors. */
   readonly forms?: FormInjection | undefined;
-  /** Joins cores to as few inputs as can be. Default: false: a split into many parts is more than some devices bind at once. */
+  /**
+   * Joins cores to as few inputs as can be. Default: false: a split into many parts is more than some devices bind at
+   * once.
+   */
   readonly joinCores?: boolean | undefined;
 }
 
@@ -93,7 +100,10 @@ interface ProbeOutputs {
   readonly term: string;
 }
 
-/** Changes the graph, in place, of a model that `checkInjectable` has passed. Weights that are folded may have a place of their own. */
+/**
+ * Changes the graph, in place, of a model that `checkInjectable` has passed. Weights that are folded may have a place
+ * of their own.
+ */
 export function inject(
   model: OnnxModel,
   { modules, biases, rows, heads, vectors }: linear.GraphChanges,
@@ -228,7 +238,10 @@ export class Injector extends NodeWriter {
     return graph === this.main ? this.#rankOf(value) : undefined;
   }
 
-  /** Groups modules with components of one form by their common input: queries, keys and values; gate and up. Others stay alone. */
+  /**
+   * Groups modules with components of one form by their common input: queries, keys and values; gate and up. Others
+   * stay alone.
+   */
   groupsOf(modules: readonly linear.AdaptedLayer[]): linear.AdaptedLayer[][] {
     const groups = new Map<unknown, linear.AdaptedLayer[]>();
     const graphs = [...this.model.graph.scopes.keys()];
@@ -293,7 +306,8 @@ export class Injector extends NodeWriter {
     { A, B, scale }: FactorInputs,
     mixed: Mixed | undefined,
   ): void {
-    // The term comes behind the bias where possible: runtimes fuse a product with its bias. DoRA scales the value in front of it.
+    // The term comes behind the bias where possible: runtimes fuse a product with its bias. DoRA scales the value in
+    // front of it.
     const end = scale === undefined ? endOf(this.model, site) : site.node;
     const place = this.place(name, site.graph, end, site.type);
     const { rank, rows, byTask } = this.#rowsInto(place, site.graph, site.x, mixed?.rows);
@@ -320,7 +334,10 @@ export class Injector extends NodeWriter {
     return place.reshape(value, rank === 2 ? [-1, out] : place.shapeOf(y));
   }
 
-  /** x as f32 rows: [batch, sequence, in], which multiplies with [tasks, …] as it is, or [n, in], which `byTask` reshapes. */
+  /**
+   * x as f32 rows: [batch, sequence, in], which multiplies with [tasks, …] as it is, or [n, in], which `byTask`
+   * reshapes.
+   */
   #rowsInto(place: Place, graph: GraphProto, x: string, made?: string) {
     const rank = this.rank(graph, x);
     const flat = (): string => (rank === 3 || rank === 2 ? place.up(x) : place.rows(place.up(x)));
@@ -390,7 +407,10 @@ export class Injector extends NodeWriter {
     }
   }
 
-  /** Joins cores of one width to one input, which nodes split again: a runtime takes some microseconds for each input of each run. */
+  /**
+   * Joins cores of one width to one input, which nodes split again: a runtime takes some microseconds for each input of
+   * each run.
+   */
   joinCores(): void {
     const isCore = ({ kind }: TaskInput): boolean => kind === "core";
     for (const width of new Set(this.inputs.filter(isCore).map(({ dims }) => dims[2] as number))) {
@@ -412,7 +432,8 @@ export class Injector extends NodeWriter {
     }
   }
 
-  // Products with components, in the smallest form that a runtime multiplies by. Scales of integers are in the core between them.
+  // Products with components, in the smallest form that a runtime multiplies by. Scales of integers are in the core
+  // between them.
 
   /** Form that these components take. Components of different forms do not share a product. */
   #formatOf({ integers }: linear.ComponentRows): Format {
@@ -425,7 +446,10 @@ export class Injector extends NodeWriter {
     return this.#formatOf(rows) === "floats" ? undefined : rows.integers!.scales;
   }
 
-  /** Product of x with components [rows, width]. @param turned true for x [.., width] · Eᵀ, false for x [.., rows] · E */
+  /**
+   * Product of x with components [rows, width].
+   * @param turned true for x [.., width] · Eᵀ, false for x [.., rows] · E
+   */
   #multiply(place: Place, x: string, factor: linear.ComponentRows, key: string, turned = false): string {
     const { rows, width } = factor;
     const [inner, outer] = turned ? [width, rows] : [rows, width];
@@ -437,7 +461,8 @@ export class Injector extends NodeWriter {
       return place.matMul(x, floats);
     }
     const integers = (): Int8Array => factor.integers!.values();
-    // Rounded inputs share a scale within a block: small ones keep what is rounded as exact as in the model's own layers.
+    // Rounded inputs share a scale within a block: small ones keep what is rounded as exact as in the model's own
+    // layers.
     const block = this.#level === EIGHT_BITS ? 32 : blockOf(inner);
     const blocks = Math.ceil(inner / block);
     if (format === "bytes" && !this.#multipliesBytes(inner, blocks * block)) {
@@ -453,7 +478,10 @@ export class Injector extends NodeWriter {
     return place.op(`${CONTRIBUTED}.MatMulNBits`, x, weight, this.#ones(outer * blocks), attributes);
   }
 
-  /** True if one operator multiplies by bytes. It rounds its inputs to 8 bits, as the model must, and components are padded to a block. */
+  /**
+   * True if one operator multiplies by bytes. It rounds its inputs to 8 bits, as the model must, and components are
+   * padded to a block.
+   */
   #multipliesBytes(inner: number, padded: number): boolean {
     return this.#level === EIGHT_BITS && this.#integers.includes("MatMulNBits") && 2 * padded <= 3 * inner;
   }
@@ -491,7 +519,10 @@ function joined([first = "", ...others]: readonly string[]): string {
 
 type Format = "floats" | "bytes" | "nibbles";
 
-/** `accuracy_level` of MatMulNBits: inputs are not rounded to integers first, or to 8 bits, which takes a third of the time. */
+/**
+ * `accuracy_level` of MatMulNBits: inputs are not rounded to integers first, or to 8 bits, which takes a third of the
+ * time.
+ */
 const F32 = 1;
 const EIGHT_BITS = 4;
 
@@ -501,7 +532,10 @@ function blockOf(inner: number): number {
   return [256, 128, 64, 32, 16].reduce((best, block) => (bytes(block) < bytes(best) ? block : best));
 }
 
-/** Rows of `inner` integers as MatMulNBits needs them: padded to `width`, 2^(bits − 1) added; of 4 bits two in a byte, the first low. */
+/**
+ * Rows of `inner` integers as MatMulNBits needs them: padded to `width`, 2^(bits − 1) added; of 4 bits two in a byte,
+ * the first low.
+ */
 function packed(values: Int8Array, bits: 4 | 8, inner: number, width: number): Uint8Array {
   const outer = values.length / inner;
   const out = new Uint8Array((outer * width * bits) / 8).fill(bits === 8 ? 0x80 : 0x88);

@@ -1,7 +1,7 @@
 /**
- * Layers and parameters of a model that tasks change, and the nodes at which something can be added to them: what enters a linear layer and
- * what comes out, whatever operators the exporter or a quantiser has made of it; biases; rows of tables. Looks at names and operators only,
- * reads no value and changes nothing.
+ * Layers and parameters of a model that tasks change, and the nodes at which something can be added to them: what
+ * enters a linear layer and what comes out, whatever operators the exporter or a quantiser has made of it; biases; rows
+ * of tables. Looks at names and operators only, reads no value and changes nothing.
  */
 
 import { biasedRows } from "../core/mismatch.ts";
@@ -136,9 +136,9 @@ export interface VectorPlace {
 }
 
 /**
- * Rows of an embedding that tasks replace, or of a linear layer's weight, which has one for each output. Where an index is met,
- * y' = (1 − s)·y + s·row, and at the output of a linear layer y' = (1 − s)·y + s·x·row, with the strength s behind the values of the row:
- * so the base's rows need not be known.
+ * Rows of an embedding that tasks replace, or of a linear layer's weight, which has one for each output. Where an index
+ * is met, y' = (1 − s)·y + s·row, and at the output of a linear layer y' = (1 − s)·y + s·x·row, with the strength s
+ * behind the values of the row: so the base's rows need not be known.
  */
 export interface AdaptedRows {
   readonly name: string;
@@ -148,7 +148,10 @@ export interface AdaptedRows {
   readonly type: number;
   readonly places: readonly { graph: GraphProto; node: NodeProto }[];
   readonly sites: readonly Site[];
-  /** The pack's name of an embedding that the parameter is tied to: its rows are taken where a task has none for this one. */
+  /**
+   * The pack's name of an embedding that the parameter is tied to: its rows are taken where a task has none for this
+   * one.
+   */
   readonly follows?: string | undefined;
 }
 
@@ -240,7 +243,10 @@ function together(parts: readonly (Site[] | string)[], sizes: readonly number[])
   });
 }
 
-/** The DequantizeLinear of a QDQ pair behind a node. Additions go behind it: its range was measured without a task and would clip one. */
+/**
+ * The DequantizeLinear of a QDQ pair behind a node. Additions go behind it: its range was measured without a task and
+ * would clip one.
+ */
 export function requantized(model: OnnxModel, { node, graph }: Pick<Use, "node" | "graph">): NodeProto | undefined {
   const quantize = onlyConsumer(model, graph, node);
   const dequantize = quantize?.opType === "QuantizeLinear" ? onlyConsumer(model, graph, quantize) : undefined;
@@ -283,7 +289,10 @@ export function endOf(model: OnnxModel, linear: Site): NodeProto {
   return add ? (requantized(model, { node: add, graph: linear.graph }) ?? add) : linear.node;
 }
 
-/** A node that holds the weights of several layers, as optimisers make them: these can be neither found nor added to one by one. */
+/**
+ * A node that holds the weights of several layers, as optimisers make them: these can be neither found nor added to one
+ * by one.
+ */
 export function fusedNode(model: OnnxModel): NodeProto | undefined {
   return model.graph.proto.node.find(
     ({ domain, opType }) =>
@@ -318,7 +327,10 @@ export function onlyConsumer(
   return uses.length === 1 && uses[0]!.graph === graph && !isOutput ? uses[0]!.node : undefined;
 }
 
-/** Follows a value back through the nodes that make it. @param next the input of a node that counts; undefined ends it */
+/**
+ * Follows a value back through the nodes that make it.
+ * @param next the input of a node that counts; undefined ends it
+ */
 function* origins(
   model: OnnxModel,
   graph: GraphProto,
@@ -356,7 +368,10 @@ export function biasOf(model: OnnxModel, name: string, parameter: OnnxParameter)
   return { name, size, type: typeWhereUsed(parameter), places, ...(slice && { slice }) };
 }
 
-/** Rows of a parameter that tasks replace; the reason where it has none. @throws BaseMismatchError for a layer with a bias */
+/**
+ * Rows of a parameter that tasks replace; the reason where it has none.
+ * @throws BaseMismatchError for a layer with a bias
+ */
 export function rowsOf(model: OnnxModel, name: string, parameter: OnnxParameter): AdaptedRows | string {
   const { dtype, layout, shape, uses } = parameter;
   const type = typeWhereUsed(parameter);

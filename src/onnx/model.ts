@@ -1,6 +1,6 @@
 /**
- * An ONNX model in memory: the whole protobuf, parsed once, and an index of its graph. Tensor data are views of the file's bytes, never
- * copies. It executes nothing and infers no shapes but ranks; only the runtime knows the values.
+ * An ONNX model in memory: the whole protobuf, parsed once, and an index of its graph. Tensor data are views of the
+ * file's bytes, never copies. It executes nothing and infers no shapes but ranks; only the runtime knows the values.
  */
 import { FormatError } from "../errors.ts";
 import {
@@ -46,7 +46,10 @@ export interface OnnxModel {
   readonly opset: number;
 }
 
-/** Parses a model, whose tensors are views of `bytes`. @throws FormatError where they are truncated or no model with all mandatory parts */
+/**
+ * Parses a model, whose tensors are views of `bytes`.
+ * @throws FormatError where they are truncated or no model with all mandatory parts
+ */
 export function parseModel(bytes: Uint8Array, name: string): OnnxModel {
   let proto: ModelProto;
   try {
@@ -136,7 +139,10 @@ export function floatOf(node: NodeProto | undefined, name: string, otherwise: nu
   return attribute(node, name)?.f ?? otherwise;
 }
 
-/** Visits an item behind all that it needs, each once, without recursion: models are thousands of nodes deep. Circles are cut. */
+/**
+ * Visits an item behind all that it needs, each once, without recursion: models are thousands of nodes deep. Circles
+ * are cut.
+ */
 export function inOrder<T>(
   first: T,
   done: { has(item: T): boolean },
@@ -162,14 +168,18 @@ export function constantOf(node: NodeProto | undefined): TensorProto | undefined
   return node?.opType === "Constant" ? attribute(node, "value")?.t : undefined;
 }
 
-/** Dimensions of a value: numbers, and names of free ones, "" without a name. Undefined where the file does not tell them. */
+/**
+ * Dimensions of a value: numbers, and names of free ones, "" without a name. Undefined where the file does not tell
+ * them.
+ */
 export function dimsOf({ type }: Pick<ValueInfoProto, "type">): (number | string)[] | undefined {
   return type?.tensorType?.shape?.dim.map(({ dimValue, dimParam }) =>
     dimValue === undefined ? (dimParam ?? "") : Number(dimValue),
   );
 }
 
-// Ranks: one number, for the operators between a transformer's inputs and its linear layers. Unknown ranks are undefined.
+// Ranks: one number, for the operators between a transformer's inputs and its linear layers. Unknown ranks are
+// undefined.
 
 /** Operators whose result has as many dimensions as their first input. */
 const KEEPS: ReadonlySet<string> = new Set(

@@ -1,7 +1,7 @@
 /**
- * Finds which parameter of the PyTorch model each initializer of its export is, and its orientation. Exporters keep some names and lose
- * others, merge parameters of equal values, and write one that is applied in two ways down twice; lost names are found again from the
- * nodes that use an initializer. Nothing here reads a value (weights.ts does).
+ * Finds which parameter of the PyTorch model each initializer of its export is, and its orientation. Exporters keep
+ * some names and lose others, merge parameters of equal values, and write one that is applied in two ways down twice;
+ * lost names are found again from the nodes that use an initializer. Nothing here reads a value (weights.ts does).
  */
 
 import { sameShape } from "../core/base.ts";
@@ -25,7 +25,9 @@ export interface Stored extends OnnxTensorType {
   readonly layout?: Layout | undefined;
   /** Set where the parameter is a part of the initializer: several layers packed into one. */
   readonly slice?: Slice;
-  /** Set where the parameter is several initializers' rows, one below the other: a layer that the exporter has divided. */
+  /**
+   * Set where the parameter is several initializers' rows, one below the other: a layer that the exporter has divided.
+   */
   readonly joined?: readonly OnnxParameter[];
   /** Nodes that use it, behind Cast, Identity, Transpose and the like. Empty when nothing does. */
   readonly uses: readonly Use[];
@@ -60,8 +62,8 @@ interface Rivals {
 }
 
 /**
- * The model's float parameters and quantised weights. One that was merged with others is listed under each name, one whose name several
- * claim under that of its initializer too.
+ * The model's float parameters and quantised weights. One that was merged with others is listed under each name, one
+ * whose name several claim under that of its initializer too.
  * @throws FormatError when a shape is impossible, or nested graphs multiply the uses
  */
 export function findParameters(model: OnnxModel): OnnxParameter[] {
@@ -199,7 +201,9 @@ export function pieceShape(stored: Stored): readonly number[] {
   return stored.slice ? stored.shape.map((size, i) => (i === axis ? partSize(stored) : size)) : stored.shape;
 }
 
-/** A weight as the matrix [out, in] that it is to its module: convolutions are [out, …], tables lie the other way round. */
+/**
+ * A weight as the matrix [out, in] that it is to its module: convolutions are [out, …], tables lie the other way round.
+ */
 export function asMatrix<T extends Stored>(stored: T): T {
   const { shape, layout } = stored;
   if (shape.length > 2) return { ...stored, shape: [shape[0]!, elementsOf(shape.slice(1))], layout: "out-in" };
@@ -220,8 +224,8 @@ function isSameMatrix(a: Stored, b: Stored): boolean {
   return isMatrix(a) && isMatrix(b) && sameShape(matrixShape(a)!, matrixShape(b)!);
 }
 
-// Finds which parameters of the PyTorch model an initializer may be, from its own name and from the modules that use it. Looks at names
-// and orientation only: it reads no value, and does not decide between two claims to one name.
+// Finds which parameters of the PyTorch model an initializer may be, from its own name and from the modules that use
+// it. Looks at names and orientation only: it reads no value, and does not decide between two claims to one name.
 
 /** Operators that pass their first input on, as it is or transposed. */
 const PASSES = new Set(["Cast", "CastLike", "Identity", "Transpose", "QuantizeLinear", "DequantizeLinear"]);
@@ -276,7 +280,9 @@ const MOST_SEGMENTS = 64;
 /** Most operators in a row that a value is followed through. Exporters and quantisers write three. */
 export const MOST_PASSED = 16;
 
-/** Most uses that are followed, for each use in the graph: nested graphs may reuse names of values and so multiply them. */
+/**
+ * Most uses that are followed, for each use in the graph: nested graphs may reuse names of values and so multiply them.
+ */
 const MOST_FOLLOWED = 32;
 
 interface ModulePath {
@@ -373,8 +379,8 @@ class Claims {
           reached.push({ use, name, transposed });
         } else if (!seen.has(output)) {
           seen.add(output);
-          // Tools lengthen names: of NAME_f16 and NAME the shorter one is the checkpoint's. A different name behind an Identity belongs
-          // to a merged parameter.
+          // Tools lengthen names: of NAME_f16 and NAME the shorter one is the checkpoint's. A different name behind an
+          // Identity belongs to a merged parameter.
           const renamed = isParameterName(output) && !(name !== undefined && output.startsWith(name));
           const turns = node.opType === "Transpose" && turnsMatrix(node);
           values.push({
@@ -434,7 +440,10 @@ function unnumbered(segment: string): string {
   return at > 0 && /^\d+$/.test(segment.slice(at + 1)) ? segment.slice(0, at) : segment;
 }
 
-/** Translates the model builder's names to transformers': "layers.0.attn.q_proj.MatMul.weight" is "layers.0.self_attn.q_proj.weight". */
+/**
+ * Translates the model builder's names to transformers': "layers.0.attn.q_proj.MatMul.weight" is
+ * "layers.0.self_attn.q_proj.weight".
+ */
 function unbuilt(name: string): string {
   return name
     .replace(/\.(?:MatMul|Add|layernorm)\.(weight|bias)$/, ".$1")
@@ -455,7 +464,10 @@ function ownName(initializer: string): string | undefined {
   return isParameterName(stem) ? stem : undefined;
 }
 
-/** True if a name can be a checkpoint's. Exporters make up names like "onnx::MatMul_20", "val_3" and "/a/b/Add_output_0". */
+/**
+ * True if a name can be a checkpoint's. Exporters make up names like "onnx::MatMul_20", "val_3" and
+ * "/a/b/Add_output_0".
+ */
 export function isParameterName(name: string): boolean {
   return name.includes(".") && !/[/:]/.test(name);
 }
@@ -521,7 +533,10 @@ function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role |
 /** Metadata key under which the dynamo exporter writes the modules around a node. */
 export const SCOPES = "pkg.torch.onnx.name_scopes";
 
-/** The module whose `forward` made a node, as the exporter wrote it: dynamo into the node's metadata, TorchScript into its name. */
+/**
+ * The module whose `forward` made a node, as the exporter wrote it: dynamo into the node's metadata, TorchScript into
+ * its name.
+ */
 function writtenPath({ name, metadataProps }: NodeProto): string | undefined {
   const scopes = metadataProps.find(({ key }) => key === SCOPES)?.value;
   // A Python list of modules from the outermost in, then the operator: ['', 'encoder', 'encoder.query', 'linear'].
@@ -530,8 +545,9 @@ function writtenPath({ name, metadataProps }: NodeProto): string | undefined {
 }
 
 /**
- * The module whose `forward` made a node, dotted; "" for the model itself. If no exporter wrote it, or it is lost, the name of a linear
- * layer's bias often tells. A bias that several layers use is no proof: one layer may run twice, or equal biases were merged.
+ * The module whose `forward` made a node, dotted; "" for the model itself. If no exporter wrote it, or it is lost, the
+ * name of a linear layer's bias often tells. A bias that several layers use is no proof: one layer may run twice, or
+ * equal biases were merged.
  */
 export function modulePathOf(graph: Graph, node: NodeProto): ModulePath | undefined {
   const path = writtenPath(node);

@@ -1,5 +1,6 @@
 /**
- * Nodes and a graph's list of them: making nodes, adding some behind another, removing unused ones. Knows nothing of what nodes compute.
+ * Nodes and a graph's list of them: making nodes, adding some behind another, removing unused ones. Knows nothing of
+ * what nodes compute.
  */
 
 import { FormatError } from "../errors.ts";
@@ -98,13 +99,19 @@ export function makeTensor(
   return create("TensorProto", { name, dims: dims.map(BigInt), dataType, rawData });
 }
 
-/** Makes an input or output. A string in `dims` is a free dimension, "" one without a name; without `dims` any shape is allowed. */
+/**
+ * Makes an input or output. A string in `dims` is a free dimension, "" one without a name; without `dims` any shape is
+ * allowed.
+ */
 export function makeValue(name: string, elemType: number, dims?: readonly (number | string)[]): ValueInfoProto {
   const dim = dims?.map((d) => (typeof d === "number" ? { dimValue: BigInt(d) } : d === "" ? {} : { dimParam: d }));
   return create("ValueInfoProto", { name, type: { tensorType: { elemType, ...(dim && { shape: { dim } }) } } });
 }
 
-/** Edits of the nodes of graphs, collected until `apply`: moving the end of a list for each edit would take quadratic time. */
+/**
+ * Edits of the nodes of graphs, collected until `apply`: moving the end of a list for each edit would take quadratic
+ * time.
+ */
 export class NodeEdits {
   readonly #graphs = new Set<GraphProto>();
   readonly #edits = new Map<NodeProto, { before: NodeProto[]; behind: NodeProto[]; removed: boolean }>();
@@ -171,8 +178,8 @@ export class Constants {
 }
 
 /**
- * Most inputs of one Concat. WebGPU allows a shader eight storage buffers, and onnxruntime-web 1.30's older build does not
- * check it: a Concat of 24 tensors gives garbage without an error.
+ * Most inputs of one Concat. WebGPU allows a shader eight storage buffers, and onnxruntime-web 1.30's older build does
+ * not check it: a Concat of 24 tensors gives garbage without an error.
  */
 const CONCAT_INPUTS = 6;
 
@@ -221,7 +228,10 @@ export class NodeWriter {
     return `${this.#prefix}/${opType}_${this.#count++}`;
   }
 
-  /** Splits a value along an axis. @param sizes of the pieces: numbers, and vectors of one number (not before opset 13) */
+  /**
+   * Splits a value along an axis.
+   * @param sizes of the pieces: numbers, and vectors of one number (not before opset 13)
+   */
   split(value: string, axis: number, sizes: readonly (number | string)[]): readonly string[] {
     const known = sizes.filter((size) => typeof size === "number");
     // Opset 13 turned the sizes into an input.
@@ -391,7 +401,9 @@ export class Place extends NodeWriter {
   }
 }
 
-/** Frees the last dimension of outputs where it has one of these sizes, and forgets what the file says of values inside. */
+/**
+ * Frees the last dimension of outputs where it has one of these sizes, and forgets what the file says of values inside.
+ */
 export function freeLast(graph: GraphProto, sizes: ReadonlySet<bigint>): void {
   for (const { type } of graph.output) {
     const last = type?.tensorType?.shape?.dim.at(-1);

@@ -1,11 +1,12 @@
 /**
- * Layers that a file holds in other pieces than the checkpoint: several packed into one, such as the queries, keys and values of an
- * attention, or one divided into several. In a packed layer weights lie one below the other and results one behind the other: the result
- * is split, added to and joined again. The results of a divided layer are joined and split again.
+ * Layers that a file holds in other pieces than the checkpoint: several packed into one, such as the queries, keys and
+ * values of an attention, or one divided into several. In a packed layer weights lie one below the other and results
+ * one behind the other: the result is split, added to and joined again. The results of a divided layer are joined and
+ * split again.
  *
- * `Attention` of onnxruntime's optimiser, with the weights of queries, keys and values in one matrix, becomes such a layer: a product, its
- * bias, a Split, and `MultiHeadAttention`, the same kernel without the product. An attention that these operators cannot express stays as
- * it is. Loaded only for models with such layers.
+ * `Attention` of onnxruntime's optimiser, with the weights of queries, keys and values in one matrix, becomes such a
+ * layer: a product, its bias, a Split, and `MultiHeadAttention`, the same kernel without the product. An attention that
+ * these operators cannot express stays as it is. Loaded only for models with such layers.
  */
 import { elementsOf, sum } from "../tensor/dtypes.ts";
 import { type AdaptedBias, type AdaptedLayer, FLOAT16, INT64, type Site } from "./linear.ts";
@@ -25,7 +26,10 @@ const PACKED: readonly (readonly [whole: string, ...parts: string[]])[] = [
   ["qkv", "q_proj", "k_proj", "v_proj"],
 ];
 
-/** Packed layers that a layer may lie in: their names, with and without the segments in front, and its place among their parts. */
+/**
+ * Packed layers that a layer may lie in: their names, with and without the segments in front, and its place among their
+ * parts.
+ */
 function packedNames(module: string) {
   return PACKED.flatMap(([whole, ...parts]) => {
     const index = parts.findIndex((part) => module === part || module.endsWith(`.${part}`));
@@ -73,7 +77,8 @@ function joinParts(name: string, parts: readonly OnnxParameter[]): OnnxParameter
 }
 
 /**
- * A parameter that lies in a packed layer, or is put together from the layers that it has been divided into, under a name as the model's.
+ * A parameter that lies in a packed layer, or is put together from the layers that it has been divided into, under a
+ * name as the model's.
  * @param find a parameter of the model by a name of the pack's, with its copies
  */
 export async function findPiece(
@@ -163,7 +168,10 @@ function integersOf({ rawData }: TensorProto): number[] {
   return Array.from({ length: Math.floor(rawData.byteLength / 8) }, (_, i) => Number(view.getBigInt64(8 * i, true)));
 }
 
-/** Splits the results of packed layers and joins them again, or the other way round, so that each module and bias has nodes of its own. */
+/**
+ * Splits the results of packed layers and joins them again, or the other way round, so that each module and bias has
+ * nodes of its own.
+ */
 export function takeApart(
   model: OnnxModel,
   modules: readonly AdaptedLayer[],
@@ -249,8 +257,9 @@ function sortNodes(graph: GraphProto): void {
 // Differences between files of onnxruntime-genai's model builder and the checkpoint.
 
 /**
- * True if the weights of normalisations are stored with 1 added, as the builder does for Gemma, whose layers multiply by 1 + w. The file
- * does not say so; these models are recognised by the scaling of their embeddings, which no others have.
+ * True if the weights of normalisations are stored with 1 added, as the builder does for Gemma, whose layers multiply
+ * by 1 + w. The file does not say so; these models are recognised by the scaling of their embeddings, which no others
+ * have.
  */
 export function addsOneToNorms({ proto, graph }: OnnxModel): boolean {
   return (
@@ -296,7 +305,10 @@ function isAttention({ domain, opType }: NodeProto): boolean {
   return domain === "com.microsoft" && opType === "Attention";
 }
 
-/** Takes the attentions of the main graph apart where possible. Changes `model.proto`. @returns the model with a new index */
+/**
+ * Takes the attentions of the main graph apart where possible. Changes `model.proto`.
+ * @returns the model with a new index
+ */
 export function unfuse(model: OnnxModel): OnnxModel {
   const { proto } = model.graph;
   const edits = new NodeEdits();
@@ -364,15 +376,16 @@ function unfused(
   const heads = makeNode("MultiHeadAttention", name, parts, out);
   heads.domain = node.domain;
   heads.attribute = node.attribute.filter((one) => SHARED.has(one.name));
-  // The remaining inputs of MultiHeadAttention: an empty bias, which is added already; the mask; the addition to the scores.
+  // The remaining inputs of MultiHeadAttention: an empty bias, which is added already; the mask; the addition to the
+  // scores.
   const mask = masks(node, nodes);
   heads.input.push(...["", mask.padding, mask.scores].slice(0, mask.scores ? 3 : mask.padding ? 2 : 0));
   return [...nodes, heads];
 }
 
 /**
- * Turns masks into additions to the scores, which is how an attention uses them: on WebGPU `MultiHeadAttention` takes no other masks. A
- * mask stays as it is where the file does not tell its form.
+ * Turns masks into additions to the scores, which is how an attention uses them: on WebGPU `MultiHeadAttention` takes
+ * no other masks. A mask stays as it is where the file does not tell its form.
  * @returns a function that gives mask and addition of a node, and adds nodes to those that go in front of it
  */
 function masksOf(model: OnnxModel) {
@@ -395,7 +408,10 @@ function masksOf(model: OnnxModel) {
     return { padding: "", scores: sum };
   };
 
-  /** Rank of a mask. 1: lengths of rows; 2: a mask of rows. Other vectors are ambiguous: ends of rows, or starts and ends. */
+  /**
+   * Rank of a mask. 1: lengths of rows; 2: a mask of rows. Other vectors are ambiguous: ends of rows, or starts and
+   * ends.
+   */
   function rankOf(mask: string): 1 | 2 | undefined {
     const made = producers.get(mask);
     if (made?.opType === "EmbedLayerNormalization") return made.output[1] === mask ? 1 : undefined;
@@ -426,8 +442,8 @@ function masksOf(model: OnnxModel) {
 }
 
 /**
- * A path for the packed layer, from the projection behind it: "…/attention/qkv" for "…attention.output.dense". The weight's own name is
- * made up by the optimiser; in GPT-2 it is the checkpoint's and stays.
+ * A path for the packed layer, from the projection behind it: "…/attention/qkv" for "…attention.output.dense". The
+ * weight's own name is made up by the optimiser; in GPT-2 it is the checkpoint's and stays.
  */
 function packedModule({ graph }: OnnxModel, node: NodeProto): string | undefined {
   if (isParameterName(node.input[WEIGHT]!)) return undefined;

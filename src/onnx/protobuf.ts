@@ -1,7 +1,7 @@
 /**
- * The part of ONNX's schema (onnx-ml.proto of ONNX 1.23) that this package reads and writes, and the wire format of protocol buffers.
- * Fields that are left out here stay with their message and are written back as they were. A general library for protocol buffers takes a
- * third of a session's bundle, for these eleven messages.
+ * The part of ONNX's schema (onnx-ml.proto of ONNX 1.23) that this package reads and writes, and the wire format of
+ * protocol buffers. Fields that are left out here stay with their message and are written back as they were. A general
+ * library for protocol buffers takes a third of a session's bundle, for these eleven messages.
  */
 import { fromUtf8, toUtf8 } from "../text.ts";
 
@@ -136,7 +136,9 @@ interface Messages {
 interface Schema {
   readonly fields: readonly Field[];
   readonly byNumber: ReadonlyMap<number, Field>;
-  /** Values of missing fields: the prototype of messages. A field that is the message's own was given, and is written. */
+  /**
+   * Values of missing fields: the prototype of messages. A field that is the message's own was given, and is written.
+   */
   readonly defaults: object;
 }
 

@@ -1,6 +1,7 @@
 /**
- * Reads an ONNX model and the files next to it, as bytes. Their meaning is the concern of `model.ts`. Of a large model it reads the bytes
- * between the weights alone: large tensors of the main graph point to their place in the file, for runtimes that read them from there.
+ * Reads an ONNX model and the files next to it, as bytes. Their meaning is the concern of `model.ts`. Of a large model
+ * it reads the bytes between the weights alone: large tensors of the main graph point to their place in the file, for
+ * runtimes that read them from there.
  */
 import { FormatError } from "../errors.ts";
 import { addressOf, openSource, watchedOf } from "../open-source.ts";
@@ -21,11 +22,14 @@ import { LEAST_DETACHED, type OpenExternal, point } from "./tensors.ts";
 
 /** Options for reading a model and the files next to it. */
 export interface ModelOptions extends FetchOptions, AbortOptions {
-  /** Receives the progress of files, but not of bytes in memory or in the Hub's cache. A `progress_callback` of transformers.js will do. */
+  /**
+   * Receives the progress of files, but not of bytes in memory or in the Hub's cache. A `progress_callback` of
+   * transformers.js will do.
+   */
   readonly onProgress?: OnProgress | undefined;
   /**
-   * Chooses the file that the model calls `location` ("model.onnx_data"). Default: the file of that name next to a model given as a path
-   * or URL.
+   * Chooses the file that the model calls `location` ("model.onnx_data"). Default: the file of that name next to a
+   * model given as a path or URL.
    */
   external?: ((location: string) => SourceInput | Promise<SourceInput>) | undefined;
 }
@@ -96,7 +100,10 @@ export async function readModel(
   };
 }
 
-/** Opens a file of a model: one of the Hugging Face Hub from the Hub's cache, where there is one, since it is read whole. */
+/**
+ * Opens a file of a model: one of the Hugging Face Hub from the Hub's cache, where there is one, since it is read
+ * whole.
+ */
 async function openFile(input: SourceInput, options: ModelOptions, where: string): Promise<ByteSource> {
   const { openHub } = typeof input === "string" && /^hf:/i.test(input) ? await import("#hub") : {};
   return openHub ? openHub(input as string, { ...options, stage: "model" }) : openSource(input, options, where);

@@ -1,6 +1,7 @@
 /**
- * Makes parameters of a model replaceable: each gets a tensor of its own. Either all of these lie in one file, whose content is exchanged
- * when the model is loaded again; or each is an input, whose buffer is written. Changes the graph; reads no weight.
+ * Makes parameters of a model replaceable: each gets a tensor of its own. Either all of these lie in one file, whose
+ * content is exchanged when the model is loaded again; or each is an input, whose buffer is written. Changes the graph;
+ * reads no weight.
  */
 
 import { BaseMismatchError, FormatError } from "../errors.ts";
@@ -31,7 +32,10 @@ interface FilePlace {
   readonly width: number;
 }
 
-/** Points the parameters' tensors into a file. @throws BaseMismatchError where tasks change a packed parameter and a part of it */
+/**
+ * Points the parameters' tensors into a file.
+ * @throws BaseMismatchError where tasks change a packed parameter and a part of it
+ */
 export function replaceByFile(model: OnnxModel, parameters: readonly OnnxParameter[]): WeightFile {
   refuseOverlaps(parameters);
   const places = new Map<string, FilePlace>();
@@ -81,7 +85,10 @@ function refuseOverlaps(parameters: readonly OnnxParameter[]): void {
 export interface WeightInput {
   readonly name: string;
   readonly input: string;
-  /** `f32` too where the model stores f16 or bf16 and computes in f32: no run casts it then, and nothing is rounded twice. */
+  /**
+   * `f32` too where the model stores f16 or bf16 and computes in f32: no run casts it then, and nothing is rounded
+   * twice.
+   */
   readonly dtype: "f32" | "f16";
   readonly shape: readonly number[];
   /** The parameter where the model has it in other pieces. */

@@ -1,6 +1,6 @@
 /**
- * Bytes of an initializer, wherever ONNX stores them: `raw_data`, the typed lists, or a file next to the model. They are returned as in
- * `raw_data`: little-endian, row-major. Values are not converted.
+ * Bytes of an initializer, wherever ONNX stores them: `raw_data`, the typed lists, or a file next to the model. They
+ * are returned as in `raw_data`: little-endian, row-major. Values are not converted.
  */
 
 import { FormatError, SourceError } from "../errors.ts";
@@ -31,7 +31,9 @@ export const INTEGERS: ReadonlyMap<number, { bits: number; signed: boolean }> = 
 /** `TensorProto.DataLocation.EXTERNAL`. */
 export const EXTERNAL = 1;
 
-/** Least size of tensors that leave the protobuf; smaller ones are shapes and axes, which runtimes read while loading. */
+/**
+ * Least size of tensors that leave the protobuf; smaller ones are shapes and axes, which runtimes read while loading.
+ */
 export const LEAST_DETACHED = 4096;
 
 /** Points a tensor to its bytes in a file. */
@@ -42,7 +44,10 @@ export function point(tensor: TensorProto, location: string, offset: number, len
   tensor.rawData = new Uint8Array(0);
 }
 
-/** Files next to the model, by its names of them: the last byte that is used. @throws FormatError when a tensor does not say where it is */
+/**
+ * Files next to the model, by its names of them: the last byte that is used.
+ * @throws FormatError when a tensor does not say where it is
+ */
 export function externalFiles({ name: file, graph }: OnnxModel): Map<string, number> {
   const found = new Map<string, number>();
   for (const tensor of [...graph.scopes.keys()].flatMap(({ initializer }) => initializer)) {
@@ -85,7 +90,8 @@ export function tensorType(tensor: TensorProto, file: string): OnnxTensorType {
 
 /**
  * Reads an initializer's bytes. Their number is not checked for "other" types.
- * @throws FormatError, SourceError when there are more or fewer than the shape needs, a type is not read, or a file is missing
+ * @throws FormatError, SourceError when there are more or fewer than the shape needs, a type is not read, or a file is
+ *   missing
  */
 export async function readTensor(
   tensor: TensorProto,

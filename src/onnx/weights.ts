@@ -1,6 +1,7 @@
 /**
- * Values of a model's weights, which weights a model has twice, and a model as a base for a runtime: read-only, since changes of a task
- * reach a model through what runs it. The reader of quantised weights is loaded only for models that have some.
+ * Values of a model's weights, which weights a model has twice, and a model as a base for a runtime: read-only, since
+ * changes of a task reach a model through what runs it. The reader of quantised weights is loaded only for models that
+ * have some.
  */
 
 import type { CpuView, View, WeightHost } from "../core/base.ts";
@@ -63,9 +64,10 @@ export async function readLinearWeight(
   );
 }
 
-// Finds weights that a model contains more than once. An exporter copies a layer that is applied in several ways, for instance to inputs
-// of two and of three dimensions: one initializer for a Gemm and a transposed one for a MatMul. A task must change all copies. Names tell
-// which weights may be the same (modules.ts); here their values decide, whichever way round they are stored.
+// Finds weights that a model contains more than once. An exporter copies a layer that is applied in several ways, for
+// instance to inputs of two and of three dimensions: one initializer for a Gemm and a transposed one for a MatMul. A
+// task must change all copies. Names tell which weights may be the same (modules.ts); here their values decide,
+// whichever way round they are stored.
 
 /** Candidates that a message lists. */
 const TOLD = 3;
@@ -212,7 +214,10 @@ function ambiguous({ model }: ModelFile, parameter: OnnxParameter): BaseMismatch
 
 // A model as a base.
 
-/** The float parameters of a model in memory. Read-only. @param pieces parts of packed parameters, or made of several */
+/**
+ * The float parameters of a model in memory. Read-only.
+ * @param pieces parts of packed parameters, or made of several
+ */
 export function onnxHost(file: ModelFile, pieces: readonly OnnxParameter[] = []): WeightHost {
   const { model, external, close } = file;
   const all = findParameters(model);

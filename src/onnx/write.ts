@@ -1,6 +1,6 @@
 /**
- * Prepares models for a runtime: the protobuf without its weights, and the files that hold those. Weights are never encoded into the
- * protobuf again: tensors in the model's own file are pointed at there.
+ * Prepares models for a runtime: the protobuf without its weights, and the files that hold those. Weights are never
+ * encoded into the protobuf again: tensors in the model's own file are pointed at there.
  */
 import { FormatError } from "../errors.ts";
 import { type ReadOptions, readAll } from "../source.ts";
@@ -25,7 +25,10 @@ export interface DetachedModel {
 const OWN_FILE = "eigenlora-model";
 const ADDED_FILE = "eigenlora-components";
 
-/** Serialises a model without its weights, which its tensors keep. @param options `supplied`: files that the caller provides itself */
+/**
+ * Serialises a model without its weights, which its tensors keep.
+ * @param options `supplied`: files that the caller provides itself
+ */
 export async function detachWeights(
   file: ModelFile,
   options: ReadOptions & { supplied?: readonly string[] } = {},

@@ -47,8 +47,8 @@ export interface ProjectAdaptersOptions {
   /** Called as the work goes on, with the share that is done, in percent. */
   readonly onProgress?: OnWork | undefined;
   /**
-   * The share of its ΔW that an adapter may lose. Residual rows store what the components lack, or all of it if that takes fewer bytes. Default: the
-   * pack's error, if it has one.
+   * The share of its ΔW that an adapter may lose. Residual rows store what the components lack, or all of it if that
+   * takes fewer bytes. Default: the pack's error, if it has one.
    */
   readonly error?: number | undefined;
   /** An adapter that loses a larger share of its ΔW is refused; 1 refuses none. Default: 0.5, or `error` if larger. */
@@ -59,10 +59,11 @@ export interface ProjectAdaptersOptions {
 export const MAX_LOSS = 0.5;
 
 /**
- * Encodes adapters as tasks of a pack that exists. In a pack whose tasks are coefficients alone, adapters become coefficients too, with the
- * pack's factorisation, rank and step. With an `error` they do so if the components can keep it. Otherwise each factor takes the form that costs
- * least: coefficients, residual rows, or both. Steps then keep the adapter's error within `error`, the error of the pack, or `DEFAULT_ERROR`; a
- * pack with a step and no error gives its own step. The work goes module by module, so that each basis is opened once.
+ * Encodes adapters as tasks of a pack that exists. In a pack whose tasks are coefficients alone, adapters become
+ * coefficients too, with the pack's factorisation, rank and step. With an `error` they do so if the components can keep
+ * it. Otherwise each factor takes the form that costs least: coefficients, residual rows, or both. Steps then keep the
+ * adapter's error within `error`, the error of the pack, or `DEFAULT_ERROR`; a pack with a step and no error gives its
+ * own step. The work goes module by module, so that each basis is opened once.
  * @throws AdapterError when one adapts a module that the pack does not have, or of another shape
  * @throws TaskError for one that would lose more than `maxLoss`, with the `loss`
  * @throws RangeError for a `maxLoss` that is no share, and an error that is out of reach
@@ -134,7 +135,10 @@ interface Newcomers {
   readonly meter: Meter;
 }
 
-/** Adapters within an error: as the pack's tasks, coefficients alone, where components hold enough of them; otherwise with residual rows. */
+/**
+ * Adapters within an error: as the pack's tasks, coefficients alone, where components hold enough of them; otherwise
+ * with residual rows.
+ */
 async function within(all: Newcomers, error: number): Promise<ProjectedAdapter[]> {
   const { step } = all.pack.directory.basis;
   const exact = { ...all, meter: all.meter.part(ROUND), formats: { ...all.formats, coefficients: "f32" } as const };
@@ -293,7 +297,10 @@ async function spectraOf({ pack, adapters }: Newcomers): Promise<Spectrum[]> {
   return spectra;
 }
 
-/** True if new tasks of a pack may have residual rows: the pack has an error, tasks with them, or modules without components of all tasks. */
+/**
+ * True if new tasks of a pack may have residual rows: the pack has an error, tasks with them, or modules without
+ * components of all tasks.
+ */
 function hasRows({ directory, tasks, modules }: Pack): boolean {
   const { step, error } = directory.basis;
   if (error !== undefined || !modules.every(sharedBases)) return true;

@@ -1,7 +1,7 @@
 /**
- * Makes a pack of adapters: a recipe, what it encodes to, the chunks of a file. Module after module is read, extracted and encoded: in memory
- * are one stack for each thread, one that is read meanwhile, and what goes into the pack; never all adapters. No file system: adapters are
- * read through their sources, the result is a list of chunks.
+ * Makes a pack of adapters: a recipe, what it encodes to, the chunks of a file. Module after module is read, extracted
+ * and encoded: in memory are one stack for each thread, one that is read meanwhile, and what goes into the pack; never
+ * all adapters. No file system: adapters are read through their sources, the result is a list of chunks.
  */
 
 import {
@@ -51,9 +51,11 @@ export async function gathered<Report>({ chunks, report }: Streamed<Report>): Pr
 
 /**
  * Packs adapters.
- * @throws AdapterError when adapters do not agree about a module, name different base models, or have a tensor that cannot be stored
+ * @throws AdapterError when adapters do not agree about a module, name different base models, or have a tensor that
+ *   cannot be stored
  * @throws BaseMismatchError when the base given does not have the adapted modules
- * @throws RangeError for options that do not go together, or an error that is out of reach; TypeError for an unknown option
+ * @throws RangeError for options that do not go together, or an error that is out of reach; TypeError for an unknown
+ *   option
  * @returns the pack, and what became of the adapters
  * @example
  * const { chunks, report } = await buildPack(adapters, { select: { kind: "k", k: 16 } });
@@ -138,14 +140,18 @@ function taken({ terms }: Pick<Encoded, "terms">, adapter: Adapter): TermInput[]
 
 /** Tasks that share each side by itself, or nothing. */
 export interface Rows {
-  /** Bases that are made already, and the tasks' choices, by module. Default: none, and the pack's report does not mention them. */
+  /**
+   * Bases that are made already, and the tasks' choices, by module. Default: none, and the pack's report does not
+   * mention them.
+   */
   readonly sides?: ReadonlyMap<string, SharedSides> | undefined;
   /** Encodes a group of adapters with steps of ΔW, by id, until they fit. */
   choose(adapters: readonly Adapter[], encode: (steps: Steps) => Promise<Encoded>): Promise<Encoded>;
 }
 
 /**
- * Makes a pack without components of all tasks, one group of adapters at a time; of the earlier groups only the encoded tasks are kept.
+ * Makes a pack without components of all tasks, one group of adapters at a time; of the earlier groups only the encoded
+ * tasks are kept.
  * @param most numbers of the adapters that are worked on at a time
  */
 export function packRows(

@@ -1,6 +1,7 @@
 /**
- * The way back from a pack: a task as a canonical adapter, from coefficients to factors, in plain JS with f64 sums; and the components as a
- * safetensors file. Reads every kind of term. For export, verification and tests; the runtime has kernels of its own.
+ * The way back from a pack: a task as a canonical adapter, from coefficients to factors, in plain JS with f64 sums; and
+ * the components as a safetensors file. Reads every kind of term. For export, verification and tests; the runtime has
+ * kernels of its own.
  */
 
 import { type Adapter, type AdapterModule, f32Bytes, type SavedTensor } from "../adapters/adapter.ts";
@@ -92,10 +93,10 @@ function* expandSide(
 }
 
 /**
- * A task of a pack as an adapter, as the readers of adapter files give them. Holds the pack's bases until it is closed. Reading a module has
- * pauses, in which `signal` is heard.
- * @throws TaskError when there is no such task, or its factors would become more than the pack was opened for; SourceError, FormatError when
- *   it cannot be read
+ * A task of a pack as an adapter, as the readers of adapter files give them. Holds the pack's bases until it is closed.
+ * Reading a module has pauses, in which `signal` is heard.
+ * @throws TaskError when there is no such task, or its factors would become more than the pack was opened for;
+ *   SourceError, FormatError when it cannot be read
  */
 export async function taskAdapter(pack: Pack, id: string, options: AbortOptions = {}): Promise<Adapter> {
   checkPack("taskAdapter", pack);
@@ -148,8 +149,8 @@ export async function taskAdapter(pack: Pack, id: string, options: AbortOptions 
   };
 }
 
-// The components of a pack for those who train elsewhere: a LoRA whose rows are coefficients over these components loses nothing when it is
-// added.
+// The components of a pack for those who train elsewhere: a LoRA whose rows are coefficients over these components
+// loses nothing when it is added.
 
 /** The key in the file's metadata by which it is known; its value is the basis id of the pack. */
 const COMPONENTS = "eigenlora.components";
@@ -157,16 +158,19 @@ const COMPONENTS = "eigenlora.components";
 /** Components of a pack, to be written by `writeSafetensors`. */
 interface ComponentsFile {
   /**
-   * `MODULE.A.components` [K, in] and `MODULE.B.components` [K, out], f32 as the pack decodes them, [K, rank, width] of a
-   * flat pack; with a mean also `MODULE.A.mean`, without the first dimension. Rows of B are those of Bᵀ, scale included.
+   * `MODULE.A.components` [K, in] and `MODULE.B.components` [K, out], f32 as the pack decodes them, [K, rank, width] of
+   * a flat pack; with a mean also `MODULE.A.mean`, without the first dimension. Rows of B are those of Bᵀ, scale
+   * included.
    */
   readonly tensors: readonly SafetensorsEntry[];
   /**
-   * Strings: `base_model`, `coefficients` (their number format), `gauge`, `modules` (JSON, names of all that can be adapted), and
-   * `rank`, the most that a task keeps, where the pack limits it.
+   * Strings: `base_model`, `coefficients` (their number format), `gauge`, `modules` (JSON, names of all that can be
+   * adapted), and `rank`, the most that a task keeps, where the pack limits it.
    */
   readonly metadata: Map<string, string>;
-  /** Modules that can be adapted, and factors of theirs that have components of all tasks; rows of the others are free. */
+  /**
+   * Modules that can be adapted, and factors of theirs that have components of all tasks; rows of the others are free.
+   */
   readonly modules: number;
   readonly sides: number;
   /** Releases the pack's bases, after the tensors are written. */
@@ -174,7 +178,8 @@ interface ComponentsFile {
 }
 
 /**
- * Reads the components that all tasks of a pack share, one tensor at a time. Embeddings are left out: PEFT holds their factors apart.
+ * Reads the components that all tasks of a pack share, one tensor at a time. Embeddings are left out: PEFT holds their
+ * factors apart.
  * @throws SourceError, FormatError when the pack cannot be read
  */
 export async function componentsFile(pack: Pack): Promise<ComponentsFile> {

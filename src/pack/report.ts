@@ -30,7 +30,10 @@ export interface BuildReport {
   readonly step?: number | undefined;
   /** Components per module and side. */
   readonly components: { readonly min: number; readonly mean: number; readonly max: number };
-  /** Components that tasks share of each factor by itself; undefined where components are those of all tasks, or none were sought. */
+  /**
+   * Components that tasks share of each factor by itself; undefined where components are those of all tasks, or none
+   * were sought.
+   */
   readonly shared?: SharedReport | undefined;
   readonly bytes: number;
   /** Size of the adapter files. */
@@ -184,8 +187,8 @@ export function baseWarnings(adapters: readonly Owner[]): string[] {
 }
 
 /**
- * Warnings of adapters that share no module with the others: an adapter need not name its base, and one of another model is
- * packed with them without a contradiction. Those that name the base of the others are left alone.
+ * Warnings of adapters that share no module with the others: an adapter need not name its base, and one of another
+ * model is packed with them without a contradiction. Those that name the base of the others are left alone.
  */
 function strangerWarnings(adapters: readonly Owner[]): string[] {
   let groups: { members: Owner[]; modules: Set<string> }[] = [];

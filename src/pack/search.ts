@@ -1,6 +1,6 @@
 /**
- * Packing for a goal: adapters, strategies, and for each of them the step that fits. A goal is an error that no task exceeds, a size, or
- * the scores of a user's judge. It knows no model and no data.
+ * Packing for a goal: adapters, strategies, and for each of them the step that fits. A goal is an error that no task
+ * exceeds, a size, or the scores of a user's judge. It knows no model and no data.
  */
 
 import type { Adapter, SharedModule } from "../adapters/adapter.ts";
@@ -49,13 +49,16 @@ export type Goal =
       readonly tolerance: number;
       /** Applies the tolerance to the score of every task, or to their mean. Default: "every". */
       readonly keep?: "every" | "mean";
-      /** Scores to compare with, for instance of the adapters themselves. Default: those of a pack that loses nothing. */
+      /**
+       * Scores to compare with, for instance of the adapters themselves. Default: those of a pack that loses nothing.
+       */
       readonly reference?: PerTask;
     };
 
 /**
- * The score of each task of an open pack, larger is better. Called for one pack at a time. The pack is closed afterwards, so close sessions
- * on it first. Ask the same rows in the same way each time: scores then differ by what the packs do alone.
+ * The score of each task of an open pack, larger is better. Called for one pack at a time. The pack is closed
+ * afterwards, so close sessions on it first. Ask the same rows in the same way each time: scores then differ by what
+ * the packs do alone.
  */
 export type Judge = (pack: Pack, ids: readonly string[]) => PerTask | Promise<PerTask>;
 
@@ -92,9 +95,14 @@ export interface SearchReport extends BuildReport, Pick<Tried, "name" | "scores"
 export interface SearchOptions extends Pick<BuildOptions, "base" | "anyBase" | "workers" | "onProgress" | "signal"> {
   /** Default: an error of at most 0.15 (`DEFAULT_ERROR`). */
   readonly goal?: Goal | undefined;
-  /** Gives the scores that a goal of scores is about. Other goals take none: the mean ΔW error decides there, which is a proxy. */
+  /**
+   * Gives the scores that a goal of scores is about. Other goals take none: the mean ΔW error decides there, which is a
+   * proxy.
+   */
   readonly judge?: Judge | undefined;
-  /** Number format of heads. Default: one that loses far less than the goal allows; for a size, entropy-coded integers. */
+  /**
+   * Number format of heads. Default: one that loses far less than the goal allows; for a size, entropy-coded integers.
+   */
   readonly head?: Dtype | undefined;
 }
 
@@ -103,8 +111,8 @@ const OPTIONS = ["goal", "judge", "head", "base", "anyBase", "workers", "onProgr
 /**
  * Makes packs until one keeps to the goal and is no larger, or loses no more, than it needs to.
  *
- * The chosen pack was itself made and measured; nothing is interpolated. Scores are noisy: ask enough rows. A judge is called up to
- * twelve times, and once for the reference.
+ * The chosen pack was itself made and measured; nothing is interpolated. Scores are noisy: ask enough rows. A judge is
+ * called up to twelve times, and once for the reference.
  *
  * @throws RangeError when no pack keeps to the goal, with the least that can be done
  * @throws TypeError when `judge` or `reference` leaves out a task or gives no finite number
@@ -167,7 +175,9 @@ interface Context extends Pick<SearchOptions, "judge" | "head" | "signal"> {
 /** A number format of rows, and whether tasks share any. */
 interface Strategy {
   readonly name: string;
-  /** Default: entropy-coded integers; then what groups of tasks share of a side is stored once, where that saves bytes. */
+  /**
+   * Default: entropy-coded integers; then what groups of tasks share of a side is stored once, where that saves bytes.
+   */
   readonly rows?: Dtype;
 }
 
@@ -210,7 +220,9 @@ async function bestOf(context: Context): Promise<Streamed<SearchReport>> {
   return { chunks, report: { ...report, ...chosen, reference, tried } };
 }
 
-/** Number format of heads that loses far less than an error allows; undefined for a size, where their bits count too. */
+/**
+ * Number format of heads that loses far less than an error allows; undefined for a size, where their bits count too.
+ */
 function headFor(goal: Goal): Dtype | undefined {
   if (goal.kind === "bytes") return undefined;
   return goal.kind === "score" || goal.max >= 0.01 ? "int8" : goal.max >= 1e-3 ? "f16" : "f32";
@@ -311,7 +323,8 @@ async function packWithinError(context: Context, strategy: Strategy, error: numb
   // Later work takes less at a time, and the pack grows meanwhile.
   await opened.extractor.rest();
   const recipe = recipeFor(context, strategy, typicalStep(spectra, start), Math.min(1, error));
-  // Adapters of one model are alike. Mean of the logarithm of found ÷ expected steps; later adapters begin at what they expect times that.
+  // Adapters of one model are alike. Mean of the logarithm of found ÷ expected steps; later adapters begin at what they
+  // expect times that.
   let moved = 0;
   let count = 0;
   const choose: Rows["choose"] = async (group, encode) => {
@@ -435,7 +448,8 @@ const MOST_COMPARED = 64;
 const LEAST_SAVED = 0.01;
 
 /**
- * Finds components that groups of tasks share of a side, where these save more bits than they take, as the coder counts them.
+ * Finds components that groups of tasks share of a side, where these save more bits than they take, as the coder counts
+ * them.
  * @param steps of each task's ΔW, by id
  * @param grows true: steps grow until tasks lose as much as they would lose alone
  */

@@ -1,6 +1,6 @@
 /**
- * One search: the coarsest steps with which errors or scores stay within their limits, or the finest with which a size does. It knows
- * nothing of packs.
+ * One search: the coarsest steps with which errors or scores stay within their limits, or the finest with which a size
+ * does. It knows nothing of packs.
  */
 import { byTask, roundingLoss, type Spectrum } from "../extract/factors.ts";
 
@@ -145,7 +145,8 @@ class Seeker {
 
 /**
  * Steps with which each task is expected to lose nearly `max` of its ΔW.
- * @param isRounded true for numbers that are rounded to steps. Else terms that are not worth their bits are left out, and no more is lost
+ * @param isRounded true for numbers that are rounded to steps. Else terms that are not worth their bits are left out,
+ *   and no more is lost
  */
 export function startSteps(spectra: readonly Spectrum[], max: number, isRounded: boolean): Steps {
   const steps = [...byTask(spectra)].map(([task, { spectra, square }]): [string, number] => {
@@ -175,7 +176,10 @@ export function tooFew(max: number, least?: number): Unreachable {
   return new Unreachable(`${max} bytes are too few${least ? `: the least is ${least}` : ""}`, least);
 }
 
-/** Asks for the most bytes of at most `max`. @param isLost true where nothing is left of a task: its step is too coarse */
+/**
+ * Asks for the most bytes of at most `max`.
+ * @param isLost true where nothing is left of a task: its step is too coarse
+ */
 export function withinBytes<T>(
   max: number,
   bytesOf: (made: T) => number,

@@ -137,8 +137,8 @@ export function add({ terms, errors }: Encoded, module: number, owner: Adapter, 
  * A task as it is written.
  * @param terms sorted by module
  * @param names of the pack's modules
- * @throws AdapterError for a value that its number format cannot hold, metadata that the format does not, and labels that are more
- *   or fewer than the rows of the head
+ * @throws AdapterError for a value that its number format cannot hold, metadata that the format does not, and labels
+ *   that are more or fewer than the rows of the head
  */
 export async function encodeAdapter(
   adapter: Adapter,

@@ -1,6 +1,6 @@
 /**
- * Writing packs: fresh ones of a new basis or of the basis of an open pack, appends, signatures; with the entropy coding of what is
- * stored (SPEC.md, appendix A), where it takes fewer bytes.
+ * Writing packs: fresh ones of a new basis or of the basis of an open pack, appends, signatures; with the entropy
+ * coding of what is stored (SPEC.md, appendix A), where it takes fewer bytes.
  */
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/read-task-file.ts";
@@ -41,7 +41,10 @@ interface Making {
   readonly scratch?: Scratch | undefined;
 }
 
-/** A pack as consecutive chunks, asked for once, its bytes and those of its blobs. Its sections are coded where it has a step. */
+/**
+ * A pack as consecutive chunks, asked for once, its bytes and those of its blobs. Its sections are coded where it has a
+ * step.
+ */
 export async function newPack(
   basis: Omit<BasisInput, "producer" | "header">,
   tasks: readonly (() => Promise<TaskToWrite>)[],
@@ -116,8 +119,8 @@ export async function allOf(chunks: Iterable<Uint8Array> | AsyncIterable<Uint8Ar
 }
 
 /**
- * The tasks of an open pack, those added and without those removed, as they are to be written elsewhere: byte for byte, so that each keeps
- * its hash (SPEC.md, section 8).
+ * The tasks of an open pack, those added and without those removed, as they are to be written elsewhere: byte for byte,
+ * so that each keeps its hash (SPEC.md, section 8).
  * @param replaced other blobs, by id
  */
 export async function tasksOf(pack: Pack, replaced: ReadonlyMap<string, Uint8Array> = new Map()): Promise<TaskPlace[]> {
@@ -160,8 +163,8 @@ export async function freshPack(
 }
 
 /**
- * Plans the bytes that add tasks to a pack's file (SPEC.md, section 9). Their ids must be new and unique; their blobs are written
- * as they are.
+ * Plans the bytes that add tasks to a pack's file (SPEC.md, section 9). Their ids must be new and unique; their blobs
+ * are written as they are.
  * @param sign made by `createSigner`. Default: not signed
  */
 export async function planAppend(pack: Pack, tasks: readonly TaskToWrite[], sign?: Sign): Promise<Append> {
@@ -197,7 +200,10 @@ function tensorsOf({ entry, blob }: TaskToWrite, modules: readonly PackModule[])
   return refsOf(taskTensors(terms, parameters, modules));
 }
 
-/** The header of a task's blob, for the others to copy from the basis description; undefined where it is too long for that. */
+/**
+ * The header of a task's blob, for the others to copy from the basis description; undefined where it is too long for
+ * that.
+ */
 function headerOf({ blob }: TaskToWrite): unknown {
   const length = new DataView(blob.buffer, blob.byteOffset).getUint32(4, true);
   return length > MOST_HEADER
@@ -245,7 +251,8 @@ export async function signTaskFile(file: Uint8Array, sign: Sign): Promise<Uint8A
   return encodeSignedTaskFile({ content, signature: await sign("task", await sha256(content)) });
 }
 
-// Ed25519 keys to sign with, by the platform's WebCrypto (SPEC.md, section 8). Signatures are checked in `core/trust.ts`.
+// Ed25519 keys to sign with, by the platform's WebCrypto (SPEC.md, section 8). Signatures are checked in
+// `core/trust.ts`.
 
 /** An Ed25519 key to sign with: PEM (PKCS#8), or a pair of `CryptoKey`s. */
 export type SigningKey = string | CryptoKeyPair;

@@ -1,9 +1,10 @@
 /**
- * Notes which task made which cache of keys and values. A cache holds results of layers for a text under one task; fed to a run under
- * another it would mix the two without a word. Loaded by sessions on models that have caches.
+ * Notes which task made which cache of keys and values. A cache holds results of layers for a text under one task; fed
+ * to a run under another it would mix the two without a word. Loaded by sessions on models that have caches.
  *
- * A cache is known by its tensor and by the memory behind it, not by its numbers: a copy of them has no known task. One layer stands for
- * all, since they go from run to run together: a step of a model with thirty layers would take noticeably longer if all were noted.
+ * A cache is known by its tensor and by the memory behind it, not by its numbers: a copy of them has no known task. One
+ * layer stands for all, since they go from run to run together: a step of a model with thirty layers would take
+ * noticeably longer if all were noted.
  */
 import type { Pack } from "../core/pack.ts";
 import type { Selection } from "../core/selection.ts";
@@ -26,7 +27,10 @@ export interface CacheState {
 
 const BASE: CacheState = { key: "", entries: [], name: "the base", task: "" };
 
-/** States of rows by tensors and memory that hold caches, for all sessions: one file makes the cache that another goes on with. */
+/**
+ * States of rows by tensors and memory that hold caches, for all sessions: one file makes the cache that another goes
+ * on with.
+ */
 const makers = new WeakMap<object, readonly CacheState[]>();
 
 export class CacheWatch {

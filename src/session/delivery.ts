@@ -1,6 +1,7 @@
 /**
- * Delivery of tasks to a loaded model: for each selection the model and the feeds that make it that task's. Here by extra inputs of one
- * model, in modes "core" and "factors"; mode "folded" and inputs on a device are in device.ts, which is loaded when it is needed.
+ * Delivery of tasks to a loaded model: for each selection the model and the feeds that make it that task's. Here by
+ * extra inputs of one model, in modes "core" and "factors"; mode "folded" and inputs on a device are in device.ts,
+ * which is loaded when it is needed.
  *
  * Some providers ignore our inputs without a word. So each model is probed once, by a tiny run of a synthetic task.
  */
@@ -71,7 +72,10 @@ export interface Delivery {
   close(): Promise<void>;
 }
 
-/** Puts the values of task inputs on the device that the engine computes on: written once a switch, they cost a run nothing. */
+/**
+ * Puts the values of task inputs on the device that the engine computes on: written once a switch, they cost a run
+ * nothing.
+ */
 export interface Placer {
   place(values: InputValues): Omit<Active, "task" | "model">;
   readonly byteLength: number;
@@ -107,7 +111,8 @@ export async function inputDelivery(
   }
 }
 
-// Objects that stay are made by functions that know the little they need: a closure above would keep the prepared model, and its components.
+// Objects that stay are made by functions that know the little they need: a closure above would keep the prepared
+// model, and its components.
 
 function deliver(
   engine: Engine,
@@ -166,12 +171,15 @@ export interface ProbeReport {
 /** Runs the model on one task, and on more feeds. @returns values of `fetches`, f32 */
 type ProbeRun = (fetches: readonly string[], task: InputValues, more?: Tensors) => Promise<readonly Float32Array[]>;
 
-/** Largest difference of a provider that computes in f16, or rounds inputs to 8 bits: where these are uneven, by some hundredths. */
+/**
+ * Largest difference of a provider that computes in f16, or rounds inputs to 8 bits: where these are uneven, by some
+ * hundredths.
+ */
 const TOLERANCE = 0.1;
 
 /**
- * Compares the term of the first adapted linear layer with plain arithmetic on what enters it. The first layer of each other kind must
- * change the outputs, and so must a task where no term is within reach.
+ * Compares the term of the first adapted linear layer with plain arithmetic on what enters it. The first layer of each
+ * other kind must change the outputs, and so must a task where no term is within reach.
  */
 async function probeParity(parts: SessionParts, model: LoadedModel, base: InputValues): Promise<ProbeReport> {
   const { modules, inputs, forms, probe } = parts.prepared;
@@ -263,7 +271,10 @@ function wrong({ provider }: Engine, what: string): BackendError {
   });
 }
 
-/** Adds small values that differ everywhere to a task, in these inputs, except for rows of tables, which meet the model's own input. */
+/**
+ * Adds small values that differ everywhere to a task, in these inputs, except for rows of tables, which meet the
+ * model's own input.
+ */
 export function syntheticTask(base: InputValues, inputs: readonly TaskInput[], size = 0.1): InputValues {
   const values = new Map(base);
   for (const input of inputs) {

@@ -1,7 +1,7 @@
 /**
- * Mode "folded", and task inputs on a device. On WebGPU the weights that tasks change are inputs of the model, and each is a buffer of the
- * device that the engine computes on: a switch folds into those buffers with one submit, no copy, the same model. Without a device an
- * engine takes weights only when it loads a model, so each switch loads one.
+ * Mode "folded", and task inputs on a device. On WebGPU the weights that tasks change are inputs of the model, and each
+ * is a buffer of the device that the engine computes on: a switch folds into those buffers with one submit, no copy,
+ * the same model. Without a device an engine takes weights only when it loads a model, so each switch loads one.
  */
 /// <reference types="@webgpu/types" />
 
@@ -127,7 +127,9 @@ function weightsIn(gpu: EngineGpu, fed: readonly WeightInput[], bufferOf: (name:
   );
 }
 
-/** A tiny run on the base's weights and one on zeros: a provider that does not read the buffers gives the same twice. */
+/**
+ * A tiny run on the base's weights and one on zeros: a provider that does not read the buffers gives the same twice.
+ */
 async function probeBuffers(
   parts: SessionParts,
   model: LoadedModel,
@@ -254,7 +256,10 @@ export async function foldedDelivery(
   }
 }
 
-/** Makes the content of the file of `value` for each parameter. @throws BaseMismatchError when one has another shape than the model's */
+/**
+ * Makes the content of the file of `value` for each parameter.
+ * @throws BaseMismatchError when one has another shape than the model's
+ */
 async function contentOf(
   { path, byteLength, places, pieces }: WeightFile,
   value: (name: string) => View | Promise<View>,

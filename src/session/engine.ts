@@ -1,7 +1,8 @@
 /**
- * A runtime of ONNX models, as sessions and trainers use one. All code in `src/` runs models through this interface; only a binding knows
- * the runtime. To add a runtime, implement `Engine` in one file and hand it to
- * `createSession`: `bindings/ort-engine.ts` and `test/support/plain-engine.ts` are two of them. `Queue` orders its runs and switches.
+ * A runtime of ONNX models, as sessions and trainers use one. All code in `src/` runs models through this interface;
+ * only a binding knows the runtime. To add a runtime, implement `Engine` in one file and hand it to
+ * `createSession`: `bindings/ort-engine.ts` and `test/support/plain-engine.ts` are two of them. `Queue` orders its runs
+ * and switches.
  */
 import type { DeviceBuffer, DeviceHandle } from "../backends/backend.ts";
 import type { Feed } from "../onnx/feeds.ts";
@@ -60,7 +61,10 @@ export interface Engine<Model extends LoadedModel = LoadedModel> {
   readonly name: string;
   /** Name of the device that it computes on, for messages. */
   readonly provider: string;
-  /** @param model the graph, and the files that it points into @throws BackendError when the runtime refuses the model */
+  /**
+   * @param model the graph, and the files that it points into
+   * @throws BackendError when the runtime refuses the model
+   */
   load(model: DetachedModel, options?: LoadOptions): Promise<Model>;
   /**
    * Runs a model. Calls may overlap; the engine puts them in order where its runtime cannot overlap them.
@@ -74,7 +78,10 @@ export interface Engine<Model extends LoadedModel = LoadedModel> {
   release(model: Model): Promise<void>;
   /** True if it reads the files of a `DetachedModel`'s `folder` by itself. Default: false. */
   readonly readsFiles?: boolean | undefined;
-  /** Operators by which it multiplies by integers, so that components can stay as small as their pack stores them. Default: none. */
+  /**
+   * Operators by which it multiplies by integers, so that components can stay as small as their pack stores them.
+   * Default: none.
+   */
   readonly integers?: readonly ("MatMulNBits" | "DequantizeLinear")[] | undefined;
   /** Bytes that WebAssembly leaves it for a model's weights, where it runs there. Default: no limit is known. */
   readonly room?: number | undefined;

@@ -1,6 +1,6 @@
 /**
- * Several files of one model, an encoder and a decoder, a UNet and its text encoders: which modules of the pack live in which, a session
- * on each, and one switch for all.
+ * Several files of one model, an encoder and a decoder, a UNet and its text encoders: which modules of the pack live in
+ * which, a session on each, and one switch for all.
  */
 import type { Pack, TaskInfo } from "../core/pack.ts";
 import { partOf } from "../core/part.ts";
@@ -36,11 +36,11 @@ export interface GroupOptions extends Omit<SessionOptions, "trainable"> {
 }
 
 /**
- * Prepares several files of one model for all tasks of a pack. Each module goes to the files that it lives in: those whose weight fits
- * its fingerprint, or has its whole name.
+ * Prepares several files of one model for all tasks of a pack. Each module goes to the files that it lives in: those
+ * whose weight fits its fingerprint, or has its whole name.
  * @param models bytes, paths, URLs or Blobs by names of your own
- * @throws BaseMismatchError when a module or a parameter of a task lives in none of the files, a file has nothing of the pack; otherwise as
- *   `createSession`
+ * @throws BaseMismatchError when a module or a parameter of a task lives in none of the files, a file has nothing of
+ *   the pack; otherwise as `createSession`
  */
 export async function createSessions<T extends SessionTypes, Name extends string>(
   engine: Engine,
@@ -158,8 +158,8 @@ export class SessionGroup<
   }
 
   /**
-   * Makes a task, a blend or the base active in all sessions, or in none: when one fails or is aborted, the others get back what they
-   * had. Waits for calls that are under way.
+   * Makes a task, a blend or the base active in all sessions, or in none: when one fails or is aborted, the others get
+   * back what they had. Waits for calls that are under way.
    * @throws as `Session.switchTask`; BackendError with both causes when a session cannot be put back
    */
   switchTask(selection: Selection, options: SessionSwitchOptions = {}): Promise<SessionSwitchReport> {
@@ -203,8 +203,8 @@ export class SessionGroup<
   }
 
   /**
-   * Runs that belong together, an encoder's and its decoder's: switches wait until the work is done, and the work begins when the switches
-   * asked for before are.
+   * Runs that belong together, an encoder's and its decoder's: switches wait until the work is done, and the work
+   * begins when the switches asked for before are.
    * @example
    * const { last_hidden_state } = await models.call(({ encoder }) => encoder.run({ input_ids, attention_mask }));
    */
@@ -261,7 +261,10 @@ export class Residence {
     this.#empty = empty;
   }
 
-  /** @returns the filter for what lives in a file; undefined where nothing does and that is no error @throws BaseMismatchError where it is */
+  /**
+   * @returns the filter for what lives in a file; undefined where nothing does and that is no error
+   * @throws BaseMismatchError where it is
+   */
   async in(file: ModelFile, name: string, options: SessionOptions): Promise<((module: string) => boolean) | undefined> {
     const view = options.modules ? partOf(this.#pack, options.modules) : this.#pack;
     const bases = await this.#pack.bases(options);
@@ -322,8 +325,9 @@ export class Residence {
 }
 
 /**
- * The filter that a session keeps. Made here, since a closure of `Residence` would keep the model's bytes with it. Modules of tasks that
- * are added later pass: they are not known to live elsewhere, and the session says that it is not prepared for them.
+ * The filter that a session keeps. Made here, since a closure of `Residence` would keep the model's bytes with it.
+ * Modules of tasks that are added later pass: they are not known to live elsewhere, and the session says that it is not
+ * prepared for them.
  */
 function filterOf(
   here: ReadonlySet<string>,

@@ -1,6 +1,6 @@
 /**
- * A pack's modules and a model's parameters, held against each other: which weight each adapted module is, and whether it is
- * the right model's. Changes nothing.
+ * A pack's modules and a model's parameters, held against each other: which weight each adapted module is, and whether
+ * it is the right model's. Changes nothing.
  */
 
 import {
@@ -53,7 +53,10 @@ export class ModelMatcher {
     this.#copies = new Copies(file, parameters, options);
   }
 
-  /** The weights of modules, with copies. @throws BaseMismatchError when one is missing, ambiguous, of another shape, or that of two */
+  /**
+   * The weights of modules, with copies.
+   * @throws BaseMismatchError when one is missing, ambiguous, of another shape, or that of two
+   */
   async weights(modules: readonly PackModule[]): Promise<OnnxParameter[]> {
     const weights: OnnxParameter[] = [];
     for (const module of modules) weights.push(await this.#locate(module));
@@ -66,7 +69,10 @@ export class ModelMatcher {
     return weights;
   }
 
-  /** The weight of a module, or its part of a packed one. @throws BaseMismatchError when it is missing or of another shape */
+  /**
+   * The weight of a module, or its part of a packed one.
+   * @throws BaseMismatchError when it is missing or of another shape
+   */
   async #locate(module: PackModule): Promise<OnnxParameter> {
     let weight = await this.#weight(module.name);
     if (misfitOf(module, weight)) weight = await this.#byHand(module.name, weight);
@@ -141,8 +147,9 @@ export class ModelMatcher {
   }
 
   /**
-   * Holds weights against the pack's fingerprints. What was found by the end of its name only must be confirmed by one, its own or
-   * that of another with the same segments in front: a decoder's layer may be called as an encoder's is in a file of its own.
+   * Holds weights against the pack's fingerprints. What was found by the end of its name only must be confirmed by one,
+   * its own or that of another with the same segments in front: a decoder's layer may be called as an encoder's is in a
+   * file of its own.
    * @returns modules whose weights no fingerprint was held against
    * @throws BaseMismatchError when one is another model's, or may be
    */
@@ -181,8 +188,8 @@ export class ModelMatcher {
   }
 
   /**
-   * The modules and parameters of a pack that live in this model, where it is one of several files: those whose fingerprint fits, those of
-   * the whole name, and those whose names differ from such by the same segments in front.
+   * The modules and parameters of a pack that live in this model, where it is one of several files: those whose
+   * fingerprint fits, those of the whole name, and those whose names differ from such by the same segments in front.
    * @returns by name, the reason why one is not there; undefined where it is
    */
   async residents(
@@ -219,7 +226,10 @@ export class ModelMatcher {
     return found;
   }
 
-  /** True if the pack's fingerprint of a module is the weight's; false without one. @throws BaseMismatchError when it is another's */
+  /**
+   * True if the pack's fingerprint of a module is the weight's; false without one.
+   * @throws BaseMismatchError when it is another's
+   */
   async confirms(module: PackModule, parameter: OnnxParameter, bases: Uint8Array): Promise<boolean> {
     const weight = module.layout === "conv" ? asMatrix(parameter) : parameter;
     if (module.fingerprint === undefined || (weight.shape.length !== 2 && weight.dtype !== "other")) return false;
@@ -284,7 +294,10 @@ export class ModelMatcher {
     );
   }
 
-  /** A bias that tasks bring and the exporter has dropped. @throws BaseMismatchError when its layer may be any of several */
+  /**
+   * A bias that tasks bring and the exporter has dropped.
+   * @throws BaseMismatchError when its layer may be any of several
+   */
   async dropped(name: string): Promise<AdaptedBias | undefined> {
     const module = moduleOf(name);
     const mapped = this.#options.names?.has(module);

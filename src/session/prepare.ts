@@ -1,7 +1,7 @@
 /**
- * Makes a model ready for the tasks of a pack, before any engine has seen it. A plan says which layers get a term, which parameters tasks
- * change next to them, and whether that can be done without touching the weights; it checks that the model is the right one and changes
- * nothing. Then the graph is changed by it.
+ * Makes a model ready for the tasks of a pack, before any engine has seen it. A plan says which layers get a term,
+ * which parameters tasks change next to them, and whether that can be done without touching the weights; it checks that
+ * the model is the right one and changes nothing. Then the graph is changed by it.
  */
 
 import { refuseShared } from "../core/mismatch.ts";
@@ -35,7 +35,10 @@ import { transpose } from "../tensor/term.ts";
 import { ModelMatcher } from "./match.ts";
 import type { Mode, SessionOptions } from "./options.ts";
 
-/** A model with the inputs of a mode. Only `modules` refer to the model's file: objects that outlive creation must not hold those. */
+/**
+ * A model with the inputs of a mode. Only `modules` refer to the model's file: objects that outlive creation must not
+ * hold those.
+ */
 export interface PreparedModel extends Injected, Omit<Plan, "changes" | "folded"> {
   readonly pack: Pack;
   /** The part of the pack that is used here, and the filter that it was made by. */
@@ -128,7 +131,10 @@ interface BaseHead {
   readonly adapted: boolean;
 }
 
-/** The model's own values, from which values of tasks are computed once it is loaded. Holds nothing of the graph or the file. */
+/**
+ * The model's own values, from which values of tasks are computed once it is loaded. Holds nothing of the graph or the
+ * file.
+ */
 interface BaseValues {
   readonly heads: ReadonlyMap<string, BaseHead>;
   /** Values of the biases that tasks change, by the pack's name of the parameter. */
@@ -287,7 +293,10 @@ export async function planSession(
     return [parameter, ...biases];
   }
 
-  /** Parameters that are neither terms nor heads, by how they can be added to; `parameters` are those that the model has. */
+  /**
+   * Parameters that are neither terms nor heads, by how they can be added to; `parameters` are those that the model
+   * has.
+   */
   async function singleParameters(heads: readonly SavedHead[]) {
     const headNames = new Set(heads.flatMap(({ layer }) => [`${layer.name}.weight`, biasName(layer)]));
     const biases = new Map<string, linear.AdaptedBias>();
@@ -487,10 +496,15 @@ export async function broughtBy(pack: PackView, options: SessionOptions): Promis
 
 // A pack's components as a graph takes them.
 
-/** Most components for which mode "core" costs a run at most 5 %; with more, factors are faster (`bench switch --live`). */
+/**
+ * Most components for which mode "core" costs a run at most 5 %; with more, factors are faster (`bench switch --live`).
+ */
 const MOST_COMPONENTS = 48;
 
-/** Components of each side that the factors of all tasks of a module can lie over: none brings whole rows of it, and none may later. */
+/**
+ * Components of each side that the factors of all tasks of a module can lie over: none brings whole rows of it, and
+ * none may later.
+ */
 function componentsUnder(
   module: PackModule,
   brings: ReadonlySet<string>,
@@ -511,7 +525,9 @@ function componentsUnder(
   return A || B ? { ...(A && { A }), ...(B && { B }) } : undefined;
 }
 
-/** The components of a module that a core lies between; undefined where none can. Bytes are read when the graph is made. */
+/**
+ * The components of a module that a core lies between; undefined where none can. Bytes are read when the graph is made.
+ */
 function componentsOf(module: PackModule, bases: Uint8Array): linear.Components | undefined {
   const { A, B } = sharedBases(module) ?? {};
   if (A?.kind !== "column" || B?.kind !== "column") return undefined;

@@ -1,7 +1,8 @@
 /**
- * Runs with one task per row of the batch. Task inputs meet a layer's rows in order, so the batch must come first in the values that
- * enter the layer; where it does not, or where a layer sees only some tokens of each row, as in a mixture of experts, tasks would be
- * mixed without a word. The graph cannot show this, so the first batched run is verified. Loaded by that run.
+ * Runs with one task per row of the batch. Task inputs meet a layer's rows in order, so the batch must come first in
+ * the values that enter the layer; where it does not, or where a layer sees only some tokens of each row, as in a
+ * mixture of experts, tasks would be mixed without a word. The graph cannot show this, so the first batched run is
+ * verified. Loaded by that run.
  */
 
 import type { Pack, TaskInfo } from "../core/pack.ts";
@@ -47,7 +48,10 @@ export class RowTasks {
     return [...this.#last.values()].flatMap(({ values }) => [...values.inputs.values()].map(({ data }) => data));
   }
 
-  /** @returns feeds of the task inputs, and the valid columns of each row by head @throws TypeError, BackendError as `Session.run` */
+  /**
+   * @returns feeds of the task inputs, and the valid columns of each row by head
+   * @throws TypeError, BackendError as `Session.run`
+   */
   async feeds(
     tasks: readonly (string | null)[],
     own: Tensors,
@@ -78,7 +82,10 @@ export class RowTasks {
     return last?.entry === entry && last ? last : { entry, values: await this.#evaluator.read(task) };
   }
 
-  /** Verifies on synthetic feeds, or on the batch where the model does not run on those. @throws BackendError as `checkRows` */
+  /**
+   * Verifies on synthetic feeds, or on the batch where the model does not run on those.
+   * @throws BackendError as `checkRows`
+   */
   async #verify(own: Tensors, rows: number): Promise<void> {
     // Values of the base are computed again: all sessions would keep them, and few verify.
     const base = (await this.#evaluator.read(null)).inputs;
@@ -91,7 +98,10 @@ const WHY =
   "the batch is not the first dimension of some adapted layer, or the layer sees some tokens only, as in a mixture of experts, " +
   "or, in 8 bits, what enters it is quantised by a range that all rows share";
 
-/** @returns false also when the model does not run on synthetic feeds, or takes them for another batch: they prove nothing then */
+/**
+ * @returns false also when the model does not run on synthetic feeds, or takes them for another batch: they prove
+ *   nothing then
+ */
 async function checkSynthetic(model: RowModel, base: InputValues): Promise<boolean> {
   const values = model.feedsOfRows();
   const feeds = values && toTensors(model.engine, values);
@@ -104,8 +114,8 @@ async function checkSynthetic(model: RowModel, base: InputValues): Promise<boole
 }
 
 /**
- * Runs a batch with a synthetic task in all rows, in none, and in every second: each row must be as it is alone. Heads, linear layers and
- * convolutions are changed one after the other: a large effect of one would hide mixing in another.
+ * Runs a batch with a synthetic task in all rows, in none, and in every second: each row must be as it is alone. Heads,
+ * linear layers and convolutions are changed one after the other: a large effect of one would hide mixing in another.
  * @param own true if the feeds are the caller's own, which the model takes as they are meant
  * @returns true if a task was seen to reach its rows alone; false where tasks change no output, or no two rows differ
  * @throws BackendError when tasks are mixed, or no output of the caller's own batch tells
@@ -144,7 +154,8 @@ async function checkRows(
   for (const group of groupsOf(inputs, forms)) {
     let result = await look(group, 0.1);
     seen ||= result.effect > 0;
-    // Rows of quantised models influence each other a little whatever their tasks; a larger task stands out against that.
+    // Rows of quantised models influence each other a little whatever their tasks; a larger task stands out against
+    // that.
     if (!result.separate) result = await look(group, 1);
     if (!result.separate) throw mixed(`tasks get into each other's rows of "${output}": ${WHY}`);
   }
@@ -158,7 +169,8 @@ const VOCABULARY = 1024;
 
 /**
  * @param values of all rows without a task, with it, and with it in every second row
- * @param last dimension of the output, where rows share ranges: these change values too, so the task's share of such vectors is compared
+ * @param last dimension of the output, where rows share ranges: these change values too, so the task's share of such
+ *   vectors is compared
  * @returns the effect of the task; `separate` if its rows are as they are alone, and the others as without it
  */
 function compareRows(

@@ -1,6 +1,6 @@
 /**
- * A loaded model that switches tasks: the model is read, planned, changed and loaded once. The session owns the order of runs and
- * switches; its delivery brings tasks to the model, the engine runs it.
+ * A loaded model that switches tasks: the model is read, planned, changed and loaded once. The session owns the order
+ * of runs and switches; its delivery brings tasks to the model, the engine runs it.
  */
 
 import type { Pack, TaskInfo } from "../core/pack.ts";
@@ -32,11 +32,13 @@ import type { Trainable } from "./training.ts";
 /**
  * Prepares a model for all tasks of a pack and loads it once.
  * @param engine runs the model
- * @param source bytes, path, URL or Blob of the ONNX file; files next to it are found by path or URL, or given by `external`
+ * @param source bytes, path, URL or Blob of the ONNX file; files next to it are found by path or URL, or given by
+ *   `external`
  * @throws BaseMismatchError when modules are missing, ambiguous, of another shape or of another model; or when the mode
  *   asked for cannot do what the tasks bring: the message names one that can
  * @throws FormatError when the model is truncated, no ONNX model or of an opset before 11
- * @throws BackendError when the engine refuses the model or has no room for it, or the probe finds that it computes something else
+ * @throws BackendError when the engine refuses the model or has no room for it, or the probe finds that it computes
+ *   something else
  */
 export async function createSession<T extends SessionTypes>(
   engine: Engine,
@@ -148,7 +150,10 @@ export interface SessionSwitchReport extends SwitchReport {
 export interface SessionRunOptions {
   /** One task id per row of the batch, or null for the base; instead of the active task. */
   readonly tasks?: readonly (string | null)[] | undefined;
-  /** True if this run takes caches that were made under other tasks. Default: as `switchTask` was told; false with `tasks`. */
+  /**
+   * True if this run takes caches that were made under other tasks. Default: as `switchTask` was told; false with
+   * `tasks`.
+   */
   readonly keepCache?: boolean | undefined;
   /** Aborted, a run that waits does not begin; one that is under way goes on, and nobody waits for its answer. */
   readonly signal?: AbortSignal | undefined;
@@ -159,8 +164,8 @@ export interface SessionRunOptions {
 /** Addition to the outputs of a run with `tasks`. */
 export interface ValidColumns {
   /**
-   * Number of columns of each row of a head's result that are the task's own, by module name of the head. The columns behind them hold
-   * the lowest number, or 0 where the head has no bias. Not enumerable.
+   * Number of columns of each row of a head's result that are the task's own, by module name of the head. The columns
+   * behind them hold the lowest number, or 0 where the head has no bias. Not enumerable.
    */
   readonly validColumns?: ReadonlyMap<string, readonly number[]>;
 }
@@ -183,7 +188,10 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
   readonly outputNames: readonly string[];
   /** The result of the parity probe. */
   readonly probe: ProbeReport;
-  /** Modules whose weights were found by their names alone: the pack has no fingerprint of them, or none was asked for (`anyBase`). */
+  /**
+   * Modules whose weights were found by their names alone: the pack has no fingerprint of them, or none was asked for
+   * (`anyBase`).
+   */
   readonly unconfirmed: readonly string[];
   /** Modules of the pack that the option `modules` has left out. */
   readonly leftOut: readonly string[];
@@ -285,8 +293,8 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
   }
 
   /**
-   * Makes a task, a blend or the pristine base active. Runs asked for before finish on the task they had; runs asked for
-   * after wait. When it fails or is aborted, the previous task stays whole.
+   * Makes a task, a blend or the pristine base active. Runs asked for before finish on the task they had; runs asked
+   * for after wait. When it fails or is aborted, the previous task stays whole.
    * @param selection a task id; null for the base; or strengths by id
    * @throws TaskError, SourceError, FormatError as `Runtime.switchTask`
    */
@@ -331,10 +339,11 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
   }
 
   /**
-   * Makes feeds of texts, one row each, padded to the longest: ids, masks and token types, as far as the model takes them. Inputs of other
-   * kinds stay the caller's to add.
+   * Makes feeds of texts, one row each, padded to the longest: ids, masks and token types, as far as the model takes
+   * them. Inputs of other kinds stay the caller's to add.
    * @param tokenizer of transformers.js or @huggingface/tokenizers, as it is; or a function
-   * @throws TypeError for texts that are none, something else than a tokenizer, or one that gives nothing that the model takes
+   * @throws TypeError for texts that are none, something else than a tokenizer, or one that gives nothing that the
+   *   model takes
    * @example
    * const { logits } = await session.run(await session.encode("a fast mail reader", tokenizer));
    */
@@ -351,8 +360,8 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
    * Runs the model on the active task, or on one task per row of the batch.
    * `fetches` are names of outputs, or what else the engine takes.
    * @throws TypeError when feeds use names of ours, or `tasks` does not have the batch's length
-   * @throws BackendError when the session has been closed; or, with a task per row, when a run on rows that differ shows that the
-   *   model would mix them, or none of its outputs can tell
+   * @throws BackendError when the session has been closed; or, with a task per row, when a run on rows that differ
+   *   shows that the model would mix them, or none of its outputs can tell
    * @throws TaskError when a cache among the feeds was made under another task, unless `keepCache` was asked for
    */
   run(feeds: T["feeds"], options?: SessionRunOptions): Promise<T["results"] & ValidColumns>;
@@ -417,8 +426,8 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
   }
 
   /**
-   * Resident bytes beyond the engine's own copy of the model: `basis` are the components inside that model, `active` the inputs of
-   * the active task and, in mode "folded" on WebGPU, the weights that the model reads.
+   * Resident bytes beyond the engine's own copy of the model: `basis` are the components inside that model, `active`
+   * the inputs of the active task and, in mode "folded" on WebGPU, the weights that the model reads.
    */
   memory(): MemoryReport {
     const { biases, heads, weights } = this.#base;

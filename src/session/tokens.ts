@@ -1,5 +1,6 @@
 /**
- * Texts as a model's inputs, by a tokenizer as it is: one of transformers.js, one of @huggingface/tokenizers, or a function of one's own.
+ * Texts as a model's inputs, by a tokenizer as it is: one of transformers.js, one of @huggingface/tokenizers, or a
+ * function of one's own.
  */
 import { checkOptions, described } from "../errors.ts";
 import type { Engine, Tensors } from "./engine.ts";
@@ -18,8 +19,8 @@ export interface EncodeHow {
 }
 
 /**
- * Turns texts into a model's inputs, one row each, padded to the longest. A tokenizer of transformers.js works as it is, since `how`
- * holds its options.
+ * Turns texts into a model's inputs, one row each, padded to the longest. A tokenizer of transformers.js works as it
+ * is, since `how` holds its options.
  * @param inputs names of the model's inputs
  */
 export type Encode = (texts: string[], how: EncodeHow, inputs: readonly string[]) => BatchFeeds | Promise<BatchFeeds>;
@@ -32,13 +33,19 @@ export interface PlainTokenizer {
   ): { readonly ids: readonly number[]; readonly token_type_ids?: readonly number[] };
 }
 
-/** Turns texts into a model's inputs: a tokenizer of transformers.js or of @huggingface/tokenizers as it is, or a function. */
+/**
+ * Turns texts into a model's inputs: a tokenizer of transformers.js or of @huggingface/tokenizers as it is, or a
+ * function.
+ */
 export type Tokenizer = Encode | PlainTokenizer;
 
 /** Texts as inputs by name, int64 [texts, tokens]. @param special adds special tokens. Default: true */
 export type EncodeTexts = (texts: readonly string[], special?: boolean) => Promise<BatchFeeds>;
 
-/** @param where the public function and its option, for the message @throws TypeError when `given` cannot encode texts */
+/**
+ * @param where the public function and its option, for the message
+ * @throws TypeError when `given` cannot encode texts
+ */
 export function checkTokenizer(where: string, given: unknown): asserts given is Tokenizer {
   if (typeof given === "function" || typeof (given as Partial<PlainTokenizer> | null)?.encode === "function") return;
   const expected = "a tokenizer of transformers.js or @huggingface/tokenizers, or a function from texts to inputs";

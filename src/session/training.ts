@@ -24,7 +24,10 @@ export interface Trainable {
   readonly engine: Engine;
   readonly graph: TrainingGraph;
   readonly inputs: readonly TaskInput[];
-  /** Made-up values of the model's own inputs, for their types and what is fixed of their dimensions; undefined where none fit. */
+  /**
+   * Made-up values of the model's own inputs, for their types and what is fixed of their dimensions; undefined where
+   * none fit.
+   */
   readonly example: ReadonlyMap<string, Feed> | undefined;
   /** Their values on the base. */
   base(): Promise<InputValues>;
@@ -32,7 +35,10 @@ export interface Trainable {
   run(feeds: Tensors, fetches: readonly string[]): Promise<Tensors>;
 }
 
-/** Which half of an encoder-decoder a file may be, by its inputs and outputs; encoders that are whole models look like one, too. */
+/**
+ * Which half of an encoder-decoder a file may be, by its inputs and outputs; encoders that are whole models look like
+ * one, too.
+ */
 export function halfOf({ model }: ModelFile): "encoder" | "decoder" | undefined {
   const { input, output } = model.graph.proto;
   const names = new Set(input.map(({ name }) => name));
@@ -43,7 +49,8 @@ export function halfOf({ model }: ModelFile): "encoder" | "decoder" | undefined 
 
 /**
  * A file of an encoder or a decoder alone does not learn what the other's tasks need.
- * @throws BaseMismatchError for such a file, where the other is adapted too, or where it has a branch for each use of its cache
+ * @throws BaseMismatchError for such a file, where the other is adapted too, or where it has a branch for each use of
+ *   its cache
  */
 export function refuseParts(
   file: ModelFile,
@@ -70,7 +77,8 @@ export function refuseParts(
  * Adds loss and gradients to a prepared model, in place.
  * @returns the graph, how to load the model, and what every run is fed with that does not learn
  * @throws FormatError naming every node that gradients do not pass
- * @throws BaseMismatchError where a layer that a task may bring whole is adapted too, or one that is not linear is adapted
+ * @throws BaseMismatchError where a layer that a task may bring whole is adapted too, or one that is not linear is
+ *   adapted
  */
 export async function addTraining(
   engine: Engine,
@@ -117,7 +125,10 @@ export async function addTraining(
   return { graph, load: { purpose: "train", exactNodes }, idle };
 }
 
-/** Looks at shapes, unoptimised, which is sooner done, and on the CPU: WebGPU would compile shaders for each operator and may lack f16. */
+/**
+ * Looks at shapes, unoptimised, which is sooner done, and on the CPU: WebGPU would compile shaders for each operator
+ * and may lack f16.
+ */
 function probeOf(engine: Engine): ShapeProbe {
   return async (detached, feeds) => {
     const model = await engine.load(detached, { purpose: "inspect" });
@@ -140,10 +151,14 @@ function probeOf(engine: Engine): ShapeProbe {
   };
 }
 
-// Layers that tasks bring whole are trained with any number of outputs, one for each label. In a head of several layers that holds for
-// the last one only; the layers in front of it keep the model's number of outputs. Uses graphs and names only.
+// Layers that tasks bring whole are trained with any number of outputs, one for each label. In a head of several layers
+// that holds for the last one only; the layers in front of it keep the model's number of outputs. Uses graphs and names
+// only.
 
-/** Fixes the outputs of inner layers of heads, those with another product behind them, in the inputs' dimensions, in place. */
+/**
+ * Fixes the outputs of inner layers of heads, those with another product behind them, in the inputs' dimensions, in
+ * place.
+ */
 export function fixInnerHeads(
   main: GraphProto,
   inputs: readonly TaskInput[],

@@ -1,6 +1,7 @@
 /**
- * Values of a prepared model's inputs: a selection in, arrays out, for one task or for one task per row of a batch. A selection is read once
- * and its tasks are put together; from that come cores, factors and parameters for the graph, and in mode "folded" weights.
+ * Values of a prepared model's inputs: a selection in, arrays out, for one task or for one task per row of a batch. A
+ * selection is read once and its tasks are put together; from that come cores, factors and parameters for the graph,
+ * and in mode "folded" weights.
  */
 
 import type { View } from "../core/base.ts";
@@ -52,7 +53,10 @@ export interface TaskValues {
   readonly labels: ReadonlyMap<string, number>;
 }
 
-/** Modes "core" and "factors" have kernels; mode "folded" a runtime that writes weights, and parameters that are inputs all the same. */
+/**
+ * Modes "core" and "factors" have kernels; mode "folded" a runtime that writes weights, and parameters that are inputs
+ * all the same.
+ */
 interface Parts {
   readonly kernels?: KernelSession;
   readonly folding?: { readonly runtime: Runtime; readonly inputs: ReadonlySet<string> };
@@ -70,7 +74,9 @@ interface Evaluation {
 /** Pads a head with fewer columns than its neighbours: never the maximum, and 0 after a softmax. */
 const NO_LABEL = -3.4028234663852886e38;
 
-/** Entries of a task's `brings` that a model with these inputs is ready for: rows of a side need an input of whole rows. */
+/**
+ * Entries of a task's `brings` that a model with these inputs is ready for: rows of a side need an input of whole rows.
+ */
 function readyFor(inputs: readonly TaskInput[], modules: PreparedModel["modules"]): Set<string> {
   const ready = new Set<string>();
   for (const { of, kind, over } of inputs) {
@@ -504,7 +510,11 @@ export class CoreSpace {
   }
 }
 
-/** Multiplies coefficients with the scales of their components, in place. @param every count of numbers in a row that have one scale @param count of scales, which then begin again */
+/**
+ * Multiplies coefficients with the scales of their components, in place.
+ * @param every count of numbers in a row that have one scale
+ * @param count of scales, which then begin again
+ */
 export function scaled(
   value: InputValue & { readonly data: Float32Array },
   scales: Float32Array | undefined,
@@ -517,7 +527,8 @@ export function scaled(
 }
 
 /**
- * Parameters that tasks bring, by the pack's names. Saved modules stay as they are; the others are added to the base's values.
+ * Parameters that tasks bring, by the pack's names. Saved modules stay as they are; the others are added to the base's
+ * values.
  * @param base the base's value of a parameter; undefined leaves it out
  * @throws TaskError when saved modules cannot be blended
  */

@@ -1,7 +1,7 @@
 /**
  * Number formats of weights and packs: f32, f16, bf16, and the packed integers int8, int4, int3 with one f16 scale per
- * row (SPEC.md, "Tensors"), on little-endian machines. This file is the plain-JS oracle: the WASM and WebGPU decoders are tested against it.
- * No I/O, no allocation beyond what is returned.
+ * row (SPEC.md, "Tensors"), on little-endian machines. This file is the plain-JS oracle: the WASM and WebGPU decoders
+ * are tested against it. No I/O, no allocation beyond what is returned.
  */
 
 /** Types that hold a weight by itself. */
@@ -75,8 +75,8 @@ export function align4(n: number): number {
 const word = new DataView(new ArrayBuffer(4));
 
 /**
- * The f32 value of an IEEE half. Exact. Exponent and fraction moved to their places in an f32 make a number that is 2¹¹² times too small,
- * but for infinity and NaN.
+ * The f32 value of an IEEE half. Exact. Exponent and fraction moved to their places in an f32 make a number that is
+ * 2¹¹² times too small, but for infinity and NaN.
  */
 export function f16ToF32(half: number): number {
   const magnitude = half & 0x7fff;
@@ -95,7 +95,8 @@ export function f32ToF16(value: number): number {
   if (magnitude > 0x7f800000) return sign | 0x7e00;
   if (magnitude >= 0x477ff000) return sign | 0x7c00;
   if (magnitude < 0x38800000) {
-    // Subnormal half, or zero: adding 0.5 moves the value's 2⁻²⁴ unit to the last place of an f32, which rounds it to even.
+    // Subnormal half, or zero: adding 0.5 moves the value's 2⁻²⁴ unit to the last place of an f32, which rounds it to
+    // even.
     word.setUint32(0, magnitude);
     word.setFloat32(0, word.getFloat32(0) + 0.5);
     return sign | (word.getUint32(0) - 0x3f000000);
@@ -193,8 +194,8 @@ interface RowPlaces {
 }
 
 /**
- * Decodes an encoded tensor [rows, width] to its places in a larger array, row-major or turned, times a factor: the same numbers as of
- * `decodeTensor`, multiplied afterwards.
+ * Decodes an encoded tensor [rows, width] to its places in a larger array, row-major or turned, times a factor: the
+ * same numbers as of `decodeTensor`, multiplied afterwards.
  * @param bytes of the tensor
  */
 export function placeTensor(
@@ -242,7 +243,10 @@ export function decodeScales(bytes: Uint8Array, rows: number): Float32Array {
   return Float32Array.from({ length: rows }, (_, row) => f16ToF32(view.getUint16(2 * row, true)));
 }
 
-/** The integers of a packed row that begins at `start`. Each type has a loop of its own; `quantizedAt` takes four times as long. */
+/**
+ * The integers of a packed row that begins at `start`. Each type has a loop of its own; `quantizedAt` takes four times
+ * as long.
+ */
 export function unpackRow(type: QuantizedDtype, bytes: Uint8Array, start: number, out: Int8Array): void {
   const width = out.length;
   if (type === "int8") {
@@ -264,7 +268,9 @@ export function unpackRow(type: QuantizedDtype, bytes: Uint8Array, start: number
   for (; i < width; i++) out[i] = quantizedAt(bytes, type, start, i);
 }
 
-/** The `index`-th integer of the packed row that begins at `byteOffset`: two's complement, least significant bit first. */
+/**
+ * The `index`-th integer of the packed row that begins at `byteOffset`: two's complement, least significant bit first.
+ */
 export function quantizedAt(bytes: Uint8Array, type: QuantizedDtype, byteOffset: number, index: number): number {
   const bits = BITS[type];
   // Eight integers are whole bytes; bits of a long row are too many for 32.
@@ -281,7 +287,10 @@ const FIELDS = {
   int3: [0x249249, 0x924924, 3],
 } as const;
 
-/** Index of the first integer of a packed row that is the least of its type, as no encoder writes it; `width` where there is none. */
+/**
+ * Index of the first integer of a packed row that is the least of its type, as no encoder writes it; `width` where
+ * there is none.
+ */
 export function leastAt(bytes: Uint8Array, type: QuantizedDtype, start: number, width: number): number {
   const [lowest, highest, step] = FIELDS[type];
   const bits = BITS[type];

@@ -1,5 +1,6 @@
 /**
- * Writes encoded tensors (SPEC.md, section 5). They are read in `dtypes.ts`: apps that switch or learn on a session do without this file.
+ * Writes encoded tensors (SPEC.md, section 5). They are read in `dtypes.ts`: apps that switch or learn on a session do
+ * without this file.
  */
 import {
   BITS,
@@ -16,12 +17,14 @@ import {
   tensorBytes,
 } from "./dtypes.ts";
 
-/** Largest integer a quantised type stores; the smallest is its negative, so that 0 is exact and the range symmetric. */
+/**
+ * Largest integer a quantised type stores; the smallest is its negative, so that 0 is exact and the range symmetric.
+ */
 const LARGEST: Record<QuantizedDtype, number> = { int8: 127, int4: 7, int3: 3 };
 
 /**
- * Says which of these f64 scales loses least of a row of values when it is rounded to integers of at most `largest`; the first of equals.
- * What is faster than the plain loop; it finds the same.
+ * Says which of these f64 scales loses least of a row of values when it is rounded to integers of at most `largest`;
+ * the first of equals. What is faster than the plain loop; it finds the same.
  */
 export type FindScale = (values: Float64Array, scales: Float64Array, largest: number) => number;
 
@@ -69,10 +72,10 @@ export function storing<T>(
 }
 
 /**
- * Encodes f32 values [rows, width] as a tensor of `type`. A quantised row has the scale, an f16, that loses least of its squares:
- * with few integers it pays to clip the largest values for finer steps of all others.
- * @param steps [rows]: wanted scales of rows as integers; coarser where a value would not fit. They become halves whose lower byte is
- *   0 (four of them lie between 1 and 2), since those take few bits where a section is coded
+ * Encodes f32 values [rows, width] as a tensor of `type`. A quantised row has the scale, an f16, that loses least of
+ * its squares: with few integers it pays to clip the largest values for finer steps of all others.
+ * @param steps [rows]: wanted scales of rows as integers; coarser where a value would not fit. They become halves whose
+ *   lower byte is 0 (four of them lie between 1 and 2), since those take few bits where a section is coded
  * @param find in place of the plain loop
  * @param seen gets the values of a quantised tensor as its reader will see them
  * @throws UnstorableError when a value is not finite or does not fit the type
@@ -141,8 +144,8 @@ function encodeIntegers(
 }
 
 /**
- * Fraction from which a number is rounded away from zero, where integers are entropy-coded: a little above one half, since small
- * integers take fewer bits.
+ * Fraction from which a number is rounded away from zero, where integers are entropy-coded: a little above one half,
+ * since small integers take fewer bits.
  */
 const UPWARDS = 0.42;
 

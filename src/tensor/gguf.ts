@@ -1,7 +1,7 @@
 /**
- * The GGUF format, versions 2 and 3 (github.com/ggml-org/ggml, docs/gguf.md): a header of typed fields, names and places of the
- * tensors, then their data. Trusts nothing: every length is checked against the file before it is used. It does not know what the
- * tensors mean.
+ * The GGUF format, versions 2 and 3 (github.com/ggml-org/ggml, docs/gguf.md): a header of typed fields, names and
+ * places of the tensors, then their data. Trusts nothing: every length is checked against the file before it is used.
+ * It does not know what the tensors mean.
  */
 import { FormatError, SourceError } from "../errors.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";

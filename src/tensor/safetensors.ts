@@ -26,7 +26,8 @@ export interface TensorFile {
   readonly tensors: ReadonlyMap<string, TensorInfo>;
   /**
    * A tensor's values as f32, row-major. F16, BF16 and Q8_0 are exact, F64 is rounded.
-   * @throws FormatError when there is no such tensor or its dtype is none of these and F32; SourceError when the bytes cannot be had
+   * @throws FormatError when there is no such tensor or its dtype is none of these and F32; SourceError when the bytes
+   *   cannot be had
    */
   readF32(name: string, options?: ReadOptions): Promise<Float32Array<ArrayBuffer>>;
 }
@@ -191,8 +192,8 @@ const MAX_DEPTH = 64;
 
 /**
  * The value of a JSON text.
- * @throws SyntaxError for what is not JSON, is nested deeper than 64 levels, or has an object that names a key twice: `JSON.parse` keeps
- *   the last
+ * @throws SyntaxError for what is not JSON, is nested deeper than 64 levels, or has an object that names a key twice:
+ *   `JSON.parse` keeps the last
  */
 export function parseJson(text: string): unknown {
   let value: unknown;
@@ -377,7 +378,8 @@ function* checkCoverage(
   byteLength: number,
   fail: Fail,
 ): Generator<void> {
-  // The next tensor is looked up by the end of the last: sorting as many as a header may have is one long piece of work.
+  // The next tensor is looked up by the end of the last: sorting as many as a header may have is one long piece of
+  // work.
   const ends = new Map<number, number>();
   const empty = new Set<number>();
   let wrong = Infinity;

@@ -1,7 +1,7 @@
 /**
- * Wins back what projecting an adapter onto a pack's components lost: coefficients are solved, then trained, until the task answers
- * plain text as the adapter itself does. No labels are needed. The adapter runs in the same session, its own factors in the place of
- * those that coefficients make.
+ * Wins back what projecting an adapter onto a pack's components lost: coefficients are solved, then trained, until the
+ * task answers plain text as the adapter itself does. No labels are needed. The adapter runs in the same session, its
+ * own factors in the place of those that coefficients make.
  */
 
 import { type Adapter, checkAdapter } from "../adapters/adapter.ts";
@@ -50,16 +50,17 @@ const OPTIONS = [
 ] as const;
 
 /**
- * Options of `distill`. Texts, feeds or examples: 8 at least, some hundreds are better. Default: texts of random words from the tokenizer, which must
- * list its vocabulary; the user's texts teach more.
+ * Options of `distill`. Texts, feeds or examples: 8 at least, some hundreds are better. Default: texts of random words
+ * from the tokenizer, which must list its vocabulary; the user's texts teach more.
  */
 export interface DistillOptions extends TeachOptions {
   /**
-   * Learning rates. Default for coefficients and head: 7 √divergence ÷ steps, at most 0.02; fewer than 240 steps count as 240. Models that answer
-   * token by token: 0.3 √divergence ÷ steps. The divergence is measured before the first step: its root estimates the error of the logits, and each
-   * of Adam's steps is about as long as the rate. A head rate of 0 keeps the adapter's own head, and is the default where texts are made; a rate of 0
-   * of `terms` keeps the task's coefficients. Private terms: 0.3 × `terms`, token by token 2 ×. Layers of a head in front of the one with the labels
-   * (`inner`): `head` divided by the number of inputs of the layer.
+   * Learning rates. Default for coefficients and head: 7 √divergence ÷ steps, at most 0.02; fewer than 240 steps count
+   * as 240. Models that answer token by token: 0.3 √divergence ÷ steps. The divergence is measured before the first
+   * step: its root estimates the error of the logits, and each of Adam's steps is about as long as the rate. A head
+   * rate of 0 keeps the adapter's own head, and is the default where texts are made; a rate of 0 of `terms` keeps the
+   * task's coefficients. Private terms: 0.3 × `terms`, token by token 2 ×. Layers of a head in front of the one with
+   * the labels (`inner`): `head` divided by the number of inputs of the layer.
    */
   readonly learningRates?:
     | { readonly terms?: number; readonly privateTerms?: number; readonly head?: number; readonly inner?: number }
@@ -69,8 +70,9 @@ export interface DistillOptions extends TeachOptions {
   /** Id of the task made of the adapter. Default: the adapter's id. */
   readonly task?: string | undefined;
   /**
-   * Divides the logits of adapter and task while training. Default: the temperature, at most 1, at which the adapter's largest
-   * probability is 0.9 on average. Labels of an adapter that is never sure depend on differences that KL hardly sees.
+   * Divides the logits of adapter and task while training. Default: the temperature, at most 1, at which the adapter's
+   * largest probability is 0.9 on average. Labels of an adapter that is never sure depend on differences that KL hardly
+   * sees.
    */
   readonly temperature?: number | undefined;
   /** Called after each step. */
@@ -86,8 +88,8 @@ export interface Distilled {
   readonly divergenceBefore: number;
   readonly divergenceAfter: number;
   /**
-   * The share of answers on the hold-out in which the task that is kept has the adapter's likeliest class, each counted by how much likelier
-   * the adapter finds that than the second.
+   * The share of answers on the hold-out in which the task that is kept has the adapter's likeliest class, each counted
+   * by how much likelier the adapter finds that than the second.
    */
   readonly agreement: number;
   readonly steps: number;
@@ -99,23 +101,25 @@ export interface Distilled {
 const tested: WeakSet<Session> = new WeakSet();
 
 /**
- * Total length of a coefficient's steps ÷ √divergence (nats). Labels: chosen on hold-outs of 12 tasks, whose best values were within a factor of
- * three. Tokens: chosen on hold-outs of two skills of a model with ten times the modules; again between a third and three times.
+ * Total length of a coefficient's steps ÷ √divergence (nats). Labels: chosen on hold-outs of 12 tasks, whose best
+ * values were within a factor of three. Tokens: chosen on hold-outs of two skills of a model with ten times the
+ * modules; again between a third and three times.
  */
 const WAY = { labels: 7, tokens: 0.3 };
 const MOST_RATE = 0.02;
 /**
- * Weight, relative to the divergence, of half the squared distance between features of task and adapter, as a share of their variance. Features, the
- * inputs of the head's last layer, say more about a line than labels do, above all about random words. Of 0, 1, 5, 20, 100 and 200 by KL on test rows
- * of eight tasks of own-seed and of hub; 100 and 200 were no better, and 0 was the worst.
+ * Weight, relative to the divergence, of half the squared distance between features of task and adapter, as a share of
+ * their variance. Features, the inputs of the head's last layer, say more about a line than labels do, above all about
+ * random words. Of 0, 1, 5, 20, 100 and 200 by KL on test rows of eight tasks of own-seed and of hub; 100 and 200 were
+ * no better, and 0 was the worst.
  */
 const FEATURES = 20;
 /** Variance ÷ square of the mean, below which features are alike. */
 const ALIKE = 1e-6;
 /**
- * Steps between two looks at questions held back, the share of the least divergence by which it must fall, and the looks without such a
- * gain that end training. Divergences of small sets rise and fall: of 15 tasks of hub and own-seed, one look would have ended three that
- * gained a fifth to a half later on.
+ * Steps between two looks at questions held back, the share of the least divergence by which it must fall, and the
+ * looks without such a gain that end training. Divergences of small sets rise and fall: of 15 tasks of hub and
+ * own-seed, one look would have ended three that gained a fifth to a half later on.
  */
 const CHECKED = 40;
 const GAIN = 0.03;
@@ -125,26 +129,27 @@ const LOOKED = 64;
 /** The share of the divergence that solving must leave at most, to be kept where training has made it worse. */
 const SOLVED = 0.9;
 /**
- * The rate of private terms ÷ that of coefficients. Private terms have a number for each input and output, not for each component.
- * Labels: of 0.03, 0.1 and 0.3 the value with the least KL on hold-outs of three tasks. Tokens: a stored integer changes only after half
- * a step, which the rate of coefficients does not reach. On hold-outs of two skills 0.3 changed nothing; 1 to 2.6 and 1.7 to 4.3 left
- * the least KL; twice as much did harm.
+ * The rate of private terms ÷ that of coefficients. Private terms have a number for each input and output, not for each
+ * component. Labels: of 0.03, 0.1 and 0.3 the value with the least KL on hold-outs of three tasks. Tokens: a stored
+ * integer changes only after half a step, which the rate of coefficients does not reach. On hold-outs of two skills 0.3
+ * changed nothing; 1 to 2.6 and 1.7 to 4.3 left the least KL; twice as much did harm.
  */
 const PRIVATE = { labels: 0.3, tokens: 2 };
 
 /**
- * Least number of steps that the length of a step is computed with. Labels: longer steps leave more KL. Tokens have farther to go: 80
- * shorter steps cost a skill of SmolLM2 6 points.
+ * Least number of steps that the length of a step is computed with. Labels: longer steps leave more KL. Tokens have
+ * farther to go: 80 shorter steps cost a skill of SmolLM2 6 points.
  */
 const FEW_STEPS = { labels: 240, tokens: 1 };
 
 /**
- * Distils one task of a session's pack. The session's task and its pack stay as they are. First, coefficients on column components are
- * solved so that the answers, rather than ΔW, lose least; they are used if they lose less on the texts held back. On texts of the user's the
- * head is trained too: it was trained on the adapter's features, which a few components change slightly, and another head costs no bytes.
+ * Distils one task of a session's pack. The session's task and its pack stay as they are. First, coefficients on column
+ * components are solved so that the answers, rather than ΔW, lose least; they are used if they lose less on the texts
+ * held back. On texts of the user's the head is trained too: it was trained on the adapter's features, which a few
+ * components change slightly, and another head costs no bytes.
  * @param session created with `trainable: true`
- * @throws TaskError when the task is not in the pack, leaves it meanwhile, brings what cannot be trained, or has other labels than the
- * adapter
+ * @throws TaskError when the task is not in the pack, leaves it meanwhile, brings what cannot be trained, or has other
+ *   labels than the adapter
  * @throws RangeError, TypeError for too few texts, and as `createTrainer` and `Trainer.fit`
  * @example
  * const { file, kept, divergenceBefore, divergenceAfter } = await distill(session, { adapter, texts, encode });
@@ -291,7 +296,9 @@ function sureTemperature(rows: readonly Row[]): number {
   return isUnsure(1) ? bisect(COLDEST, 1, isUnsure) : 1;
 }
 
-/** Weight of half the squared distance of features, from how far those of the rows lie apart; 0 where they are alike. */
+/**
+ * Weight of half the squared distance of features, from how far those of the rows lie apart; 0 where they are alike.
+ */
 function featureWeight(rows: readonly Row[]): number {
   const all = rows.flatMap(({ features }) => features ?? []);
   const mean = new Float64Array(all[0]?.length ?? 0);
@@ -394,7 +401,10 @@ export function finishedText({ file, ...figures }: Kept): string {
   return JSON.stringify({ ...figures, file: toBase64(file) });
 }
 
-/** Reads an outcome that `finishedText` wrote; undefined where there is none. @throws FormatError where it is damaged */
+/**
+ * Reads an outcome that `finishedText` wrote; undefined where there is none.
+ * @throws FormatError where it is damaged
+ */
 export async function readFinished<T extends Kept>(finished: FinishedOutcomes, key: string): Promise<T | undefined> {
   const json = await finished.read(key);
   if (json === undefined) return undefined;
@@ -410,12 +420,16 @@ export async function readFinished<T extends Kept>(finished: FinishedOutcomes, k
   }
 }
 
-// Solves for the coefficients from which distilling begins. A pack's own coefficients minimise the error of ΔW; these minimise the change
-// of the task's answers, to second order. An error e of a row costs e·F·eᵀ, where F is the curvature of KL (Fisher's information). F is
-// estimated from gradients at the adapter itself, for labels drawn from its own answers; there is one F for each side of a module, as in
-// K-FAC (J. Martens, R. Grosse, 2015). Each row is then a least squares problem: no steps, and no matrix of the size of F in memory.
+// Solves for the coefficients from which distilling begins. A pack's own coefficients minimise the error of ΔW; these
+// minimise the change of the task's answers, to second order. An error e of a row costs e·F·eᵀ, where F is the
+// curvature of KL (Fisher's information). F is estimated from gradients at the adapter itself, for labels drawn from
+// its own answers; there is one F for each side of a module, as in K-FAC (J. Martens, R. Grosse, 2015). Each row is
+// then a least squares problem: no steps, and no matrix of the size of F in memory.
 
-/** Least curvature of every direction, as a share of the mean curvature: sample texts never cover all that a model will see. */
+/**
+ * Least curvature of every direction, as a share of the mean curvature: sample texts never cover all that a model will
+ * see.
+ */
 const DAMPING = 0.1;
 
 interface LeastSquares {
@@ -460,8 +474,8 @@ function leastSquares(space: Subspace, rows: Float64Array, count: number): Least
 }
 
 /**
- * Finds coefficients that change the adapter's answers least, by module name: those of A, and of B. Modules with residual rows are left
- * out.
+ * Finds coefficients that change the adapter's answers least, by module name: those of A, and of B. Modules with
+ * residual rows are left out.
  * @param batches questions with the adapter's answers
  */
 async function solvedCoefficients(

@@ -1,6 +1,6 @@
 /**
- * `eigenlora/train`: new tasks by training coefficients on the model of a session; distilling, so that tasks answer as their adapters do;
- * packs judged by their answers.
+ * `eigenlora/train`: new tasks by training coefficients on the model of a session; distilling, so that tasks answer as
+ * their adapters do; packs judged by their answers.
  */
 
 export type { BatchFeeds, Encode, EncodeHow, PlainTokenizer, Tokenizer } from "../session/tokens.ts";

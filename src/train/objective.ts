@@ -1,6 +1,6 @@
 /**
- * The objective of training: the loss of a batch at a state, its gradient, and a check of that gradient. Some providers compute wrong
- * numbers without an error, so the gradient is compared with the loss before the first step.
+ * The objective of training: the loss of a batch at a state, its gradient, and a check of that gradient. Some providers
+ * compute wrong numbers without an error, so the gradient is compared with the loss before the first step.
  */
 
 import type { Pack } from "../core/pack.ts";
@@ -30,11 +30,14 @@ export interface TrainingSetup {
 
 /** Options of the loss: the targets, and the numbers that logits are computed from. */
 export interface ObjectiveOptions {
-  /** Divides the logits where they are compared with targets. Default: 1. Needs a head, since the division happens in its last layer. */
+  /**
+   * Divides the logits where they are compared with targets. Default: 1. Needs a head, since the division happens in
+   * its last layer.
+   */
   readonly temperature?: number | undefined;
   /**
-   * Number formats that the task will be stored in. Every step computes with the rounded numbers and changes the exact ones behind them
-   * (straight-through). Useful with int8, int4 and int3. Default: exact numbers.
+   * Number formats that the task will be stored in. Every step computes with the rounded numbers and changes the exact
+   * ones behind them (straight-through). Useful with int8, int4 and int3. Default: exact numbers.
    */
   readonly dtype?: Partial<TaskDtypes> | undefined;
 }

@@ -1,8 +1,9 @@
 /**
- * The smallest pack whose tasks still answer as their adapters do, with nothing asked of the user: components that all tasks share, each
- * task distilled onto them, its answers compared on questions that were held back. Sizes are tried on a few tasks, and of a
- * language model also packs whose tasks share no components. A task that does not agree enough is stored closer to its adapter. Where
- * bytes are given, they decide the size. Input and seed decide all; a clock only where the caller sets `minutes`.
+ * The smallest pack whose tasks still answer as their adapters do, with nothing asked of the user: components that all
+ * tasks share, each task distilled onto them, its answers compared on questions that were held back. Sizes are tried on
+ * a few tasks, and of a language model also packs whose tasks share no components. A task that does not agree enough is
+ * stored closer to its adapter. Where bytes are given, they decide the size. Input and seed decide all; a clock only
+ * where the caller sets `minutes`.
  */
 
 import { type Adapter, checkAdapters, sharedModules } from "../adapters/adapter.ts";
@@ -58,19 +59,32 @@ export interface ByAnswersOptions
   /** Names of weights, or of their initializers in the model, by module name, for weights that are not found. */
   readonly names?: ReadonlyMap<string, string> | undefined;
   /**
-   * The least agreement of a task with its adapter: the share of held-back answers with the same likeliest class, weighted by the adapter's margin
-   * over the second class. Default: 0.96 of labels, 0.98 of a language model's answers, 0.99 of all tokens of texts.
+   * The least agreement of a task with its adapter: the share of held-back answers with the same likeliest class,
+   * weighted by the adapter's margin over the second class. Default: 0.96 of labels, 0.98 of a language model's
+   * answers, 0.99 of all tokens of texts.
    */
   readonly agreement?: number | undefined;
-  /** Most bytes of the pack, which is then the one whose tasks agree most; instead of `agreement`. Not for `tasksByAnswers`. */
+  /**
+   * Most bytes of the pack, which is then the one whose tasks agree most; instead of `agreement`. Not for
+   * `tasksByAnswers`.
+   */
   readonly bytes?: number | undefined;
-  /** Most training steps of a task; they end earlier where the answers held back gain no more. Default: 240 of labels, 24 token by token. */
+  /**
+   * Most training steps of a task; they end earlier where the answers held back gain no more. Default: 240 of labels,
+   * 24 token by token.
+   */
   readonly steps?: number | undefined;
-  /** Minutes after which no further task is begun. Those left are stored as without a model, and the report says so. Default: no limit. */
+  /**
+   * Minutes after which no further task is begun. Those left are stored as without a model, and the report says so.
+   * Default: no limit.
+   */
   readonly minutes?: number | undefined;
   /** Called after each training step of a task, with the steps of all tasks. */
   readonly onProgress?: OnWork | undefined;
-  /** Store of finished tasks, so that a stopped call can resume. Keys cover everything that they depend on but the model and questions. */
+  /**
+   * Store of finished tasks, so that a stopped call can resume. Keys cover everything that they depend on but the model
+   * and questions.
+   */
   readonly finished?: FinishedOutcomes | undefined;
 }
 
@@ -80,8 +94,9 @@ export interface AnsweringTask {
   /** Its agreement with its adapter, as of `ByAnswersOptions`; undefined where it was not asked. */
   readonly agreement: number | undefined;
   /**
-   * "distilled" onto the components; "projected" where that was no worse, or `bytes` were too few; "closer", with terms of its own, where that
-   * agreed better; "undistilled" where time ran out, or it cannot be distilled: as a pack without a model has it, or with `bytes` as projected.
+   * "distilled" onto the components; "projected" where that was no worse, or `bytes` were too few; "closer", with terms
+   * of its own, where that agreed better; "undistilled" where time ran out, or it cannot be distilled: as a pack
+   * without a model has it, or with `bytes` as projected.
    */
   readonly kept: "distilled" | "projected" | "closer" | "undistilled";
   /** Why it cannot be distilled, whatever time there is. */
@@ -123,8 +138,8 @@ const TASK_OPTIONS = OPTIONS.filter((name) => name !== "bytes");
  * @returns a task file and what became of it, for each adapter
  * @throws TaskError when an id is taken; and as `packByAnswers`
  * @example
- * const tasks = await tasksByAnswers(createEngine(ort), "model.onnx", pack, { adapters: newcomers, encode: tokenizer });
- * for (const { id, file } of tasks) await pack.addTask(id, file);
+ * const tasks = await tasksByAnswers(createEngine(ort), "model.onnx", pack, { adapters: newcomers, encode: tokenizer
+ * }); for (const { id, file } of tasks) await pack.addTask(id, file);
  */
 export async function tasksByAnswers(
   engine: Engine,
@@ -155,8 +170,8 @@ export async function tasksByAnswers(
 }
 
 /**
- * Packs adapters for a model, judged by answers. Without `base`, fingerprints are of the model, where its weights are floats under the
- * adapters' names.
+ * Packs adapters for a model, judged by answers. Without `base`, fingerprints are of the model, where its weights are
+ * floats under the adapters' names.
  * @param engine runs the model: `createEngine` of a binding makes one
  * @param model path, URL, Blob or bytes of the ONNX model
  * @throws RangeError for fewer `bytes` than any such pack takes, with the least
@@ -199,17 +214,24 @@ function check(where: string, options: ByAnswersOptions, known: readonly (keyof 
   checkQuestions(options);
 }
 
-/** Most training steps of a task by default. With 120, own-seed takes 3 % fewer bytes and hub 9 % more. Steps of tokens take far longer. */
+/**
+ * Most training steps of a task by default. With 120, own-seed takes 3 % fewer bytes and hub 9 % more. Steps of tokens
+ * take far longer.
+ */
 const STEPS = { labels: 240, tokens: 24 };
 /** Most steps of a task that a size is tried on. */
 const TRYING = 48;
-/** Answers that differ after so few steps ÷ those that differ after all steps: as the root of KL, which is 1.5 times as large (docs/research/learning.md). */
+/**
+ * Answers that differ after so few steps ÷ those that differ after all steps: as the root of KL, which is 1.5 times as
+ * large (docs/research/learning.md).
+ */
 const MORE_DIFFER = 1.2;
 /** Shares of ΔW that a task stored closer may lose, down to the share of a pack without a model. */
 const CLOSER = [0.45, 0.3, 0.2, DEFAULT_ERROR] as const;
 /**
- * Tokens of a word predict each other, tokens of a text even more, so the same agreement means less there. Of twenty skills
- * of SmolLM2, three that agreed in 97.0 to 97.6 % of answers' tokens had 3 points fewer answers right, six above 99 % had 0.3.
+ * Tokens of a word predict each other, tokens of a text even more, so the same agreement means less there. Of twenty
+ * skills of SmolLM2, three that agreed in 97.0 to 97.6 % of answers' tokens had 3 points fewer answers right, six above
+ * 99 % had 0.3.
  */
 const DEFAULT_AGREEMENT = { labels: 0.96, answers: 0.98, texts: 0.99 };
 
@@ -417,7 +439,10 @@ function asStored({ basisId }: Pack, { entry, blob }: TaskToWrite): Outcome {
 
 /** Fewer tasks than this share too little for components of all. */
 const FEW = 8;
-/** Components of a side: of 20 to 40, on two suites of 20 and 53 adapters, those whose answers lost least for their bytes. */
+/**
+ * Components of a side: of 20 to 40, on two suites of 20 and 53 adapters, those whose answers lost least for their
+ * bytes.
+ */
 const COMPONENTS = 36;
 /** Quantisation steps, from few bytes to many: each pack is about a fifth larger than the one before. */
 const STEP_SIZES = [0.28, 0.2, 0.14, 0.1, 0.07, 0.05, 0.035, 0.025, 0.018];
@@ -453,8 +478,8 @@ function kindsOf({ adapters, base, anyBase, workers }: ByAnswersOptions): readon
 
 const EXPECTED = 3;
 /**
- * Tasks that sizes are tried on. Of 20 tasks of own-seed nine were stored closer where one of six was expected, for 141 kB instead of 103.
- * Steps of tokens take far longer.
+ * Tasks that sizes are tried on. Of 20 tasks of own-seed nine were stored closer where one of six was expected, for 141
+ * kB instead of 103. Steps of tokens take far longer.
  */
 const TRIED = { labels: 16, tokens: 6 };
 
@@ -635,7 +660,8 @@ async function finest(kind: Kind, most: number): Promise<Sized & { readonly byte
 // The model that a pack is made with as its base: apps recognise it by fingerprints of its weights.
 
 /**
- * The weights of a model; undefined where they are not all in it in floats, under the names that the adapters have for them.
+ * The weights of a model; undefined where they are not all in it in floats, under the names that the adapters have for
+ * them.
  * @param names of weights, by module name
  * @throws FormatError, SourceError where it cannot be read; AdapterError for adapters that do not agree about a module
  */

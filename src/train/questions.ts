@@ -1,7 +1,7 @@
 /**
- * Answers of adapters as the teacher: to questions of the user, or to synthetic ones, one part to learn from and one to evaluate by. An
- * adapter's own factors and head take the place of those that a pack's coefficients make, in the session that trains tasks. Distilling
- * reduces the divergence between the two answers; packing is judged by it.
+ * Answers of adapters as the teacher: to questions of the user, or to synthetic ones, one part to learn from and one to
+ * evaluate by. An adapter's own factors and head take the place of those that a pack's coefficients make, in the
+ * session that trains tasks. Distilling reduces the divergence between the two answers; packing is judged by it.
  */
 
 import type { Adapter } from "../adapters/adapter.ts";
@@ -51,13 +51,16 @@ export interface Distillable {
 /** Options of the questions that an adapter answers as the teacher. */
 export interface TeachOptions extends Questions, SequenceOptions {
   /**
-   * Turns texts into the model's inputs, one row each: a tokenizer of transformers.js or @huggingface/tokenizers as it is, which tells its
-   * words too, or a function.
+   * Turns texts into the model's inputs, one row each: a tokenizer of transformers.js or @huggingface/tokenizers as it
+   * is, which tells its words too, or a function.
    */
   readonly encode?: Tokenizer | undefined;
   /** Texts per step. Default: 8. Many small steps gain more than few large ones. */
   readonly batch?: number | undefined;
-  /** Most steps; they end earlier where questions held back gain no more. Default: 240. 0: coefficients are solved once, nothing is trained. */
+  /**
+   * Most steps; they end earlier where questions held back gain no more. Default: 240. 0: coefficients are solved once,
+   * nothing is trained.
+   */
   readonly steps?: number | undefined;
   /** Share of the texts held back to evaluate by. Default: an eighth. */
   readonly holdout?: number | undefined;
@@ -226,17 +229,18 @@ export async function adapterWeights(
   return { model, weights: { terms, ...numbers } };
 }
 
-// Questions that the program makes, where a user gives no text: words of the tokenizer's vocabulary in no order, among them those of the
-// names of tasks and labels. Most of a classifier's are crossed, round by round, from the lines whose answers came closest to each label,
-// since lines at random hardly reach some.
+// Questions that the program makes, where a user gives no text: words of the tokenizer's vocabulary in no order, among
+// them those of the names of tasks and labels. Most of a classifier's are crossed, round by round, from the lines whose
+// answers came closest to each label, since lines at random hardly reach some.
 
 /** The share of a crossed line's words that are drawn anew. */
 const DRAWN = 0.3;
 /** Lines that are crossed for a label: those that came closest to it. */
 const CLOSEST = 12;
 /**
- * A classifier's lines: the share that is drawn at random, and the rounds in which the others are crossed from all lines before. Chosen with
- * their length and number by KL on test rows of eight tasks of own-seed and of hub, among twelve settings.
+ * A classifier's lines: the share that is drawn at random, and the rounds in which the others are crossed from all
+ * lines before. Chosen with their length and number by KL on test rows of eight tasks of own-seed and of hub, among
+ * twelve settings.
  */
 const AT_RANDOM = 0.2;
 const ROUNDS = 8;
@@ -267,7 +271,10 @@ async function syntheticQuestions(
   return asked;
 }
 
-/** Lines for each label in turn, going on from the round before, crossed from two of those whose answers came closest to it. */
+/**
+ * Lines for each label in turn, going on from the round before, crossed from two of those whose answers came closest to
+ * it.
+ */
 function crossed(asked: readonly Row[], words: Words, count: number, random: () => number): string[] {
   const labels = asked[0]!.wanted[0]!.probabilities.length;
   const likely = ({ wanted }: Row, label: number): number => wanted[0]!.probabilities[label]!;
@@ -299,8 +306,8 @@ interface Words {
 const SHORTEST = 3;
 const LONGEST = 12;
 /**
- * A word of rank r is drawn in proportion to 1 ÷ (r + FREQUENT): as in text (B. Mandelbrot, 1953), but less steeply, so that lines are not
- * made of articles and prepositions.
+ * A word of rank r is drawn in proportion to 1 ÷ (r + FREQUENT): as in text (B. Mandelbrot, 1953), but less steeply, so
+ * that lines are not made of articles and prepositions.
  */
 const FREQUENT = 30;
 const NAMED = 0.1;
@@ -371,8 +378,9 @@ function lengthOf(random: () => number): number {
   return SHORTEST + Math.floor(random() * (LONGEST - SHORTEST + 1));
 }
 
-// Questions for a language model, made of words. If the task's metadata has a `template`, questions follow it, and the tokens of the model's answers
-// are compared. Otherwise half of the questions are lines of words, and the model continues the rest.
+// Questions for a language model, made of words. If the task's metadata has a `template`, questions follow it, and the
+// tokens of the model's answers are compared. Otherwise half of the questions are lines of words, and the model
+// continues the rest.
 
 /** Words of an input that a template takes: few are likelier, since most inputs are names and terms. */
 const MOST_INPUT = 6;

@@ -2,7 +2,10 @@
 
 import type { TrainedTerms } from "./trained-terms.ts";
 
-/** All trained numbers, and views of its parts: parameters of terms, then weights [out, in], then biases [out] of the head's layers. */
+/**
+ * All trained numbers, and views of its parts: parameters of terms, then weights [out, in], then biases [out] of the
+ * head's layers.
+ */
 export interface State {
   readonly all: Float32Array<ArrayBuffer>;
   readonly parameters: Float32Array<ArrayBuffer>;
@@ -27,9 +30,9 @@ export function copyOf(state: State): State {
 /** Options of Adam. */
 export interface OptimizerOptions {
   /**
-   * Learning rates. Default for terms, and for the head's layer with the labels: 0.02. Private terms, which make up a LoRA: `terms`, or
-   * 0.002 where that is not given. Layers of a head in front of the one with the labels (`inner`): `head` divided by
-   * the number of inputs of the layer. Numbers with a rate of 0 stay as they are.
+   * Learning rates. Default for terms, and for the head's layer with the labels: 0.02. Private terms, which make up a
+   * LoRA: `terms`, or 0.002 where that is not given. Layers of a head in front of the one with the labels (`inner`):
+   * `head` divided by the number of inputs of the layer. Numbers with a rate of 0 stay as they are.
    */
   readonly learningRates?:
     | {
@@ -56,9 +59,9 @@ export function optimizerOf(
   { learningRates = {}, clip = 1, warmup = Math.floor(steps / 10), decay }: OptimizerOptions,
 ): { step(gradients: State): StepReport } {
   const { terms = 0.02, privateTerms = learningRates.terms ?? 0.002, head = 0.02, inner } = learningRates;
-  // Adam moves each number by the rate, and the inputs of an inner layer add up: the rate of a wide matrix must fall with 1 / inputs
-  // (Yang et al., "Tensor Programs V", 2022). With MiniLM's pooler (384) that beat training the last layer alone on three tasks of three;
-  // a tenth of the head's rate was best on one and overfitted on two.
+  // Adam moves each number by the rate, and the inputs of an inner layer add up: the rate of a wide matrix must fall
+  // with 1 / inputs (Yang et al., "Tensor Programs V", 2022). With MiniLM's pooler (384) that beat training the last
+  // layer alone on three tasks of three; a tenth of the head's rate was best on one and overfitted on two.
   const ofHead = layers.flatMap(({ last, in: inputs }, i) => {
     const rate = last ? head : (inner ?? head / inputs);
     const parts = ["weight", "bias"] as const;
@@ -75,9 +78,9 @@ export function optimizerOf(
   return { step: (gradients) => optimizer.step(groups.map(({ of }) => of(gradients))) };
 }
 
-// Adam (Kingma and Ba, 2015) over plain vectors, with a schedule of the learning rate and clipping of the gradient. It knows no graphs.
-// The update in step t = 1, 2, … takes the clipped gradient g and the rate r = rate · schedule(t):
-// m ← β₁·m + (1 − β₁)·g      v ← β₂·v + (1 − β₂)·g²
+// Adam (Kingma and Ba, 2015) over plain vectors, with a schedule of the learning rate and clipping of the gradient. It
+// knows no graphs. The update in step t = 1, 2, … takes the clipped gradient g and the rate r = rate · schedule(t): m ←
+// β₁·m + (1 − β₁)·g      v ← β₂·v + (1 − β₂)·g²
 // p ← p − r · (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)
 // The schedule rises from 1/warmup to 1 over `warmup` steps, then falls to 0 at `steps`.
 
@@ -157,9 +160,9 @@ export class Adam {
   }
 }
 
-// The head of a task: the layers that are trained whole. Most heads are one layer with a row of weights for each label. In heads of
-// several (RoBERTa's `classifier.dense` and `classifier.out_proj`, DistilBERT's `pre_classifier` and `classifier`) only the last layer
-// has such rows; the layers in front of it keep the model's shape.
+// The head of a task: the layers that are trained whole. Most heads are one layer with a row of weights for each label.
+// In heads of several (RoBERTa's `classifier.dense` and `classifier.out_proj`, DistilBERT's `pre_classifier` and
+// `classifier`) only the last layer has such rows; the layers in front of it keep the model's shape.
 
 /** One layer of a head, with the names of its inputs of the graph. */
 export interface HeadLayer {
@@ -176,7 +179,10 @@ export interface HeadLayer {
   readonly own: LayerNumbers | undefined;
 }
 
-/** Most features, the inputs of the last layer, that are asked for. Wide heads have thousands, and each step would carry their square. */
+/**
+ * Most features, the inputs of the last layer, that are asked for. Wide heads have thousands, and each step would carry
+ * their square.
+ */
 const MOST_FEATURES = 1024;
 
 /** Number of the last layer's inputs that can follow the logits. */

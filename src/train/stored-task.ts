@@ -1,6 +1,6 @@
 /**
- * Stores what was learned as a task of the pack: coefficients over its components, private terms, the head. In packs with a step, a task
- * that is trained on keeps the steps it was stored with, so that it takes about as many bytes.
+ * Stores what was learned as a task of the pack: coefficients over its components, private terms, the head. In packs
+ * with a step, a task that is trained on keeps the steps it was stored with, so that it takes about as many bytes.
  */
 
 import type { Adapter } from "../adapters/adapter.ts";
@@ -28,8 +28,8 @@ export interface TaskFileOptions {
   /** Id in the file; `addTask` may give another. */
   readonly id?: string | undefined;
   /**
-   * Number formats. The bias of the head is f16 where the weight is integers. Default: f16; in packs with a step, integers
-   * of as many bits as they are worth.
+   * Number formats. The bias of the head is f16 where the weight is integers. Default: f16; in packs with a step,
+   * integers of as many bits as they are worth.
    */
   readonly dtype?: Partial<TaskDtypes> | undefined;
   /** More metadata than the labels, for instance a licence. */
@@ -191,8 +191,8 @@ export function rowsOf(steps: Float32Array, rows: number): Float32Array {
   return Float32Array.from({ length: rows }, (_, row) => steps[row * width] ?? 0);
 }
 
-// A learned task is added to a pack with a step as adapters are: as coefficients over shared components and as residual rows, in integers of as many
-// bits as they are worth.
+// A learned task is added to a pack with a step as adapters are: as coefficients over shared components and as residual
+// rows, in integers of as many bits as they are worth.
 
 interface Learned {
   readonly id: string;

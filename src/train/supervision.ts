@@ -1,7 +1,8 @@
 /**
- * Supervision: how examples become rows with wanted answers, and rows a model's inputs and targets. Models that give a row of logits for each
- * text learn labels. Models that answer at every position learn the tokens of completions, or the labels of words: their logits are
- * computed only at positions with something to learn, since a vocabulary has tens of thousands of classes.
+ * Supervision: how examples become rows with wanted answers, and rows a model's inputs and targets. Models that give a
+ * row of logits for each text learn labels. Models that answer at every position learn the tokens of completions, or
+ * the labels of words: their logits are computed only at positions with something to learn, since a vocabulary has tens
+ * of thousands of classes.
  */
 
 import { checkList, nearest } from "../errors.ts";
@@ -89,7 +90,8 @@ export function supervisionOf(session: Session, options: SupervisionOptions): Su
 const MOST_ROWS = 16;
 
 /**
- * Texts, or feeds of callers, one row of logits each. The tokenizer pads each batch: reading its texts again takes a hundredth of a step.
+ * Texts, or feeds of callers, one row of logits each. The tokenizer pads each batch: reading its texts again takes a
+ * hundredth of a step.
  * @param names of the model's inputs; other outputs of a tokenizer are dropped
  * @param short those that take int32
  * @param labels of the task, in order
@@ -268,7 +270,8 @@ function likeliestOf(logits: Float32Array): Distribution {
   return { classes: kept, probabilities: kept.map((c) => Math.exp(logits[c]! - total)) };
 }
 
-// Training examples: checked before anything runs, split into training set and hold-out, cut into batches with targets. Knows no model.
+// Training examples: checked before anything runs, split into training set and hold-out, cut into batches with targets.
+// Knows no model.
 
 /** One message of a chat, in the form that chat templates take. */
 export interface Message {
@@ -280,7 +283,8 @@ export interface Message {
  * One training example. `Feeds` are a runtime's inputs for it, a batch of one.
  *
  * - Models that give a row of logits for each text: `text` or `feeds`, with a `label`.
- * - Language models: `prompt` and `completion`; or `messages`; or `text`, with every token learned; or `feeds` and `classes`.
+ * - Language models: `prompt` and `completion`; or `messages`; or `text`, with every token learned; or `feeds` and
+ *   `classes`.
  * - Models that label tokens: `words` and `labels`; or `feeds` and `classes`.
  */
 export interface Example {
@@ -411,8 +415,8 @@ export function toBatches<T>(
   return shuffle(batches, random);
 }
 
-// Examples as token ids, with the positions where something is learned. A prompt is encoded exactly as when the model is asked, so that
-// the learned tokens are those that generation will need.
+// Examples as token ids, with the positions where something is learned. A prompt is encoded exactly as when the model
+// is asked, so that the learned tokens are those that generation will need.
 
 interface Templated {
   readonly apply_chat_template?: (messages: readonly Message[], options: object) => unknown;
@@ -575,8 +579,8 @@ function nextTokens(ids: readonly number[], from: number): Sequence {
   return { tokens: { ids: ids.slice(0, -1), at }, wanted: at.map((position) => certain(ids[position + 1]!)) };
 }
 
-// A model's inputs for a batch: converted to an engine's tensors, joined, and completed from token ids. Whatever else models with
-// one answer per position take follows from the ids: masks, positions, an empty cache.
+// A model's inputs for a batch: converted to an engine's tensors, joined, and completed from token ids. Whatever else
+// models with one answer per position take follows from the ids: masks, positions, an empty cache.
 
 /** @throws TypeError naming the input that is no tensor */
 export function batchTensors(engine: Engine, batch: BatchFeeds): Record<string, EngineTensor> {
@@ -731,7 +735,10 @@ export function crossEntropy({ probabilities, classes }: Distribution, logits: F
   return sum;
 }
 
-/** KL(distribution ‖ softmax(logits)), in nats. Classes that the distribution leaves out count as one: a lower bound of the whole. */
+/**
+ * KL(distribution ‖ softmax(logits)), in nats. Classes that the distribution leaves out count as one: a lower bound of
+ * the whole.
+ */
 export function divergence({ probabilities, classes }: Distribution, logits: Float32Array): number {
   const total = logSumExp(logits);
   let sum = 0;
@@ -769,9 +776,9 @@ export function drawnFrom({ probabilities, classes }: Distribution, random: () =
 }
 
 /**
- * Distance of answers from those wanted, over all that is added: the mean KL(distribution ‖ softmax(logits)) in nats, and the share with
- * the same likeliest class, each counted by how much likelier that is than the second. It keeps no logits, which are too large over a
- * vocabulary.
+ * Distance of answers from those wanted, over all that is added: the mean KL(distribution ‖ softmax(logits)) in nats,
+ * and the share with the same likeliest class, each counted by how much likelier that is than the second. It keeps no
+ * logits, which are too large over a vocabulary.
  */
 export class MeanDivergence {
   #sum = 0;

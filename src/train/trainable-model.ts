@@ -1,5 +1,6 @@
 /**
- * A model that a trainer can train, and a session as such a model: factors and a head in; logits, loss and gradients out.
+ * A model that a trainer can train, and a session as such a model: factors and a head in; logits, loss and gradients
+ * out.
  */
 
 import type { TrainingGraph } from "../autodiff/graph.ts";
@@ -14,7 +15,10 @@ import { featuresOf, type HeadLayer, layersOf, zerosOf } from "./state.ts";
 import { batchTensors, type Targets } from "./supervision.ts";
 import type { TrainedTerms } from "./trained-terms.ts";
 
-/** The numbers of a task that a model is fed with: terms by module name, weights and biases of the head's layers as in a `State`. */
+/**
+ * The numbers of a task that a model is fed with: terms by module name, weights and biases of the head's layers as in a
+ * `State`.
+ */
 export interface TaskWeights {
   readonly terms: ReadonlyMap<string, Term>;
   readonly weight: Float32Array<ArrayBuffer>;
@@ -23,7 +27,9 @@ export interface TaskWeights {
 
 /** A model that can be trained. `Feeds` are one batch of its inputs. */
 export interface TrainableModel {
-  /** Layers that are trained whole, the one with the labels last; empty where the model's own outputs are the logits. */
+  /**
+   * Layers that are trained whole, the one with the labels last; empty where the model's own outputs are the logits.
+   */
   readonly head: readonly HeadLayer[];
   /**
    * Computes logits [rows, classes] only: a row for each text, or for each position that the batch asks for.
@@ -89,8 +95,8 @@ function layersCalled(all: readonly HeadInputs[], name: string): HeadInputs[] {
 const NO_LOGITS = /^(last_hidden_state|hidden_states|pooler_output|token_embeddings|sentence_embedding|.*_embeds)$/;
 
 /**
- * Refuses models without logits. Training and judging take one row of logits for each text, or for each token. In other outputs a softmax
- * would mix tokens and padding, or features.
+ * Refuses models without logits. Training and judging take one row of logits for each text, or for each token. In other
+ * outputs a softmax would mix tokens and padding, or features.
  * @throws BaseMismatchError when the model gives something else
  */
 function refuseOtherOutputs({ logitsOutput: name, logitsDims: dims, tokens }: TrainingGraph, head: boolean): void {
@@ -110,8 +116,8 @@ function notLogits(name: string, found: readonly (number | string)[]): BaseMisma
 /**
  * Makes a trainable model of a session.
  * @param head layers that are trained whole; empty where the model's own outputs are the logits
- * @throws BaseMismatchError when the model's output is not [batch, labels]; from `step` when it has other labels than the trainer, and from
- *   both functions when its rows are not as many as the batch asks for
+ * @throws BaseMismatchError when the model's output is not [batch, labels]; from `step` when it has other labels than
+ *   the trainer, and from both functions when its rows are not as many as the batch asks for
  */
 export async function sessionModel(
   { engine, graph, inputs, run, base: readBase }: Trainable,

@@ -1,6 +1,8 @@
 /**
- * The meaning of the trained numbers: coefficients over a pack's components, rows of the task's own added to these or in their place,
- * private terms. They become the terms that a model is fed with, and gradients of terms become gradients of the numbers. One side of a module, whose rows are d wide (A: d = in; B: d = out, its rows are those of Bt):
+ * The meaning of the trained numbers: coefficients over a pack's components, rows of the task's own added to these or
+ * in their place, private terms. They become the terms that a model is fed with, and gradients of terms become
+ * gradients of the numbers. One side of a module, whose rows are d wide (A: d = in; B: d = out, its rows are those of
+ * Bt):
  *
  *     column    row_i = mean + Σ_k alpha[i, k] · E[k]                      alpha [rank, K], E [K, d]
  *     own       row_i + own[i], or own[i] where there are no components    [rank, d]
@@ -149,8 +151,8 @@ export class TrainedTerms {
   }
 }
 
-// A step waits for both products. Loads and stores take most of their time, so rows go by twos and components by fours. An odd last row is
-// computed twice; for components beyond the last one stands the last, times 0.
+// A step waits for both products. Loads and stores take most of their time, so rows go by twos and components by fours.
+// An odd last row is computed twice; for components beyond the last one stands the last, times 0.
 
 const FOUR = [0, 1, 2, 3] as const;
 type Four = [number, number, number, number];
@@ -234,7 +236,8 @@ export function storingTrained<T>(what: string, encode: () => T): T {
  * Reads what the rows of a module are made of; undefined where there are no components to take coefficients of.
  * @param bases of the pack, as `pack.bases()` gives them
  * @param rank of the rows
- * @param own the term of the task that is followed, which says how it takes each side. Default: components of both sides
+ * @param own the term of the task that is followed, which says how it takes each side. Default: components of both
+ *   sides
  * @throws RangeError for components of whole factors
  */
 export function sharedRows(

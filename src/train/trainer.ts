@@ -1,6 +1,6 @@
 /**
- * The training loop: batches in, steps of Adam, the best state kept. It knows numbers and examples; the setup brings the model and the
- * way from a batch to its inputs.
+ * The training loop: batches in, steps of Adam, the best state kept. It knows numbers and examples; the setup brings
+ * the model and the way from a batch to its inputs.
  */
 
 import type { Pack } from "../core/pack.ts";
@@ -154,12 +154,13 @@ export class Trainer {
   }
 
   /**
-   * Trains; yields once for each step. A later call continues where the one before ended. Leaving the loop, or aborting, keeps what was
-   * learned so far: with a hold-out, the best epoch.
+   * Trains; yields once for each step. A later call continues where the one before ended. Leaving the loop, or
+   * aborting, keeps what was learned so far: with a hold-out, the best epoch.
    * @throws RangeError, TypeError when an example cannot be learned from, before anything runs
    * @throws BackendError when gradients are wrong, or the loss is no longer a number: the last good state is kept
    * @example
-   * for await (const { step, steps, loss } of trainer.fit(examples, { epochs: 8 })) console.log(`${step}/${steps}: ${loss}`);
+   * for await (const { step, steps, loss } of trainer.fit(examples, { epochs: 8 })) console.log(`${step}/${steps}:
+   * ${loss}`);
    */
   async *fit(examples: readonly Example[], options: FitOptions = {}): AsyncGenerator<TrainingStep, void, void> {
     const { supervision, model } = this.#setup;
@@ -230,7 +231,9 @@ export class Trainer {
     }
   }
 
-  /** Chooses a state to begin from; "auto" takes a few steps from each start and keeps the one with the smaller loss. */
+  /**
+   * Chooses a state to begin from; "auto" takes a few steps from each start and keeps the one with the smaller loss.
+   */
   async #start(train: readonly Row[], batch: number, options: FitOptions): Promise<State> {
     const { pack, origin, terms, model } = this.#setup;
     const { temperature, signal } = options;
@@ -241,7 +244,8 @@ export class Trainer {
     };
     if (init !== "auto") return from(init);
     if (pack.tasks.size === 0 || !origin.modules.some(({ shared }) => shared)) return from("random");
-    // Rows come label by label. Their order is drawn apart from the trainer's own numbers, so that a start by name is the same.
+    // Rows come label by label. Their order is drawn apart from the trainer's own numbers, so that a start by name is
+    // the same.
     const mixed = shuffle([...train], uniform(0));
     let best: { loss: number; state: State } | undefined;
     for (const start of ["mean", "random"] as const) {
@@ -280,8 +284,8 @@ export class Trainer {
   }
 
   /**
-   * Scores the task's current answers: the mean loss in nats over texts or learned tokens, and the share of examples with the right
-   * answer. A completion is right if all its tokens are.
+   * Scores the task's current answers: the mean loss in nats over texts or learned tokens, and the share of examples
+   * with the right answer. A completion is right if all its tokens are.
    * @throws RangeError, TypeError as `fit`
    */
   async score(examples: readonly Example[], { signal }: AbortOptions = {}): Promise<Score> {
@@ -300,7 +304,10 @@ export class Trainer {
     return stepsOf(pack, terms, blob, model.head);
   }
 
-  /** @internal How far the task's answers are from the targets of rows. @param how its numbers are rounded first; not where it is empty */
+  /**
+   * @internal How far the task's answers are from the targets of rows.
+   * @param how its numbers are rounded first; not where it is empty
+   */
   async compare(
     rows: readonly Row[],
     { dtype = {}, stored }: Pick<ObjectiveOptions, "dtype"> & Stepped = {},
@@ -368,8 +375,8 @@ export class Trainer {
   }
 }
 
-// Makes a trainer on a session. One copy of the weights learns and answers, in the session; the trainer holds only the numbers of the
-// task.
+// Makes a trainer on a session. One copy of the weights learns and answers, in the session; the trainer holds only the
+// numbers of the task.
 
 /** Options of `createTrainer`. */
 export interface CreateTrainerOptions extends SequenceOptions, AbortOptions {
@@ -380,29 +387,30 @@ export interface CreateTrainerOptions extends SequenceOptions, AbortOptions {
   /** The same seed gives the same numbers on the same provider. Default: 0. */
   readonly seed?: number | undefined;
   /**
-   * Turns texts into the model's inputs, one row each: a tokenizer of transformers.js or @huggingface/tokenizers as it is, or a function.
-   * Not needed for examples with feeds.
+   * Turns texts into the model's inputs, one row each: a tokenizer of transformers.js or @huggingface/tokenizers as it
+   * is, or a function. Not needed for examples with feeds.
    */
   readonly encode?: Tokenizer | undefined;
   /**
-   * "coefficients": over the pack's components. "lora": factors of every module, which begin as without a pack, or from its components
-   * if `init` says so. Default: "coefficients".
+   * "coefficients": over the pack's components. "lora": factors of every module, which begin as without a pack, or from
+   * its components if `init` says so. Default: "coefficients".
    */
   readonly train?: "coefficients" | "lora" | undefined;
   /**
-   * Rows of coefficients of each side, or rank of the factors. Default: as in the task to start from, or most of the pack's first tasks.
+   * Rows of coefficients of each side, or rank of the factors. Default: as in the task to start from, or most of the
+   * pack's first tasks.
    */
   readonly rank?: number | undefined;
   /**
-   * Rank-1 terms of each module in addition to the coefficients, for what the components lack. Default: as many as the task to start from has
-   * in the module, else none.
+   * Rank-1 terms of each module in addition to the coefficients, for what the components lack. Default: as many as the
+   * task to start from has in the module, else none.
    */
   readonly privateTerms?: number | undefined;
   /** Names of the modules to train. Default: those of the task to start from, else all of the pack. */
   readonly modules?: readonly string[] | undefined;
   /**
-   * Layers to train whole, among those that the session was created to train: their names, or the name of a module that holds them.
-   * `false`: none. Default: all. One of them has a row for each label.
+   * Layers to train whole, among those that the session was created to train: their names, or the name of a module that
+   * holds them. `false`: none. Default: all. One of them has a row for each label.
    */
   readonly head?: string | readonly string[] | false | undefined;
   /** Receives the progress of reading the pack's components. Not called for sources in memory. */
@@ -412,7 +420,8 @@ export interface CreateTrainerOptions extends SequenceOptions, AbortOptions {
 /**
  * Makes a trainer on a session.
  * @param session created with `trainable: true`
- * @throws TypeError for a session that is not trainable, or an `encode` that cannot encode texts; RangeError for impossible labels, ranks, modules or heads
+ * @throws TypeError for a session that is not trainable, or an `encode` that cannot encode texts; RangeError for
+ *   impossible labels, ranks, modules or heads
  * @example
  * const trainer = await createTrainer(session, { labels: ["spam", "fine"], encode: tokenizer });
  * for await (const { loss } of trainer.fit(examples)) console.log(loss);
@@ -459,7 +468,10 @@ export async function makeTrainer(
   return new Trainer({ pack, model, supervision, terms, origin, labels: [...labels] }, options);
 }
 
-/** Lists what is trained of each module, over the pack's components. @param here names of the modules that the session has */
+/**
+ * Lists what is trained of each module, over the pack's components.
+ * @param here names of the modules that the session has
+ */
 async function trainedModules(
   pack: Pack,
   { modules, init, privateTerms, signal, onProgress, ...options }: CreateTrainerOptions,
@@ -490,13 +502,13 @@ async function trainedModules(
   }
 }
 
-// Starting values of training. The coefficients of a pack's tasks show where useful ones lie. Their mean is a start for tasks trained
-// from one seed, whose rows correspond; random ones with their spread are for tasks with seeds of their own (the paper's zero-shot). Rows
-// must differ at the start: identical rows get identical gradients for ever.
+// Starting values of training. The coefficients of a pack's tasks show where useful ones lie. Their mean is a start for
+// tasks trained from one seed, whose rows correspond; random ones with their spread are for tasks with seeds of their
+// own (the paper's zero-shot). Rows must differ at the start: identical rows get identical gradients for ever.
 
 /**
- * Kinds of starts. "auto" tries mean and random for a few steps and takes the better one. "fresh" begins as PEFT does, without the pack,
- * for factors that are trained themselves.
+ * Kinds of starts. "auto" tries mean and random for a few steps and takes the better one. "fresh" begins as PEFT does,
+ * without the pack, for factors that are trained themselves.
  */
 export type Start = "auto" | "mean" | "random" | "fresh" | { readonly task: string };
 
@@ -534,7 +546,10 @@ export async function readDonor(pack: Pack, task: string | Uint8Array<ArrayBuffe
   return { id, blob: await paced(parseTask(plain, pack.modules, file, { id }), pacer()), labels: metadata.labels };
 }
 
-/** @throws TaskError when training would leave out a part of the task, or the trainer takes other components than the task */
+/**
+ * @throws TaskError when training would leave out a part of the task, or the trainer takes other components than the
+ *   task
+ */
 function refuseOthers(pack: Pack, { modules }: TrainedTerms, head: readonly HeadLayer[], { id, blob }: Donor): void {
   const refuse = (what: string): TaskError =>
     new TaskError(`task "${id}" has ${what}, which this trainer does not have`, { task: id });
@@ -588,8 +603,9 @@ export async function startState(
 }
 
 /**
- * Copies each layer from the task to start from if the shapes agree; rows go to the labels of their names, where those are the same. Otherwise
- * the layer with the labels gets small random numbers, and the layers in front of it the model's own.
+ * Copies each layer from the task to start from if the shapes agree; rows go to the labels of their names, where those
+ * are the same. Otherwise the layer with the labels gets small random numbers, and the layers in front of it the
+ * model's own.
  */
 function startHead(
   head: readonly HeadLayer[],
@@ -666,7 +682,9 @@ async function fillStart(
   }
 }
 
-/** Tells whether zeros in the place of these coefficients leave a module unchanged: of one factor, which has no mean. */
+/**
+ * Tells whether zeros in the place of these coefficients leave a module unchanged: of one factor, which has no mean.
+ */
 function isStill({ modules }: TrainedTerms, { module, kind }: TrainedParameter): boolean {
   const { A, B } = modules.find(({ name }) => name === module)!.shared!;
   return kind === (B && !B.mean ? "alphaB" : A && !A.mean ? "alphaA" : undefined);
@@ -690,7 +708,10 @@ async function donorsOf(
   return all;
 }
 
-/** Fills in the mean of the tasks' coefficients; random numbers with their spread where no task has the row, or no mean is wanted. */
+/**
+ * Fills in the mean of the tasks' coefficients; random numbers with their spread where no task has the row, or no mean
+ * is wanted.
+ */
 function fillCoefficients(
   values: Float32Array,
   K: number,

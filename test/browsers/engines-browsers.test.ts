@@ -1,7 +1,8 @@
 /**
- * The case of test/runtimes/engines.test.ts in Chromium, Firefox (BiDi) and WebKitGTK (WebDriver), window and worker, by HTTP ranges; WebGPU in
- * Firefox on whatever adapter there is. Skipped by name where they are not, unless EIGENLORA_REQUIRE lists chromium, firefox, firefox-webgpu, webkit. Debian: firefox-esr;
- * webkit2gtk-driver, xvfb and dbus-daemon. EIGENLORA_RUNTIMES: puppeteer-core 24.
+ * The case of test/runtimes/engines.test.ts in Chromium, Firefox (BiDi) and WebKitGTK (WebDriver), window and worker,
+ * by HTTP ranges; WebGPU in Firefox on whatever adapter there is. Skipped by name where they are not, unless
+ * EIGENLORA_REQUIRE lists chromium, firefox, firefox-webgpu, webkit. Debian: firefox-esr; webkit2gtk-driver, xvfb and
+ * dbus-daemon. EIGENLORA_RUNTIMES: puppeteer-core 24.
  */
 import { type ChildProcess, spawn } from "node:child_process";
 import { existsSync, readdirSync } from "node:fs";

@@ -1,6 +1,6 @@
 /**
- * Training graphs in a real browser: onnxruntime-web's wasm provider and both of its WebGPU providers, compared with PyTorch. A trainer
- * there, compared with one in Node.
+ * Training graphs in a real browser: onnxruntime-web's wasm provider and both of its WebGPU providers, compared with
+ * PyTorch. A trainer there, compared with one in Node.
  */
 import type { Feed } from "eigenlora/session";
 import t from "tap";
@@ -19,17 +19,25 @@ import {
 } from "../support/learning.ts";
 import { skip, soak } from "../support/required.ts";
 
-/** One case of each kind, the one with most gradients among them; test/models/learn-graph.test.ts has all, without a GPU. */
+/**
+ * One case of each kind, the one with most gradients among them; test/models/learn-graph.test.ts has all, without a
+ * GPU.
+ */
 const CASES = ["bert-all-linear", "llama-dynamo", "vit-dynamo"];
 const BOTH = "bert-eager-torchscript";
-/** Cases of the gate, by build and provider: software WebGPU is slow, so each runs another kind. The soak runs all on all. */
+/**
+ * Cases of the gate, by build and provider: software WebGPU is slow, so each runs another kind. The soak runs all on
+ * all.
+ */
 const GATE: Record<string, readonly string[]> = {
   "webgpu, wasm": ["vit-dynamo"],
   "webgpu, webgpu": [BOTH],
   "jsep, webgpu": ["llama-dynamo"],
 };
 
-/** Tolerance of gradients. The older provider leaves sine and cosine, which rotate a LLaMA's positions, to WGSL: 2⁻¹¹. */
+/**
+ * Tolerance of gradients. The older provider leaves sine and cosine, which rotate a LLaMA's positions, to WGSL: 2⁻¹¹.
+ */
 const toleranceOf = (name: string, build: string): number =>
   build === "jsep" && name.startsWith("llama") ? 1e-3 : 2e-5;
 

@@ -1,5 +1,6 @@
 /**
- * Sessions in a real browser: onnxruntime-web's wasm and WebGPU providers on every export, compared with the answers of PyTorch and PEFT.
+ * Sessions in a real browser: onnxruntime-web's wasm and WebGPU providers on every export, compared with the answers of
+ * PyTorch and PEFT.
  */
 import t, { type Test } from "tap";
 import { addRuntimes, answerOf, bundle, noChromium, openPage } from "../support/browser.ts";
@@ -22,14 +23,14 @@ const MODELS: Record<string, number> = {
 };
 
 /**
- * Models that run on software WebGPU, which is slow: one of each kind ("dynamo-optimized" equals "torchscript"). It has no f16
- * arithmetic, so "half" does not run there, task or not.
+ * Models that run on software WebGPU, which is slow: one of each kind ("dynamo-optimized" equals "torchscript"). It has
+ * no f16 arithmetic, so "half" does not run there, task or not.
  */
 const ON_GPU = ["torchscript", "gemm", "gemm-nn", "tied", "encoder", "f16", "q4", "int8"];
 const MODES = ["core", "factors", "folded"] as const;
 /**
- * Modes of the gate, by provider and model: session-matrix.test.ts runs all on onnxruntime-web's wasm in Node, session-gpu.test.ts more on
- * software WebGPU. The soak runs all here too.
+ * Modes of the gate, by provider and model: session-matrix.test.ts runs all on onnxruntime-web's wasm in Node,
+ * session-gpu.test.ts more on software WebGPU. The soak runs all here too.
  */
 const GATE: Record<string, Record<string, readonly (typeof MODES)[number][]>> = {
   wasm: {

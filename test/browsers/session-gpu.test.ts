@@ -1,6 +1,6 @@
 /**
- * Mode "folded" on WebGPU in a real browser: the cost of a switch on bus and device, selections that restore every bit, the order of runs
- * and switches, and devices that are not the one given or are lost.
+ * Mode "folded" on WebGPU in a real browser: the cost of a switch on bus and device, selections that restore every bit,
+ * the order of runs and switches, and devices that are not the one given or are lost.
  */
 import t, { type Test } from "tap";
 import { addRuntimes, answerOf, bundle, launch, noChromium, openPage } from "../support/browser.ts";
@@ -15,7 +15,10 @@ const BUILDS = ["onnxruntime-web/webgpu", "onnxruntime-web"] as const;
 /** The build that folds weights on the device; the other switches on the CPU. */
 const [NATIVE, OLDER] = BUILDS;
 
-/** Calls of functions of browser-gpu.js, in the order of the tests below. Each page compiles all shaders: a build's calls share it. */
+/**
+ * Calls of functions of browser-gpu.js, in the order of the tests below. Each page compiles all shaders: a build's
+ * calls share it.
+ */
 const plan = new Map<string, string>();
 const call = (name: string, ...values: unknown[]): string => {
   const code = `${name}(${["feeds", ...values.map((value) => JSON.stringify(value))].join(", ")})`;
@@ -41,7 +44,10 @@ const SMALL = BUILDS.flatMap((build) => ["int4", "int8"].map((basis) => ({ build
   .slice(0, soak ? 4 : 0)
   .map(({ build, basis }) => ({ name: `${build}, ${basis}`, basis, code: call("small", build, basis) }));
 const GIVEN = BUILDS.slice(0, soak ? 2 : 1).map((build) => ({ build, code: call("given", build) }));
-/** Devices that are lost, last in their page. The soak loses one in each mode of each build, the gate one on the device and one on the CPU. */
+/**
+ * Devices that are lost, last in their page. The soak loses one in each mode of each build, the gate one on the device
+ * and one on the CPU.
+ */
 const LOST = BUILDS.flatMap((build) => (["folded", "core"] as const).map((mode) => ({ build, mode })))
   .filter(({ build, mode }) => soak || (build === NATIVE) === (mode === "folded"))
   .map(({ build, mode }) => ({ build, mode, code: call("lost", build, mode) }));
@@ -83,7 +89,10 @@ async function report(): Promise<Map<string, any> | undefined> {
 }
 let reported: ReturnType<typeof report> | undefined;
 
-/** Result of a call. @returns undefined where there is no adapter, or where the call has failed, which fails the test */
+/**
+ * Result of a call.
+ * @returns undefined where there is no adapter, or where the call has failed, which fails the test
+ */
 async function resultOf(t: Test, code: string): Promise<any> {
   const results = await (reported ??= report());
   if (!results) skip(t, "chromium", "no adapter");
@@ -160,7 +169,8 @@ for (const { build, mode, code } of PLACED) {
         bytesFed > 1000 && switched.written === bytesFed,
         `${task}: ${switched.written} of ${bytesFed} bytes written`,
       );
-      // Two kinds of inputs stay on the CPU: shapes of the added kernels, and indices of rows, which are 64-bit integers.
+      // Two kinds of inputs stay on the CPU: shapes of the added kernels, and indices of rows, which are 64-bit
+      // integers.
       const more = run.sent - expected.sent;
       t.equal(more, found[0].run.sent - expected.sent, `${task}: what a run sends does not depend on the task`);
       t.ok(more < 2048, `${task}: a run sends ${more} bytes more than without tasks`);

@@ -1,6 +1,7 @@
 /**
- * Tests of the WebGPU backend only: cost per switch, weights in parts and in the caller's buffers, faults, devices that are lost or do not
- * answer, and the behaviour of `auto` on them. backends.test.ts has the suite of all backends. Skipped by name where Dawn does not start.
+ * Tests of the WebGPU backend only: cost per switch, weights in parts and in the caller's buffers, faults, devices that
+ * are lost or do not answer, and the behaviour of `auto` on them. backends.test.ts has the suite of all backends.
+ * Skipped by name where Dawn does not start.
  */
 import { setFlagsFromString } from "node:v8";
 import { runInNewContext } from "node:vm";

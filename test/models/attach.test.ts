@@ -16,8 +16,8 @@ import { python, pythonLacks, skip } from "../support/required.ts";
 import { feedsIn, feeds as feedsOf, GOLDENS, modelBytes, difference as off } from "../support/sessions.ts";
 
 /**
- * `eigenlora attach`: onnxruntime runs its output without anything of this package, compared with answers of PyTorch and PEFT
- * (test/data/sessions). The Python part runs the code of docs/attach.md as it is written there.
+ * `eigenlora attach`: onnxruntime runs its output without anything of this package, compared with answers of PyTorch
+ * and PEFT (test/data/sessions). The Python part runs the code of docs/attach.md as it is written there.
  */
 const main = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
 const folder = workIn(t);

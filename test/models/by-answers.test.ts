@@ -1,5 +1,6 @@
 /**
- * Packs judged by answers, with text that the program makes: through the API and the command line, on the real model and adapters.
+ * Packs judged by answers, with text that the program makes: through the API and the command line, on the real model
+ * and adapters.
  */
 import { spawn } from "node:child_process";
 import { once } from "node:events";

@@ -1,4 +1,7 @@
-/** Ranges kept longer than a page or process: in folders in Node, in the Cache API and OPFS in Chromium. Versions are never mixed. */
+/**
+ * Ranges kept longer than a page or process: in folders in Node, in the Cache API and OPFS in Chromium. Versions are
+ * never mixed.
+ */
 import { createHash } from "node:crypto";
 import { readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";

@@ -1,6 +1,6 @@
 /**
- * `eigenlora check`: its verdict on a model and a pack agrees with a session's behaviour, for models that fit, in some modes or in none;
- * and its advice for those that do not.
+ * `eigenlora check`: its verdict on a model and a pack agrees with a session's behaviour, for models that fit, in some
+ * modes or in none; and its advice for those that do not.
  */
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";

@@ -1,5 +1,6 @@
 /**
- * `eigenlora learn` on the real model: a task file, adding it to the pack, exporting it to PEFT, refusals; on a tiny one: seeds, Ctrl-C.
+ * `eigenlora learn` on the real model: a task file, adding it to the pack, exporting it to PEFT, refusals; on a tiny
+ * one: seeds, Ctrl-C.
  */
 import { spawnSync } from "node:child_process";
 import { readdir, readFile, rm, writeFile } from "node:fs/promises";

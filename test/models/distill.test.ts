@@ -250,7 +250,10 @@ t.test("what cannot be distilled is refused by name", async (t) => {
   await t.rejects(distill(plain, { adapter: three!, feeds: all }), { name: "TypeError", message: /trainable: true/ });
 });
 
-/** A model with its tokenizer; adapters of a pack, whose last is distilled, and of a task that comes; texts; how to distil. */
+/**
+ * A model with its tokenizer; adapters of a pack, whose last is distilled, and of a task that comes; texts; how to
+ * distil.
+ */
 interface Case {
   readonly with: readonly string[];
   readonly packed: readonly string[];

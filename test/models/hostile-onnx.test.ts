@@ -1,6 +1,7 @@
 /**
- * Small ONNX files that ask for much work: files may contain many, long or deep names, and work must not grow with their square. Each
- * ends in one of our errors or in a working session, long before a limit that quadratic work would miss by far.
+ * Small ONNX files that ask for much work: files may contain many, long or deep names, and work must not grow with
+ * their square. Each ends in one of our errors or in a working session, long before a limit that quadratic work would
+ * miss by far.
  */
 import { EigenLoraError } from "eigenlora";
 import t, { type Test } from "tap";

@@ -1,6 +1,7 @@
 /**
- * Files of repositories of the Hugging Face Hub, against a server that answers as it does: what is downloaded, from where, into which
- * cache, what goes on after an interruption, and what is refused. Python's huggingface_hub reads the same cache.
+ * Files of repositories of the Hugging Face Hub, against a server that answers as it does: what is downloaded, from
+ * where, into which cache, what goes on after an interruption, and what is refused. Python's huggingface_hub reads the
+ * same cache.
  */
 import { spawn } from "node:child_process";
 import { randomBytes } from "node:crypto";

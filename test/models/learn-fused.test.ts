@@ -1,6 +1,6 @@
 /**
- * Gradients through fused operators: of files of onnxruntime-genai's model builder, compared with PEFT's, packed layers and 4 bits among
- * them; and every definition, compared with ONNX Runtime's fused operator.
+ * Gradients through fused operators: of files of onnxruntime-genai's model builder, compared with PEFT's, packed layers
+ * and 4 bits among them; and every definition, compared with ONNX Runtime's fused operator.
  */
 import { readFileSync } from "node:fs";
 import { openPack } from "eigenlora";

@@ -1,6 +1,6 @@
 /**
- * Training graphs: gradients, compared with PyTorch's on plain exports of several exporters; every operator's rule, compared with finite
- * differences; refusals and their messages.
+ * Training graphs: gradients, compared with PyTorch's on plain exports of several exporters; every operator's rule,
+ * compared with finite differences; refusals and their messages.
  */
 import type { Feed } from "eigenlora/session";
 import t from "tap";

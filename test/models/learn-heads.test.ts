@@ -1,7 +1,7 @@
 /**
- * Heads of several layers: RoBERTa's in one module, DistilBERT's side by side. Adapters with heads that PEFT has saved whole are served;
- * a new task trains all layers, with its own number of labels, and is exported as an adapter that answers alike in PyTorch. Gradients are
- * compared with PyTorch's in learn-graph.test.ts.
+ * Heads of several layers: RoBERTa's in one module, DistilBERT's side by side. Adapters with heads that PEFT has saved
+ * whole are served; a new task trains all layers, with its own number of labels, and is exported as an adapter that
+ * answers alike in PyTorch. Gradients are compared with PyTorch's in learn-graph.test.ts.
  */
 import { readFile } from "node:fs/promises";
 import { openPack, type Pack } from "eigenlora";

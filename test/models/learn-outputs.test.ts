@@ -1,6 +1,6 @@
 /**
- * A model's outputs decide whether it can be trained and its packs judged: one row of logits for each text is needed. Over tokens or
- * embeddings one softmax would mix unrelated numbers and report a number all the same.
+ * A model's outputs decide whether it can be trained and its packs judged: one row of logits for each text is needed.
+ * Over tokens or embeddings one softmax would mix unrelated numbers and report a number all the same.
  */
 import { openPack, type Pack } from "eigenlora";
 import { type Adapter, buildPack } from "eigenlora/build";

@@ -1,6 +1,6 @@
 /**
- * Every operator's rule, compared with finite differences of ONNX Runtime's results, on random shapes with broadcasting, free dimensions
- * other than the probed ones, and every opset.
+ * Every operator's rule, compared with finite differences of ONNX Runtime's results, on random shapes with
+ * broadcasting, free dimensions other than the probed ones, and every opset.
  */
 import type { Feed } from "eigenlora/session";
 import fc from "fast-check";
@@ -521,7 +521,10 @@ async function differentiated(
   return [forward, both];
 }
 
-/** A model without and with the gradients of inputs, from a fed gradient of the value `whole`. Weights in blocks are unpacked in the latter. */
+/**
+ * A model without and with the gradients of inputs, from a fed gradient of the value `whole`. Weights in blocks are
+ * unpacked in the latter.
+ */
 async function derive(
   name: string,
   graph: GraphProto,

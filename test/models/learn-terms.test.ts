@@ -1,5 +1,6 @@
 /**
- * Training of more than coefficients: the arithmetic of terms, factors that begin from components, what a stored task keeps of them.
+ * Training of more than coefficients: the arithmetic of terms, factors that begin from components, what a stored task
+ * keeps of them.
  */
 
 import { readFileSync } from "node:fs";

@@ -1,6 +1,6 @@
 /**
- * Models that answer at every position: language models learn completions, others the labels of words. Losses and gradients at some
- * positions equal PyTorch's, and greedy decoding then gives the learned answers.
+ * Models that answer at every position: language models learn completions, others the labels of words. Losses and
+ * gradients at some positions equal PyTorch's, and greedy decoding then gives the learned answers.
  */
 import { readFile } from "node:fs/promises";
 import { Tokenizer } from "@huggingface/tokenizers";

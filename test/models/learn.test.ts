@@ -1,5 +1,6 @@
 /**
- * The trainer: a task learned on a tiny model and on the real one, its file, its guards. learn-graph.test.ts checks gradients.
+ * The trainer: a task learned on a tiny model and on the real one, its file, its guards. learn-graph.test.ts checks
+ * gradients.
  */
 
 import { openPack } from "eigenlora";
@@ -309,7 +310,9 @@ if (soak)
     t.end();
   });
 
-/** Learning from pictures: a tiny ViT (test/data/pipelines) learns a task of its own, which then answers in every mode. */
+/**
+ * Learning from pictures: a tiny ViT (test/data/pipelines) learns a task of its own, which then answers in every mode.
+ */
 const VIT = data("pipelines/vit/onnx/model.onnx");
 const PATTERNS = ["stripes", "checks", "plain"];
 

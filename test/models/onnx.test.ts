@@ -169,7 +169,8 @@ t.test("what the schema leaves out survives writing", (t) => {
   for (const name of EXPORTS) {
     const file = modelOf(name);
     const written = toBinary("ModelProto", parseModel(file, name).proto);
-    // Fields may be reordered, so the bytes are compared as a multiset: with the length, any lost or altered field shows.
+    // Fields may be reordered, so the bytes are compared as a multiset: with the length, any lost or altered field
+    // shows.
     t.strictSame(written.toSorted(), file.toSorted(), name);
   }
   t.end();
@@ -310,7 +311,10 @@ t.test("no bytes make it fail otherwise than with its own errors", async (t) => 
   t.ok(findParameters(parseModel(toBinary("ModelProto", proto), "model")));
 });
 
-/** Models whose weights stay in their file: the skeleton means the same, and only the bytes between the weights are read. */
+/**
+ * Models whose weights stay in their file: the skeleton means the same, and only the bytes between the weights are
+ * read.
+ */
 const NAME = "model.onnx";
 const MODELS = ["sessions/torchscript", "sessions/dynamo", "sessions/branches", "sessions/q4", "builder/llama-int4"];
 

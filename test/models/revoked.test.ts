@@ -1,6 +1,6 @@
 /**
- * A withdrawn task stays out: one hash, that of its task file or of its place in a pack, refuses it in every form and for every use
- * (SPEC.md, section 8).
+ * A withdrawn task stays out: one hash, that of its task file or of its place in a pack, refuses it in every form and
+ * for every use (SPEC.md, section 8).
  */
 import { readFile, writeFile } from "node:fs/promises";
 import { openPack, type Pack } from "eigenlora";

@@ -1,7 +1,7 @@
 /**
- * Biases that an exporter has dropped because they were zero: tasks bring them back, in every mode, on every kind of layer, and through
- * `attach`. A real export of torch, compared with PEFT (test/data/exports), and the models of test/data/sessions without the classifier's
- * bias.
+ * Biases that an exporter has dropped because they were zero: tasks bring them back, in every mode, on every kind of
+ * layer, and through `attach`. A real export of torch, compared with PEFT (test/data/exports), and the models of
+ * test/data/sessions without the classifier's bias.
  */
 import { readFileSync } from "node:fs";
 import { openPack, type Pack } from "eigenlora";
@@ -54,7 +54,10 @@ async function packed(...adapters: string[]): Promise<Uint8Array<ArrayBuffer>> {
   return (await packOf(paths, { ...LOSSLESS, base: path("base.safetensors") })).bytes;
 }
 
-/** Sets of tasks by their overrides: heads with a bias; all biases; a bias with a LoRA; a bias with DoRA; a head that others adapt. */
+/**
+ * Sets of tasks by their overrides: heads with a bias; all biases; a bias with a LoRA; a bias with DoRA; a head that
+ * others adapt.
+ */
 const SETS = [
   ["head", "biases", "lora-bias", "dora"],
   ["same-head", "adapted-head"],

@@ -1,6 +1,6 @@
 /**
- * Caches of keys and values belong to the task that made them: a run under another task refuses them, unless asked not to. Uses the tiny
- * decoder of test/data/decoder; the pipeline needs what `pipelines.ts` needs.
+ * Caches of keys and values belong to the task that made them: a run under another task refuses them, unless asked not
+ * to. Uses the tiny decoder of test/data/decoder; the pipeline needs what `pipelines.ts` needs.
  */
 import { openPack, type Pack } from "eigenlora";
 import { encodeTaskFile } from "eigenlora/build";

@@ -1,6 +1,6 @@
 /**
- * Components in a session in the number format of their pack: the same answers as with floats, on every runtime and model; their memory;
- * and layers with one input, which share a product and an input for their cores.
+ * Components in a session in the number format of their pack: the same answers as with floats, on every runtime and
+ * model; their memory; and layers with one input, which share a product and an input for their cores.
  */
 import { readFile } from "node:fs/promises";
 import { openPack, type Pack } from "eigenlora";

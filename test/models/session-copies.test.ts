@@ -1,6 +1,7 @@
 /**
- * Layers that a model applies more than once, in whatever form the exporter wrote them: a task changes all applications. Expected values
- * come from ONNX Runtime, on the same file with W + ΔW written into every initializer that holds the layer.
+ * Layers that a model applies more than once, in whatever form the exporter wrote them: a task changes all
+ * applications. Expected values come from ONNX Runtime, on the same file with W + ΔW written into every initializer
+ * that holds the layer.
  */
 import { readFileSync } from "node:fs";
 import type { CpuView, Pack, WeightHost } from "eigenlora";

@@ -1,6 +1,6 @@
 /**
- * Impossible sessions: wrong models, packs, options and providers are each refused with advice; and the probe finds a provider that
- * ignores its inputs.
+ * Impossible sessions: wrong models, packs, options and providers are each refused with advice; and the probe finds a
+ * provider that ignores its inputs.
  */
 import { cpSync, readFileSync } from "node:fs";
 import { join } from "node:path";

@@ -1,6 +1,6 @@
 /**
- * Modules that are no linear layers, in every mode: convolutions, embeddings, normalisations and biases of convolutions of the tiny
- * models in test/data/forms, quantised too, compared with PEFT's answers.
+ * Modules that are no linear layers, in every mode: convolutions, embeddings, normalisations and biases of convolutions
+ * of the tiny models in test/data/forms, quantised too, compared with PEFT's answers.
  */
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { openPack, type Pack } from "eigenlora";

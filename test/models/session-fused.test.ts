@@ -1,7 +1,7 @@
 /**
- * Models with fused layers: as onnxruntime's optimiser makes them (test/data/fused), with queries, keys and values inside one operator and
- * biases inside the norms and activations behind them; and as onnxruntime-genai's model builder writes them (test/data/builder), in 4 bits
- * too. Compared with PEFT's logits, in 4 bits on the dequantised base.
+ * Models with fused layers: as onnxruntime's optimiser makes them (test/data/fused), with queries, keys and values
+ * inside one operator and biases inside the norms and activations behind them; and as onnxruntime-genai's model builder
+ * writes them (test/data/builder), in 4 bits too. Compared with PEFT's logits, in 4 bits on the dequantised base.
  */
 import { readFileSync } from "node:fs";
 import { openPack, type Pack } from "eigenlora";

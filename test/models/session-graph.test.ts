@@ -1,6 +1,6 @@
 /**
- * Changes of sessions to graphs, and what they read from them: adapted layers in branches and layers that run twice, and the values of
- * quantised weights, compared with ONNX Runtime's own results.
+ * Changes of sessions to graphs, and what they read from them: adapted layers in branches and layers that run twice,
+ * and the values of quantised weights, compared with ONNX Runtime's own results.
  */
 import { InferenceSession, Tensor } from "onnxruntime-node";
 import t from "tap";

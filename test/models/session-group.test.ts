@@ -1,6 +1,7 @@
 /**
- * Several files of one model: a tiny FLAN-T5 as encoder and decoder (test/data/seq2seq), each session with the modules in its file, one
- * switch for both; and single files that lack modules of the pack. Compared with PEFT's answers, token for token.
+ * Several files of one model: a tiny FLAN-T5 as encoder and decoder (test/data/seq2seq), each session with the modules
+ * in its file, one switch for both; and single files that lack modules of the pack. Compared with PEFT's answers, token
+ * for token.
  */
 import { readFileSync } from "node:fs";
 import { openPack, type Pack } from "eigenlora";
@@ -98,7 +99,8 @@ for (const { name, ort } of ORTS) {
 }
 
 t.test("a switch that one file refuses changes none", async (t) => {
-  // No task brings a head when the sessions are made: the decoder refuses one that is added later, after the encoder has switched.
+  // No task brings a head when the sessions are made: the decoder refuses one that is added later, after the encoder
+  // has switched.
   for (const mode of ["factors", "folded"] as const) {
     const pack = await opened(t);
     const { bytes } = await pack.load("titles");

@@ -1,6 +1,6 @@
 /**
- * Every tiny model of test/data/sessions in every mode on every runtime in Node: it agrees with PyTorch and PEFT, or is refused by name
- * with a way out.
+ * Every tiny model of test/data/sessions in every mode on every runtime in Node: it agrees with PyTorch and PEFT, or is
+ * refused by name with a way out.
  */
 import { openPack, type Pack } from "eigenlora";
 import { openOnnxHost } from "eigenlora/onnx";

@@ -1,6 +1,6 @@
 /**
- * Layers that one task brings whole and another adapts: in every mode a session answers as on a pack of that task alone, or gives the
- * reason why it cannot.
+ * Layers that one task brings whole and another adapts: in every mode a session answers as on a pack of that task
+ * alone, or gives the reason why it cannot.
  */
 import type { Adapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";

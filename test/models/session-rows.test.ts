@@ -1,6 +1,6 @@
 /**
- * One task per row: right, or refused. The models are one layer whose input has the batch first or not, or holds only some tokens of each
- * row. Expected values are those of each row alone.
+ * One task per row: right, or refused. The models are one layer whose input has the batch first or not, or holds only
+ * some tokens of each row. Expected values are those of each row alone.
  */
 import { Tensor } from "onnxruntime-node";
 import t, { type Test } from "tap";
@@ -156,8 +156,8 @@ for (const mode of ["core", "factors"] as const) {
 const WIDE = 96;
 
 /**
- * An adapted layer in front of an 8-bit one that reads all but its first number: that number widens the range that all rows share, so
- * that a task in one row changes the rounding of others.
+ * An adapted layer in front of an 8-bit one that reads all but its first number: that number widens the range that all
+ * rows share, so that a task in one row changes the rounding of others.
  * @param swapped whether the sequence comes first inside
  */
 function dynamic(swapped: boolean): Uint8Array {

@@ -1,6 +1,6 @@
 /**
- * A session at work: one task per row, runs and switches in any order, failures that keep the old task, closing. On every runtime in
- * Node, and on an engine in plain JavaScript.
+ * A session at work: one task per row, runs and switches in any order, failures that keep the old task, closing. On
+ * every runtime in Node, and on an engine in plain JavaScript.
  */
 import { type ByteSource, openPack } from "eigenlora";
 import t from "tap";

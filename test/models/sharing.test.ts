@@ -1,5 +1,6 @@
 /**
- * Shared components are found factor by factor and group by group: synthetic adapters with a known answer, and real ones of one script.
+ * Shared components are found factor by factor and group by group: synthetic adapters with a known answer, and real
+ * ones of one script.
  */
 import { createRuntime, openPack, type Pack } from "eigenlora";
 import {

@@ -1,6 +1,6 @@
 /**
- * Tasks with sides of different kinds (SPEC.md, section 6.1): the same weights, terms and answers as with components on both sides, on
- * every backend, in every mode and with every tool.
+ * Tasks with sides of different kinds (SPEC.md, section 6.1): the same weights, terms and answers as with components on
+ * both sides, on every backend, in every mode and with every tool.
  */
 import { createRuntime, openPack } from "eigenlora";
 import t from "tap";

@@ -1,4 +1,6 @@
-/** Rows of tokens on a base whose head is tied to its embedding, and starts that change the base, against PEFT's logits. */
+/**
+ * Rows of tokens on a base whose head is tied to its embedding, and starts that change the base, against PEFT's logits.
+ */
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { createRuntime, type Pack, type RuntimeOptions, type Tensor } from "eigenlora";

@@ -1,5 +1,6 @@
 /**
- * Tokenizers as they are: of @huggingface/tokenizers and of transformers.js. They make feeds for a session, and learn in a trainer.
+ * Tokenizers as they are: of @huggingface/tokenizers and of transformers.js. They make feeds for a session, and learn
+ * in a trainer.
  */
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";

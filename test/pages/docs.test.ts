@@ -1,4 +1,7 @@
-/** The documents: links lead somewhere, pages are short, the index lists them all, and typedoc can make the API reference. */
+/**
+ * The documents: links lead somewhere, pages are short, the index lists them all, and typedoc can make the API
+ * reference.
+ */
 import { execFile } from "node:child_process";
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { dirname, join, relative } from "node:path";

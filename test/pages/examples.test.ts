@@ -1,8 +1,9 @@
 /**
- * Examples in doc comments, and every code block of README, docs and examples: JavaScript compiles against the built package, and all of them
- * run on the test data, each by its language: in Node, in Chromium, in bash, in Python. A block that is not run says why in its page
- * (`test/support/blocks.ts`). A tool that this machine lacks (Chromium, torch, transformers.js) skips its blocks by name, unless EIGENLORA_REQUIRE
- * lists it. `test/support/examples/values.js` holds the values that examples assume.
+ * Examples in doc comments, and every code block of README, docs and examples: JavaScript compiles against the built
+ * package, and all of them run on the test data, each by its language: in Node, in Chromium, in bash, in Python. A
+ * block that is not run says why in its page (`test/support/blocks.ts`). A tool that this machine lacks (Chromium,
+ * torch, transformers.js) skips its blocks by name, unless EIGENLORA_REQUIRE lists it.
+ * `test/support/examples/values.js` holds the values that examples assume.
  */
 import { execFile, spawnSync } from "node:child_process";
 import { existsSync, readFileSync } from "node:fs";
@@ -217,7 +218,10 @@ async function tinyPlace(t: Test): Promise<string> {
   return place;
 }
 
-/** Puts MiniLM, adapters and packs of it into a folder, under the names that pages have for them. @param packed names of the pack's tasks */
+/**
+ * Puts MiniLM, adapters and packs of it into a folder, under the names that pages have for them.
+ * @param packed names of the pack's tasks
+ */
 async function realPlace(t: Test, packed: readonly string[] = ["spam", "topic"]): Promise<string> {
   const place = folderFor(t);
   await linkPackages(place);
@@ -411,7 +415,8 @@ const places = new Map<string, string>();
 t.test("commands run in bash", async (t) => {
   const place = await realPlace(t.parent as Test);
   const bin = await commandsFor(place);
-  // onnxruntime-node would keep a device id and events in the home, but for the variable that src/cli/main.ts sets; and nothing where CI is set.
+  // onnxruntime-node would keep a device id and events in the home, but for the variable that src/cli/main.ts sets; and
+  // nothing where CI is set.
   const home = folderFor(t);
   for (const page of PAGES) {
     const blocks = UNMARKED.filter((block) => block.page === page && block.language === "sh");

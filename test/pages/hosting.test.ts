@@ -1,7 +1,8 @@
 /**
- * README's lines on real servers that people run pages on, in Chromium: open a pack by URL, switch, run. docs/hosting.md shows this
- * table. EIGENLORA_RUNTIMES names a folder whose `node_modules` has vite, webpack, webpack-dev-server and serve; nginx is Debian's. A
- * missing server is skipped by name, and fails when EIGENLORA_REQUIRE lists it. `npm run soak` tries Next.js.
+ * README's lines on real servers that people run pages on, in Chromium: open a pack by URL, switch, run.
+ * docs/hosting.md shows this table. EIGENLORA_RUNTIMES names a folder whose `node_modules` has vite, webpack,
+ * webpack-dev-server and serve; nginx is Debian's. A missing server is skipped by name, and fails when
+ * EIGENLORA_REQUIRE lists it. `npm run soak` tries Next.js.
  */
 import { execFile, spawn } from "node:child_process";
 import { copyFile, cp, mkdir, readFile, writeFile } from "node:fs/promises";
@@ -76,7 +77,9 @@ async function makeProject(): Promise<string> {
   return project;
 }
 
-/** The same page without a bundler: the file of `eigenlora/browser`, and one of onnxruntime-web with its WebAssembly. */
+/**
+ * The same page without a bundler: the file of `eigenlora/browser`, and one of onnxruntime-web with its WebAssembly.
+ */
 async function makeFolder(): Promise<string> {
   const folder = join(temporary, "folder");
   await mkdir(folder);

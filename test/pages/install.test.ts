@@ -1,6 +1,6 @@
 /**
- * The package from a user's side: packed, installed into an empty project, compiled against, run on the command line and in a page
- * without a bundler. And the apps of `examples/`, each in a project with the installed package.
+ * The package from a user's side: packed, installed into an empty project, compiled against, run on the command line
+ * and in a page without a bundler. And the apps of `examples/`, each in a project with the installed package.
  */
 import { spawnSync } from "node:child_process";
 import { existsSync } from "node:fs";
@@ -366,7 +366,10 @@ const keepSaid = (page: Page): Promise<unknown> =>
     new MutationObserver(keep).observe(document, { childList: true, characterData: true, subtree: true });
   });
 
-/** Chooses each task in an app's page, which says how much of the model has come. @returns the scripts that it loaded */
+/**
+ * Chooses each task in an app's page, which says how much of the model has come.
+ * @returns the scripts that it loaded
+ */
 async function tryPage(t: Test, url: string, route?: (page: Page) => Promise<unknown>): Promise<string[]> {
   const page = await browser.newPage();
   t.teardown(() => page.close());

@@ -11,12 +11,16 @@ import { WEBGPU } from "../support/internals/cli.ts";
 const root = fileURLToPath(new URL("../..", import.meta.url));
 const manifest = JSON.parse(await readFile(new URL("../../package.json", import.meta.url), "utf8"));
 
-/** Budgets of README, in bytes after gzip; 1 kB = 1000 B. 3.1 kB of WASM decode coded sections, and are loaded with the first one. */
+/**
+ * Budgets of README, in bytes after gzip; 1 kB = 1000 B. 3.1 kB of WASM decode coded sections, and are loaded with the
+ * first one.
+ */
 const BUDGET = { js: 22_200, wasm: 12_300, url: 4_500 };
 
 /**
- * Files loaded only when they are used: the kernels, the kinds of bases, their fingerprints and refusals, HTTP ranges, names of the Hub, the reader of task
- * files, hashes and keys, the other backends, the unfolded modes, parameters in addition to terms, progress.
+ * Files loaded only when they are used: the kernels, the kinds of bases, their fingerprints and refusals, HTTP ranges,
+ * names of the Hub, the reader of task files, hashes and keys, the other backends, the unfolded modes, parameters in
+ * addition to terms, progress.
  */
 const LAZY =
   /^#wasm\/|\/(load-base|open-base|mismatch|url-source|hub-name|task-file|coded|part|trust|kind|js|webgpu|terms|merge|parameters|progress)\.js$/;
@@ -25,8 +29,8 @@ const LAZY =
 const WEBGPU_BUDGET = 9_200;
 
 /**
- * Files that a session loads only when they are used: WebGPU, mode "folded", terms beside cores, training, biases that the model lacks,
- * layers that are not linear, `apply`, trust, URLs, files of another kind, progress, tokenizers.
+ * Files that a session loads only when they are used: WebGPU, mode "folded", terms beside cores, training, biases that
+ * the model lacks, layers that are not linear, `apply`, trust, URLs, files of another kind, progress, tokenizers.
  */
 const SESSION_LAZY =
   /^#wasm\/|\/(trust|kind|url-source|task-file|coded|part|packed|skeleton|forms|js|dequantize|replaceable|rows|caches|webgpu|device|create|terms|training|apply|progress|tokens)\.js$/;
@@ -37,7 +41,10 @@ const SESSION_BUDGET = 56_030;
 /** Budget of `eigenlora/cache`, with its shared part of the run time. */
 const CACHE_BUDGET = 4_100;
 
-/** Bundles one minified file for a browser; modules that `apart` matches are left out. @param setup more of the bundler */
+/**
+ * Bundles one minified file for a browser; modules that `apart` matches are left out.
+ * @param setup more of the bundler
+ */
 async function bundle(
   code: string,
   apart: RegExp,
@@ -95,8 +102,8 @@ t.test("the WebGPU half is loaded by itself and keeps its budget", async (t) => 
 const HERMES_BUDGET = 30_480;
 
 /**
- * Files loaded there when they are used: addresses, files of weights, missing parameters of a base, trust, task files, unfolded
- * modes.
+ * Files loaded there when they are used: addresses, files of weights, missing parameters of a base, trust, task files,
+ * unfolded modes.
  */
 const HERMES_LAZY = /\/(load-base|open-base|mismatch|url-source|task-file|part|trust|kind|terms|progress)\.js$/;
 

@@ -1,6 +1,6 @@
 /**
- * Teaching in the visitors' page: built, served, in a real Chromium on WASM, from a handful of examples. Software WebGPU takes minutes
- * for it: learn-chromium.test.ts trains a smaller model there.
+ * Teaching in the visitors' page: built, served, in a real Chromium on WASM, from a handful of examples. Software
+ * WebGPU takes minutes for it: learn-chromium.test.ts trains a smaller model there.
  */
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";

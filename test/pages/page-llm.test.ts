@@ -1,6 +1,6 @@
 /**
- * The page with a language model, as visitors get it: built from a tiny decoder, served by its own server, in a real Chromium. Its
- * answers are PEFT's.
+ * The page with a language model, as visitors get it: built from a tiny decoder, served by its own server, in a real
+ * Chromium. Its answers are PEFT's.
  */
 import { execFile } from "node:child_process";
 import { readFile } from "node:fs/promises";

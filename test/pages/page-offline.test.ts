@@ -1,4 +1,6 @@
-/** The page's permissions and its kept files: its Content-Security-Policy and its service worker, in a real Chromium. */
+/**
+ * The page's permissions and its kept files: its Content-Security-Policy and its service worker, in a real Chromium.
+ */
 import { readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import type { Page } from "playwright-core";
@@ -124,7 +126,10 @@ t.test(
     t.same((await kept()).paths, all.sort(), "the larger runtime, once it was asked for");
     await rm(join(folder, "stranger.json"));
 
-    /** Checks that the kept files equal the server's, byte for byte, in one cache, once the newest worker has taken over. */
+    /**
+     * Checks that the kept files equal the server's, byte for byte, in one cache, once the newest worker has taken
+     * over.
+     */
     const keptAsBuilt = async (what: string): Promise<void> => {
       await page.evaluate(async () => {
         const registration = await navigator.serviceWorker.ready;

@@ -10,8 +10,8 @@ import { axeFindsNothing } from "../support/page-axe.ts";
 import { soak } from "../support/required.ts";
 
 /**
- * The page as visitors get it: built, served by its own server, in a real Chromium. Skipped by name without one; fails when
- * EIGENLORA_REQUIRE lists chromium.
+ * The page as visitors get it: built, served by its own server, in a real Chromium. Skipped by name without one; fails
+ * when EIGENLORA_REQUIRE lists chromium.
  */
 const skip = noChromium;
 

@@ -1,6 +1,6 @@
 /**
- * The viewer of packs: its page in Chromium and Firefox, and the command view, which serves it. Skipped by name without a browser, unless
- * EIGENLORA_REQUIRE lists chromium, firefox.
+ * The viewer of packs: its page in Chromium and Firefox, and the command view, which serves it. Skipped by name without
+ * a browser, unless EIGENLORA_REQUIRE lists chromium, firefox.
  */
 import { spawn } from "node:child_process";
 import { once } from "node:events";

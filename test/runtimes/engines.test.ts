@@ -1,7 +1,8 @@
 /**
- * The engine table of docs/engines.md: one small case (test/support/engine-case.js) in every engine on this machine; folded weights must equal
- * those of Node's js backend to the bit. Chromium, Firefox and WebKitGTK are in test/browsers/engines-browsers.test.ts. A missing engine is skipped by name,
- * and fails where EIGENLORA_REQUIRE lists it.
+ * The engine table of docs/engines.md: one small case (test/support/engine-case.js) in every engine on this machine;
+ * folded weights must equal those of Node's js backend to the bit. Chromium, Firefox and WebKitGTK are in
+ * test/browsers/engines-browsers.test.ts. A missing engine is skipped by name, and fails where EIGENLORA_REQUIRE lists
+ * it.
  */
 import { copyFile, mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
@@ -37,7 +38,10 @@ for (const [program, args] of RUNTIMES) {
 }
 
 const ALL = ["js", "wasm (relaxed-simd)", "wasm (scalar)", "wasm (simd)", "wasm (relaxed-simd)"];
-/** Shells, and backends there: js, the default, then each build that the shell compiles. gjs has no relaxed instructions. */
+/**
+ * Shells, and backends there: js, the default, then each build that the shell compiles. gjs has no relaxed
+ * instructions.
+ */
 const SHELLS: readonly [Program, args: string[], backends: string[]][] = [
   ["quickjs", ["--script", "--no-unhandled-rejection"], ["js", "js"]],
   ["jsc", [], ALL],
@@ -72,8 +76,8 @@ for (const exports of [true, false]) {
 }
 
 /**
- * A worker with the case, and with `eigenlora/workerd` on an object with the documented interface of a bucket: R2 itself runs at
- * Cloudflare only.
+ * A worker with the case, and with `eigenlora/workerd` on an object with the documented interface of a bucket: R2
+ * itself runs at Cloudflare only.
  */
 const WORKER = `
 import { createRuntime, openPack } from "eigenlora";

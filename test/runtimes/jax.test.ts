@@ -1,6 +1,7 @@
 /**
  * jax-js as published: cpu and wasm in Node, webgl and webgpu in Chromium. EIGENLORA_RUNTIMES names a folder in which
- * `npm install @jax-js/jax@0.1.25` was run. Without it tests are skipped by name, or fail when EIGENLORA_REQUIRE lists "jax".
+ * `npm install @jax-js/jax@0.1.25` was run. Without it tests are skipped by name, or fail when EIGENLORA_REQUIRE lists
+ * "jax".
  */
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";

@@ -1,6 +1,7 @@
 /**
- * Gradients of language models by their exporters, Qwen 2 and 3, Gemma 2 and 3, T5 with encoder and decoder in one graph, against
- * PyTorch's in f64. The cases are made here, which takes minutes: a soak (npm run soak -- learn-llm). PYTHON needs onnx too.
+ * Gradients of language models by their exporters, Qwen 2 and 3, Gemma 2 and 3, T5 with encoder and decoder in one
+ * graph, against PyTorch's in f64. The cases are made here, which takes minutes: a soak (npm run soak -- learn-llm).
+ * PYTHON needs onnx too.
  */
 import { spawnSync } from "node:child_process";
 import { readdirSync } from "node:fs";

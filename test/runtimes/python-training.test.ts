@@ -1,6 +1,7 @@
 /**
- * Training in Python within the components of a pack: what `export --components` writes, and the examples of examples/python with PEFT and
- * transformers' Trainer. After `add`, a session answers as PEFT does with the adapter that was saved.
+ * Training in Python within the components of a pack: what `export --components` writes, and the examples of
+ * examples/python with PEFT and transformers' Trainer. After `add`, a session answers as PEFT does with the adapter
+ * that was saved.
  */
 import { execFile } from "node:child_process";
 import { cp, mkdir, readFile, symlink, writeFile } from "node:fs/promises";
@@ -39,7 +40,10 @@ const SHARED: Readonly<Record<string, readonly string[]>> = {
   coded: ["--k", "16", "--rank", "4", "--step", "0.05"],
 };
 
-/** Runs Python. @returns what it prints; undefined where a package is missing, which skips the test unless it is required */
+/**
+ * Runs Python.
+ * @returns what it prints; undefined where a package is missing, which skips the test unless it is required
+ */
 async function inPython(t: Test, name: string, ...args: string[]): Promise<any> {
   const oracle = fileURLToPath(new URL(name, import.meta.url));
   try {

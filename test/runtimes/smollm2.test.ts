@@ -1,7 +1,8 @@
 /**
- * A real language model and real adapters: a lossless pack answers token for token as PEFT, with onnxruntime and through transformers.js.
- * Some rows of some tasks in one mode; the soak takes all. EIGENLORA_SMOLLM2 names the model's folder (CONTRIBUTING.md). Tests that need
- * it are skipped by name without, and fail when EIGENLORA_REQUIRE lists "smollm2".
+ * A real language model and real adapters: a lossless pack answers token for token as PEFT, with onnxruntime and
+ * through transformers.js. Some rows of some tasks in one mode; the soak takes all. EIGENLORA_SMOLLM2 names the model's
+ * folder (CONTRIBUTING.md). Tests that need it are skipped by name without, and fail when EIGENLORA_REQUIRE lists
+ * "smollm2".
  */
 import { execFile } from "node:child_process";
 import { readdir } from "node:fs/promises";
@@ -63,7 +64,10 @@ async function material(most: number): Promise<{ pack: Pack; casesOf: (task: str
   return { pack: await openPack(bytes), casesOf };
 }
 
-/** Checks that enough rows of all tasks are answered as PEFT does. @param wrong rows that are not, once the task is active */
+/**
+ * Checks that enough rows of all tasks are answered as PEFT does.
+ * @param wrong rows that are not, once the task is active
+ */
 async function agrees(
   t: Test,
   tasks: readonly string[],

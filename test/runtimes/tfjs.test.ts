@@ -1,7 +1,8 @@
 /**
- * TF.js as published, on its backends cpu and wasm, and on webgl and webgpu in Chromium. EIGENLORA_RUNTIMES names a folder where `npm
- * install` has put `@tensorflow/tfjs-core`, -layers, -converter and the backends, 4.22, and `basic-pitch` is the package
- * `@spotify/basic-pitch` 1.0, unpacked. Tests that need them are skipped by name without, and fail when EIGENLORA_REQUIRE lists "tfjs".
+ * TF.js as published, on its backends cpu and wasm, and on webgl and webgpu in Chromium. EIGENLORA_RUNTIMES names a
+ * folder where `npm install` has put `@tensorflow/tfjs-core`, -layers, -converter and the backends, 4.22, and
+ * `basic-pitch` is the package `@spotify/basic-pitch` 1.0, unpacked. Tests that need them are skipped by name without,
+ * and fail when EIGENLORA_REQUIRE lists "tfjs".
  */
 import { readFile } from "node:fs/promises";
 import { createRequire } from "node:module";

@@ -1,7 +1,7 @@
 /**
- * Packs on pipelines of transformers.js for pictures, speech and translation, compared with PEFT's answers: tiny ViT, CLIP, Whisper and Marian
- * (test/data/pipelines), CLIP as one session and as two models; on onnxruntime-node, then on onnxruntime-web. Needs what `transformers.test.ts`
- * needs.
+ * Packs on pipelines of transformers.js for pictures, speech and translation, compared with PEFT's answers: tiny ViT,
+ * CLIP, Whisper and Marian (test/data/pipelines), CLIP as one session and as two models; on onnxruntime-node, then on
+ * onnxruntime-web. Needs what `transformers.test.ts` needs.
  */
 
 import { execFile } from "node:child_process";
@@ -44,7 +44,10 @@ const OPTIONS = { max_new_tokens: 12 };
 const of = <One extends { task: string }>(all: readonly One[], task: string | null): One[] =>
   all.filter((one) => one.task === (task ?? "base"));
 
-/** Pipelines by model: tasks, calls with descriptions of their inputs, modes, and how many modules each session leaves to the other. */
+/**
+ * Pipelines by model: tasks, calls with descriptions of their inputs, modes, and how many modules each session leaves
+ * to the other.
+ */
 const PIPELINES = {
   vit: {
     pipeline: "image-classification",

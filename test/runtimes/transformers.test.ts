@@ -1,6 +1,8 @@
 /**
- * Packs on pipelines of transformers.js, compared with PEFT's answers. EIGENLORA_RUNTIMES names a folder in which `npm install
- * @huggingface/transformers@4.3.1` was run. Without it tests are skipped by name, or fail when EIGENLORA_REQUIRE lists "transformers".
+ * Packs on pipelines of transformers.js, compared with PEFT's answers. EIGENLORA_RUNTIMES names a folder in which `npm
+ * install
+ * @huggingface/transformers@4.3.1` was run. Without it tests are skipped by name, or fail when EIGENLORA_REQUIRE lists
+ *   "transformers".
  */
 import { existsSync } from "node:fs";
 import { mkdir, readdir, readFile, symlink, writeFile } from "node:fs/promises";

@@ -1,6 +1,7 @@
 /**
- * The families of families.py in every mode on onnxruntime-node: each task, the base before and after, and one task per row, compared
- * with PEFT. Needs PYTHON with torch, transformers, PEFT, diffusers and onnx; skips itself without, unless EIGENLORA_REQUIRE lists families.
+ * The families of families.py in every mode on onnxruntime-node: each task, the base before and after, and one task per
+ * row, compared with PEFT. Needs PYTHON with torch, transformers, PEFT, diffusers and onnx; skips itself without,
+ * unless EIGENLORA_REQUIRE lists families.
  *
  * usage: node test/soak/families.js [FAMILY...]
  */
@@ -19,7 +20,10 @@ import { tensorsOf } from "../support/tensors.js";
 
 /** Largest difference from PEFT's answers, relative to the largest number of an answer. */
 const MOST = 1e-5;
-/** Families that run on one task, and not on several at a time: layers see a table that all rows share, or windows of pictures. */
+/**
+ * Families that run on one task, and not on several at a time: layers see a table that all rows share, or windows of
+ * pictures.
+ */
 const ONE_TASK = ["deberta-v2", "swin"];
 const LOSSLESS = /** @type {const} */ ({
   select: { kind: "energy", share: 1 },

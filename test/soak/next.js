@@ -1,8 +1,9 @@
 /**
- * examples/next from a user's side: the packed package and Next.js installed by npm, `next dev` and `next build` with `next start`, in
- * Chromium, compared with PEFT's answers. Not a test: the installation alone is several hundred MB.
+ * examples/next from a user's side: the packed package and Next.js installed by npm, `next dev` and `next build` with
+ * `next start`, in Chromium, compared with PEFT's answers. Not a test: the installation alone is several hundred MB.
  *
- * usage: node test/soak/next.js      skips itself without npm's registry or Chromium, unless EIGENLORA_REQUIRE lists next
+ * usage: node test/soak/next.js      skips itself without npm's registry or Chromium, unless EIGENLORA_REQUIRE lists
+ * next
  */
 import { execFileSync, spawn } from "node:child_process";
 import { existsSync } from "node:fs";

@@ -1,8 +1,9 @@
 /**
- * The soak: tests that take a part of their cases elsewhere, with all of them, then Next.js, the families of models, and the
- * files that ask for the most time and memory. Hours.
+ * The soak: tests that take a part of their cases elsewhere, with all of them, then Next.js, the families of models,
+ * and the files that ask for the most time and memory. Hours.
  *
- * usage: npm run soak [-- NAME...]      tests by name, such as session-gpu, and "next", "families", "attacks/read", "attacks/expand". Default: all
+ * usage: npm run soak [-- NAME...]      tests by name, such as session-gpu, and "next", "families", "attacks/read",
+ * "attacks/expand". Default: all
  */
 import { spawnSync } from "node:child_process";
 import { readdirSync, readFileSync } from "node:fs";

@@ -1,6 +1,6 @@
 /**
- * The backends that tests run on: all in the gate. Dawn starts when it is asked for; where it cannot, it is left out, and the file that asked says so as a
- * skipped test, or fails where EIGENLORA_REQUIRE lists dawn.
+ * The backends that tests run on: all in the gate. Dawn starts when it is asked for; where it cannot, it is left out,
+ * and the file that asked says so as a skipped test, or fails where EIGENLORA_REQUIRE lists dawn.
  */
 import { setFlagsFromString } from "node:v8";
 import type { BackendOptions } from "eigenlora";

@@ -1,5 +1,6 @@
 /**
- * Runs in a browser, in a window or a worker: the backend suite and PEFT's golden pairs. backends-chromium.test.ts judges the findings.
+ * Runs in a browser, in a window or a worker: the backend suite and PEFT's golden pairs. backends-chromium.test.ts
+ * judges the findings.
  */
 /// <reference types="@webgpu/types" />
 import type { BackendOptions } from "eigenlora";

@@ -10,7 +10,10 @@ export interface Block {
   readonly place: string;
   readonly language: string;
   readonly code: string;
-  /** Reason why the block is not run: `<!-- not run: reason -->` in front of it, or at the top of its page for all of them. */
+  /**
+   * Reason why the block is not run: `<!-- not run: reason -->` in front of it, or at the top of its page for all of
+   * them.
+   */
   readonly marker: string | undefined;
 }
 

@@ -1,6 +1,6 @@
 /**
- * Runs in a browser: sessions of mode "folded" on WebGPU, the work that switches give to the device, and devices that are not the one
- * given or are lost. Only reports; the test judges.
+ * Runs in a browser: sessions of mode "folded" on WebGPU, the work that switches give to the device, and devices that
+ * are not the one given or are lost. Only reports; the test judges.
  */
 /// <reference types="@webgpu/types" />
 import { openPack } from "eigenlora";
@@ -22,7 +22,10 @@ for (const { env } of Object.values(BUILDS)) {
 
 /** Bytes of live buffers with our labels, on all devices. */
 let live = 0;
-/** Work that devices are given now; `sent`: bytes that others than us send. @type {{ submits: number, written: number, coefficients: number, sent: number } | undefined} */
+/**
+ * Work that devices are given now; `sent`: bytes that others than us send. @type {{ submits: number, written: number,
+ * coefficients: number, sent: number } | undefined}
+ */
 let counts;
 watchDevices();
 
@@ -88,7 +91,10 @@ async function answer(ort, session, feeds) {
   return [.../** @type {Float32Array} */ (results[session.outputNames[0]].data)];
 }
 
-/** @param {() => Promise<unknown>} work @returns {Promise<{ tag?: string, name: string, message: string } | "fulfilled">} */
+/**
+ * @param {() => Promise<unknown>} work
+ * @returns {Promise<{ tag?: string, name: string, message: string } | "fulfilled">}
+ */
 async function failure(work) {
   try {
     await work();

@@ -1,6 +1,6 @@
 /**
- * Runs in a browser: sessions on every model and provider that the test names, compared with the answers it passes. Reports results and
- * refusals with their messages.
+ * Runs in a browser: sessions on every model and provider that the test names, compared with the answers it passes.
+ * Reports results and refusals with their messages.
  */
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
@@ -12,7 +12,8 @@ ort.env.wasm.numThreads = 1;
 ort.env.logLevel = "error";
 
 /**
- * @typedef {{ model: string, pack: string, ignore: string[], feeds: Record<string, import("./tensors.js").Value>, answers: Record<string, Record<string, number[]>> }} Case
+ * @typedef {{ model: string, pack: string, ignore: string[], feeds: Record<string, import("./tensors.js").Value>,
+ *   answers: Record<string, Record<string, number[]>> }} Case
  * @typedef {"core" | "factors" | "folded"} Mode
  * @param {{ cases: Case[], providers: Record<string, [model: string, modes: Mode[]][]>, proxy?: boolean }} plan
  */

@@ -40,7 +40,9 @@ export async function bundle(
   return outputFiles[0]!.contents;
 }
 
-/** Adds binaries of onnxruntime-web under ort/, by the names of its builds: "asyncify" (WebGPU), "jsep" (the older one). */
+/**
+ * Adds binaries of onnxruntime-web under ort/, by the names of its builds: "asyncify" (WebGPU), "jsep" (the older one).
+ */
 export async function addRuntimes(files: Map<string, Uint8Array>, builds: readonly string[]): Promise<void> {
   for (const build of builds) {
     for (const end of ["mjs", "wasm"]) {

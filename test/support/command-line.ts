@@ -1,6 +1,6 @@
 /**
- * Runs the command line in the process of a test: dozens of calls need no dozens of processes. Exit codes, streams and signals of
- * processes are tested on processes.
+ * Runs the command line in the process of a test: dozens of calls need no dozens of processes. Exit codes, streams and
+ * signals of processes are tested on processes.
  */
 import { runProgram } from "./internals/cli.ts";
 
@@ -26,7 +26,9 @@ export async function json(status: number, ...args: string[]): Promise<Record<st
   return JSON.parse(result.stdout);
 }
 
-/** Words of a command as a user types them. A value is one word, or part of one, whatever it holds; a list is its words. */
+/**
+ * Words of a command as a user types them. A value is one word, or part of one, whatever it holds; a list is its words.
+ */
 export function words(
   text: TemplateStringsArray,
   ...values: readonly (string | number | readonly string[])[]

@@ -1,6 +1,6 @@
 /**
- * Comparison of weights, and PEFT's golden pairs through pack and runtime. Uses nothing of Node, so that a browser can run it. Strings
- * name files as the platform does: paths, or URLs.
+ * Comparison of weights, and PEFT's golden pairs through pack and runtime. Uses nothing of Node, so that a browser can
+ * run it. Strings name files as the platform does: paths, or URLs.
  */
 import { type BackendOptions, createRuntime, openPack, type SourceInput, type View } from "eigenlora";
 import { decodeTensor, openSafetensors, openSource, uniform } from "./internals/base.ts";

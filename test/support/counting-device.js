@@ -1,5 +1,6 @@
 /**
- * A device of Dawn's that counts its work. Tests, the soak and the benchmarks hand it to the backend, which knows nothing of it.
+ * A device of Dawn's that counts its work. Tests, the soak and the benchmarks hand it to the backend, which knows
+ * nothing of it.
  */
 /// <reference types="@webgpu/types" />
 
@@ -18,8 +19,10 @@ let dawn;
  */
 
 /**
- * @param {(adapter: GPUAdapter) => GPUDeviceDescriptor} [describe] what to request of the adapter; the defaults if absent
- * @returns {Promise<{ device: GPUDevice, adapter: GPUAdapter, counts: Counts, close(): void }>} `close` destroys the device
+ * @param {(adapter: GPUAdapter) => GPUDeviceDescriptor} [describe] what to request of the adapter; the defaults if
+ *   absent
+ * @returns {Promise<{ device: GPUDevice, adapter: GPUAdapter, counts: Counts, close(): void }>} `close` destroys the
+ *   device
  * @throws Error where Dawn does not start
  */
 export async function countingDevice(describe) {

@@ -1,13 +1,20 @@
 /**
- * The case that every engine must pass, in code without a platform: open a pack from bytes or by HTTP ranges, switch and blend, be refused,
- * switch 500 times, and restore every bit. test/runtimes/engines.test.ts runs it in every engine that it finds.
+ * The case that every engine must pass, in code without a platform: open a pack from bytes or by HTTP ranges, switch
+ * and blend, be refused, switch 500 times, and restore every bit. test/runtimes/engines.test.ts runs it in every engine
+ * that it finds.
  */
 import { createRuntime, openPack } from "eigenlora";
 
 /** @typedef {{ name: string, shape: number[], hex: string }} BaseTensor */
-/** @typedef {{ pack: string, base: BaseTensor[], safetensors: string, tasks: [string, string] }} Material bytes as hexadecimal */
+/**
+ * @typedef {{ pack: string, base: BaseTensor[], safetensors: string, tasks: [string, string] }} Material bytes as
+ *   hexadecimal
+ */
 /** @typedef {Record<string, string>} State weights by name, as hexadecimal */
-/** @typedef {{ backend: string, states: State[], requests?: number, refused: string, back: boolean, fromFile: boolean }} Outcome `requests` by URL */
+/**
+ * @typedef {{ backend: string, states: State[], requests?: number, refused: string, back: boolean, fromFile: boolean }}
+ *   Outcome `requests` by URL
+ */
 
 /** @param {string} hex */
 const bytesOf = (hex) => Uint8Array.from(hex.match(/../g) ?? [], (pair) => parseInt(pair, 16));

@@ -1,6 +1,6 @@
 /**
- * Material of test/support/engine-case.js: a pack of two adapters of the tiny model with components in few bits, the model's weights, and the
- * comparison of an engine's outcome with Node's js backend.
+ * Material of test/support/engine-case.js: a pack of two adapters of the tiny model with components in few bits, the
+ * model's weights, and the comparison of an engine's outcome with Node's js backend.
  */
 import { readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
@@ -30,7 +30,10 @@ async function material(): Promise<Material> {
   return { pack: hexOf(bytes), base, safetensors: hexOf(await readFile(path)), tasks: ["two", "three"] };
 }
 
-/** Names of weights, by state, that differ from Node's js backend by more than `most` of its largest element; 0: in a bit. */
+/**
+ * Names of weights, by state, that differ from Node's js backend by more than `most` of its largest element; 0: in a
+ * bit.
+ */
 function differing(js: Outcome, states: readonly State[], most: number): string[] {
   const values = (hex: string): Float32Array => new Float32Array(new Uint8Array(Buffer.from(hex, "hex")).buffer);
   return js.states.flatMap((expected, i) =>
@@ -79,7 +82,11 @@ export async function prepareCase(t: Test): Promise<{
   return { project, given, engineCase, check };
 }
 
-/** Code that prints the case's outcomes on these backends as one line. @param options `{ gpu: true }` for WebGPU @param url of the pack, if it is not to be opened from its bytes */
+/**
+ * Code that prints the case's outcomes on these backends as one line.
+ * @param options `{ gpu: true }` for WebGPU
+ * @param url of the pack, if it is not to be opened from its bytes
+ */
 export const caseCode = (options: readonly object[], print: string, url?: string): string => `
 import { engineCase } from "./engine-case.js";
 import material from "./material.js";

@@ -1,6 +1,7 @@
 /**
- * Engines other than browsers and this Node: where each is, and how it runs test/support/engine-case.js. EIGENLORA_RUNTIMES names a folder
- * whose `node_modules` may have deno, bun, node@22, hermes-engine-cli, hermes-compiler, metro with React Native's preset, and workerd; the shells are Debian's.
+ * Engines other than browsers and this Node: where each is, and how it runs test/support/engine-case.js.
+ * EIGENLORA_RUNTIMES names a folder whose `node_modules` may have deno, bun, node@22, hermes-engine-cli,
+ * hermes-compiler, metro with React Native's preset, and workerd; the shells are Debian's.
  */
 import { execFile, spawn } from "node:child_process";
 import { cp, mkdir, writeFile } from "node:fs/promises";
@@ -60,7 +61,10 @@ export async function scriptOf(project: string, code: string): Promise<string> {
   return outputFiles[0]!.text;
 }
 
-/** Output of a program, in the folder of the file that is its last argument. @throws Error with its output when it fails, or prints nothing for a minute */
+/**
+ * Output of a program, in the folder of the file that is its last argument.
+ * @throws Error with its output when it fails, or prints nothing for a minute
+ */
 export async function outputOf(program: Program, ...args: string[]): Promise<string> {
   try {
     const how = { maxBuffer: 2 ** 26, timeout: 60_000, cwd: dirname(args.at(-1)!) };
@@ -79,7 +83,10 @@ export const metro = (
   options?: { exports?: boolean; minify?: boolean },
 ): Promise<string> => bundleForHermes(packages(), project, entry, options);
 
-/** Bundles a worker as worker.bundle.js of a folder. Compiled modules and data stay modules of their own, as with Wrangler. */
+/**
+ * Bundles a worker as worker.bundle.js of a folder. Compiled modules and data stay modules of their own, as with
+ * Wrangler.
+ */
 export async function bundleWorker(project: string, entry: string, folder: string = project): Promise<void> {
   await build({
     entryPoints: [join(project, entry)],
@@ -101,7 +108,10 @@ export async function bundleWorker(project: string, entry: string, folder: strin
   });
 }
 
-/** Log of a worker's test handler. @param modules of the worker, the first one its main module, by path in the folder */
+/**
+ * Log of a worker's test handler.
+ * @param modules of the worker, the first one its main module, by path in the folder
+ */
 export async function workerd(folder: string, modules: readonly string[]): Promise<string> {
   const kinds: Record<string, string> = { wasm: "wasm", bin: "data", eigen: "data", js: "esModule" };
   const list = modules.map((path) => `(name = "${path}", ${kinds[path.split(".").at(-1)!]} = embed "${path}")`);

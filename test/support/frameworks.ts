@@ -1,6 +1,6 @@
 /**
- * Small models for hosts of frameworks: weights as in a checkpoint, packs of tasks on them, and the weights of each task, folded by hand.
- * Runs in browsers too.
+ * Small models for hosts of frameworks: weights as in a checkpoint, packs of tasks on them, and the weights of each
+ * task, folded by hand. Runs in browsers too.
  */
 /// <reference types="@webgpu/types" />
 
@@ -149,7 +149,10 @@ export function* selections(count: number): Iterable<(typeof SELECTIONS)[number]
   }
 }
 
-/** Bytes that cross the bus during the runtime's switches, and those of the active task's coefficients. Runs in a browser. */
+/**
+ * Bytes that cross the bus during the runtime's switches, and those of the active task's coefficients. Runs in a
+ * browser.
+ */
 export async function trafficOf(
   { device, pack }: Runtime,
   work: () => Promise<{ readonly task: unknown }>,

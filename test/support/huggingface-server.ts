@@ -1,6 +1,6 @@
 /**
- * A Hugging Face Hub on real sockets: listings, files behind redirects, and a second origin with what Git LFS keeps. It answers as
- * huggingface.co does, with its headers and codes of errors; what is wrong with it is asked for.
+ * A Hugging Face Hub on real sockets: listings, files behind redirects, and a second origin with what Git LFS keeps. It
+ * answers as huggingface.co does, with its headers and codes of errors; what is wrong with it is asked for.
  */
 import { createHash } from "node:crypto";
 import { readdirSync, readFileSync, statSync } from "node:fs";
@@ -194,7 +194,11 @@ function file(
   response.writeHead(307, { ...own, location: `/api/resolve-cache/models/${name}/${commit}/${parts}` }).end();
 }
 
-/** Sends what is asked for of a file, as a server with ranges. @param most bytes before the connection breaks @returns the bytes asked for */
+/**
+ * Sends what is asked for of a file, as a server with ranges.
+ * @param most bytes before the connection breaks
+ * @returns the bytes asked for
+ */
 function send(
   { method, headers }: IncomingMessage,
   response: ServerResponse,

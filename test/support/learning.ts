@@ -180,8 +180,9 @@ async function headOf(
 }
 
 /**
- * Names of weights by order. The goldens' dynamo exports have lost the names of their weights, and the metadata that would tell them;
- * layers multiply in a known order: query, key, value, output, then the two or three of the feed-forward part.
+ * Names of weights by order. The goldens' dynamo exports have lost the names of their weights, and the metadata that
+ * would tell them; layers multiply in a known order: query, key, value, output, then the two or three of the
+ * feed-forward part.
  */
 function namesByOrder(file: ModelFile, modules: Iterable<string>): Map<string, string> {
   const { nodes, initializers } = { nodes: file.model.graph.proto.node, initializers: file.model.graph.initializers };
@@ -358,8 +359,8 @@ export function relative(found: ArrayLike<number>, expected: ArrayLike<number>):
 }
 
 /**
- * Relative differences of a session's loss and gradients from PEFT's. The loss is the mean cross entropy at every position, with one
- * class for each.
+ * Relative differences of a session's loss and gradients from PEFT's. The loss is the mean cross entropy at every
+ * position, with one class for each.
  * @param own feeds of the model's own inputs
  * @param expected `loss` and `MODULE.lora_A`, `MODULE.lora_B`
  */

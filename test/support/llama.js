@@ -1,6 +1,7 @@
 /**
- * Answers of llama.cpp, by node-llama-cpp: probabilities of the token that follows four others. Started by test/unit/export.test.ts with the
- * library's folder, and pairs of a model and an adapter ("" for none); prints a list of numbers for each pair as JSON.
+ * Answers of llama.cpp, by node-llama-cpp: probabilities of the token that follows four others. Started by
+ * test/unit/export.test.ts with the library's folder, and pairs of a model and an adapter ("" for none); prints a list
+ * of numbers for each pair as JSON.
  */
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";

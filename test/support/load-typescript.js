@@ -1,6 +1,6 @@
 /**
- * Loads the tests: takes the types out of `.ts` files, and no more. tap's own loader starts a compiler in each process, which takes a
- * second of each test file. See .taprc.
+ * Loads the tests: takes the types out of `.ts` files, and no more. tap's own loader starts a compiler in each process,
+ * which takes a second of each test file. See .taprc.
  */
 import { readFile } from "node:fs/promises";
 import { register } from "node:module";

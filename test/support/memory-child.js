@@ -1,6 +1,7 @@
 /**
- * Runs in a process of its own for test/unit/memory.test.ts, with --expose-gc. Prints what `memory()` reports, and the engine's own figures:
- * array buffers plus the pages of every WebAssembly.Memory, plus the buffers requested from a device.
+ * Runs in a process of its own for test/unit/memory.test.ts, with --expose-gc. Prints what `memory()` reports, and the
+ * engine's own figures: array buffers plus the pages of every WebAssembly.Memory, plus the buffers requested from a
+ * device.
  *
  *   memory-child.js js | wasm | webgpu                         holds 24 weights of 768×768 twice
  *   memory-child.js core | factors | folded MODEL.onnx         makes a session on a model of more than 50 MB

@@ -82,8 +82,8 @@ export async function goldenPacks(options: BuildOptions = {}): Promise<(Golden &
 }
 
 /**
- * Distance of two packs of the same tasks: bases as stored, components and means; and coefficients, relative to the largest of their
- * side. Infinite where shapes differ.
+ * Distance of two packs of the same tasks: bases as stored, components and means; and coefficients, relative to the
+ * largest of their side. Infinite where shapes differ.
  */
 export async function packDifference(found: Pack, expected: Pack): Promise<{ bases: number; coefficients: number }> {
   const off = { bases: 0, coefficients: 0 };

@@ -1,4 +1,7 @@
-/** Shared by the tests of the page with a language model: its material, from the tiny decoder of test/data, and a visitor. */
+/**
+ * Shared by the tests of the page with a language model: its material, from the tiny decoder of test/data, and a
+ * visitor.
+ */
 import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import type { Browser, Page } from "playwright-core";

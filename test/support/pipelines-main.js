@@ -1,5 +1,6 @@
 /**
- * Runs packs on pipelines of transformers.js in Node, with onnxruntime-web instead of onnxruntime-node; prints the pipelines' answers:
+ * Runs packs on pipelines of transformers.js in Node, with onnxruntime-web instead of onnxruntime-node; prints the
+ * pipelines' answers:
  *   node pipelines-main.js TRANSFORMERS_FOLDER PLAN.json
  */
 import { readFile } from "node:fs/promises";
@@ -20,7 +21,10 @@ ort.env.wasm.numThreads = 1;
 // transformers.js looks for it while it is imported.
 Object.assign(globalThis, { [Symbol.for("onnxruntime")]: ort });
 const { env, pipeline, RawImage } = await import(pathToFileURL(join(folder, "dist/transformers.node.mjs")).href);
-/** @type {{ models: string, runs: { pipeline: string, model: string, pack: string, tasks: (string | null)[], calls: unknown[][] }[] }} */
+/**
+ * @type {{ models: string, runs: { pipeline: string, model: string, pack: string, tasks: (string | null)[], calls:
+ *   unknown[][] }[] }}
+ */
 const { models, runs } = JSON.parse(await readFile(planFile, "utf8"));
 Object.assign(env, { localModelPath: models, allowRemoteModels: false });
 

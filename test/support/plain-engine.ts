@@ -1,7 +1,7 @@
 /**
- * A runtime of ONNX models in plain JavaScript: it shows that `Engine` is all that a session asks of a runtime. It has the operators of the
- * models in session.test.ts and of what sessions add to them. A value is a list of f64 numbers, whatever its ONNX type; so is an attribute,
- * except a tensor, which comes as the last input.
+ * A runtime of ONNX models in plain JavaScript: it shows that `Engine` is all that a session asks of a runtime. It has
+ * the operators of the models in session.test.ts and of what sessions add to them. A value is a list of f64 numbers,
+ * whatever its ONNX type; so is an attribute, except a tensor, which comes as the last input.
  */
 import { BackendError } from "eigenlora";
 import type { DetachedModel, Engine, EngineTensor, LoadedModel, Tensors } from "eigenlora/session";

@@ -1,4 +1,7 @@
-/** Seeded packs with every kind of task, including tasks that bring whole what others adapt; a base for them; selections of them. */
+/**
+ * Seeded packs with every kind of task, including tasks that bring whole what others adapt; a base for them; selections
+ * of them.
+ */
 import type { FloatDtype, Selection, Tensor } from "eigenlora";
 import { type Adapter, type AdapterModule, buildPack, type ModuleShape, type SavedTensor } from "eigenlora/build";
 import { adapterOf, save } from "./adapters.ts";

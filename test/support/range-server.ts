@@ -1,6 +1,6 @@
 /**
- * A correct HTTP/1.1 range server over files in memory, slow or broken on demand; http.test.ts has servers that lie. Real sockets, real
- * `fetch`.
+ * A correct HTTP/1.1 range server over files in memory, slow or broken on demand; http.test.ts has servers that lie.
+ * Real sockets, real `fetch`.
  */
 import { createServer, type Server, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";

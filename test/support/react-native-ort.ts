@@ -1,6 +1,6 @@
 /**
- * Emulates onnxruntime-react-native on onnxruntime-node, as far as they differ: the native half runs on devices only. Follows cpp/ of its
- * release 1.24: `InferenceSessionHostObject.cpp`, `SessionUtils.cpp`, `TensorUtils.cpp`.
+ * Emulates onnxruntime-react-native on onnxruntime-node, as far as they differ: the native half runs on devices only.
+ * Follows cpp/ of its release 1.24: `InferenceSessionHostObject.cpp`, `SessionUtils.cpp`, `TensorUtils.cpp`.
  */
 import { readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
@@ -23,7 +23,8 @@ export function nativeOrt(loaded: (string | Uint8Array)[]): Ort {
   const { Tensor, InferenceSession, env } = NODE;
   const create = async (model: string | Uint8Array, options?: Given) => {
     loaded.push(model);
-    // `loadModel(buffer, byteOffset, byteLength, options)` reads its first argument whole, and the second as the options.
+    // `loadModel(buffer, byteOffset, byteLength, options)` reads its first argument whole, and the second as the
+    // options.
     const external = options?.externalData?.map(({ path, data }) => ({ path, data: fromStart(data) }));
     const session = await (typeof model === "string"
       ? InferenceSession.create(new Uint8Array(await readFile(model)), {

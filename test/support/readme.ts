@@ -11,7 +11,10 @@ if (!example) throw new Error("README.md has no example with createEigenSession"
 const lines = example.split("\n").filter((line) => !/\bTokenizer\b|"tokenizer\.json"|files\.map/.test(line));
 const isImport = (line: string): boolean => line.startsWith("import ");
 
-/** Code that exports `main(model)`, which returns the answer of task "two" to the feeds of the golden answers: no tokenizer has those. */
+/**
+ * Code that exports `main(model)`, which returns the answer of task "two" to the feeds of the golden answers: no
+ * tokenizer has those.
+ */
 export const MODULE = `${lines.filter(isImport).join("\n")}
 const rows = ${JSON.stringify(["input_ids", "attention_mask", "token_type_ids"].map((name) => [name, GOLDENS.feeds[name]]))};
 const tokenizer = () =>

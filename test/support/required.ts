@@ -1,7 +1,7 @@
 /**
- * Requirements of tests beside Node. Every file, program and package outside the checkout that a test uses is looked for here. A test
- * without its requirement is skipped by name; it fails where EIGENLORA_REQUIRE (names between spaces or commas) lists it. Under
- * EIGENLORA_BARE=1 nothing is found, as on a machine that has nothing but Node.
+ * Requirements of tests beside Node. Every file, program and package outside the checkout that a test uses is looked
+ * for here. A test without its requirement is skipped by name; it fails where EIGENLORA_REQUIRE (names between spaces
+ * or commas) lists it. Under EIGENLORA_BARE=1 nothing is found, as on a machine that has nothing but Node.
  */
 import { spawnSync } from "node:child_process";
 import { existsSync } from "node:fs";
@@ -22,13 +22,19 @@ export const required: ReadonlySet<string> = new Set(
   (env["EIGENLORA_REQUIRE"] ?? "").split(/[\s,]+/).filter((name) => name !== ""),
 );
 
-/** True if this run is the soak's, which takes the whole of each matrix; the gate takes a case of each kind. See test/soak/run.js. */
+/**
+ * True if this run is the soak's, which takes the whole of each matrix; the gate takes a case of each kind. See
+ * test/soak/run.js.
+ */
 export const soak: boolean = env["EIGENLORA_SOAK"] === "1";
 
 /** True if every runtime and backend is tested; `npm test` takes onnxruntime-node, plain JavaScript and SIMD alone. */
 export const whole: boolean = env["EIGENLORA_QUICK"] !== "1";
 
-/** Folder of tap's results of an earlier run; undefined where there is none. Tests that passed there are left out (start.ts). */
+/**
+ * Folder of tap's results of an earlier run; undefined where there is none. Tests that passed there are left out
+ * (start.ts).
+ */
 export const passed: string | undefined = env["EIGENLORA_PASSED"];
 
 /** How many cases of a property, or mutants, are tried: `all` in the soak, a quarter in the gate. */

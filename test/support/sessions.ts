@@ -1,4 +1,6 @@
-/** Shared by the tests of sessions: the runtimes, the tiny models of test/data/sessions, packs for them, their answers. */
+/**
+ * Shared by the tests of sessions: the runtimes, the tiny models of test/data/sessions, packs for them, their answers.
+ */
 import { readdirSync, readFileSync } from "node:fs";
 
 import { type OpenOptions, openPack, type Pack, type SourceInput } from "eigenlora";
@@ -27,7 +29,8 @@ web.env.wasm.numThreads = 1;
 web.env.logLevel = "error";
 // Warnings about unused initializers are expected.
 node.env.logLevel = "error";
-// Two files are tested at a time, whose threads would spin while they wait for a core. The soak takes as many as the runtime does.
+// Two files are tested at a time, whose threads would spin while they wait for a core. The soak takes as many as the
+// runtime does.
 const { create } = node.InferenceSession;
 if (!soak)
   node.InferenceSession.create = ((bytes: Uint8Array, options?: common.InferenceSession.SessionOptions) =>
@@ -47,7 +50,10 @@ export const RUNTIMES: readonly { name: string; ort: Runtime }[] = [
 export const NODE: Ort = node;
 export const WEB: Ort = web;
 export const MODES: readonly Mode[] = ["core", "factors", "folded"];
-/** Modes of tests on each runtime. A graph is the same on all; the gate takes one mode on those that are slow to open a model. */
+/**
+ * Modes of tests on each runtime. A graph is the same on all; the gate takes one mode on those that are slow to open a
+ * model.
+ */
 export const modesOn = (runtime: string): readonly Mode[] =>
   soak || runtime !== "onnxruntime-web" ? MODES : MODES.slice(0, 1);
 

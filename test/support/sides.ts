@@ -1,6 +1,7 @@
 /**
- * Writes a pack in other forms: the same tasks with components on one side only, several bases of a side, rows of a task's own instead of
- * coefficients and in addition to them. Uses the vectors' writer, since no writer of the package makes such packs yet.
+ * Writes a pack in other forms: the same tasks with components on one side only, several bases of a side, rows of a
+ * task's own instead of coefficients and in addition to them. Uses the vectors' writer, since no writer of the package
+ * makes such packs yet.
  */
 import type { Dtype, Pack, PackModule, TaskTerm } from "eigenlora";
 import { packFile } from "../vectors/format.js";
@@ -95,7 +96,8 @@ function factorsOf(
     const f32 = (rows: Float32Array): Uint8Array => encodeTensor("f32", rows, term.rank, width);
     if (isOwn(form, which)) return { item: [null, 0, code("f32")], coefficients: [], rows: [f32(values)] };
     if (form === "difference") {
-      // Coefficients in four bits, and the rest as own rows. Both sides of the term are this one, so that its factor is A.
+      // Coefficients in four bits, and the rest as own rows. Both sides of the term are this one, so that its factor is
+      // A.
       const coarse = encodeTensor("int4", readTensor(blob.bytes, side.tensor), term.rank, side.tensor.width);
       const tensor = { ...side.tensor, dtype: "int4", byteOffset: 0, byteLength: coarse.length } as const;
       const both = { ...bare, A: { ...side, tensor }, B: { ...side, tensor } };

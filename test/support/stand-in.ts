@@ -1,6 +1,6 @@
 /**
- * Replaces tap in browsers. Has the parts of tap's `Test` that suites use, and records findings for a tap test to report. Not a runner:
- * tests run one after the other, and nothing is printed.
+ * Replaces tap in browsers. Has the parts of tap's `Test` that suites use, and records findings for a tap test to
+ * report. Not a runner: tests run one after the other, and nothing is printed.
  */
 
 /** The parts of a test that suites use, of tap's or of this one. */

@@ -1,7 +1,8 @@
 /**
- * Starts each test file (.taprc): its tests wait until the file has been read to its end. tap runs a file's teardown once the tests that it
- * knows are over; skipped tests are over at once, even while the file still prepares the tests below them. In the gate's second run
- * (test/tools/gate.sh), tests that passed in its first are skipped: they have the same name there only if they do the same.
+ * Starts each test file (.taprc): its tests wait until the file has been read to its end. tap runs a file's teardown
+ * once the tests that it knows are over; skipped tests are over at once, even while the file still prepares the tests
+ * below them. In the gate's second run (test/tools/gate.sh), tests that passed in its first are skipped: they have the
+ * same name there only if they do the same.
  */
 
 import { existsSync, readFileSync } from "node:fs";

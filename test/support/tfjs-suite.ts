@@ -135,7 +135,10 @@ export function tfjsSuite(t: SuiteTest, { tf, layers, loadGraphModel }: Modules)
     }
   });
 
-  /** Switches many times; every switch to a task leaves the same number of tensors and bytes, and the same weights, as the first. */
+  /**
+   * Switches many times; every switch to a task leaves the same number of tensors and bytes, and the same weights, as
+   * the first.
+   */
   async function many(t: SuiteTest, of: readonly string[], model: never, count: number): Promise<void> {
     const host = tfjsHost(tf, model);
     const runtime = await createRuntime(await openPack(await packFor(of)), { base: host, ...gpu() });

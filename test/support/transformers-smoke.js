@@ -2,8 +2,10 @@
 
 /**
  * @param {any} transformers the module @huggingface/transformers, with `env` set up
- * @param {Pick<typeof import("eigenlora"), "openPack"> & Pick<typeof import("eigenlora/transformers"), "attachPack">} eigenlora
- * @param {{ device: string, read: (file: string) => Promise<Uint8Array>, prompts: string[], questions: string[], texts: string[], topics: string[] }} plan
+ * @param {Pick<typeof import("eigenlora"), "openPack"> & Pick<typeof import("eigenlora/transformers"), "attachPack">}
+ *   eigenlora
+ * @param {{ device: string, read: (file: string) => Promise<Uint8Array>, prompts: string[], questions: string[], texts:
+ *   string[], topics: string[] }} plan
  */
 export async function smoke(
   { pipeline, Tensor },

@@ -2,7 +2,9 @@
 import type { WorkProgress } from "eigenlora/build";
 import type { Test } from "tap";
 
-/** Checks that work was told as one stage in one unit of a total that stays, never went back, and ended with all of it. */
+/**
+ * Checks that work was told as one stage in one unit of a total that stays, never went back, and ended with all of it.
+ */
 export function checkWork(t: Test, told: readonly WorkProgress[], stage: string): void {
   const [first] = told;
   t.ok(told.length > 2, `${stage}: ${told.length} reports`);

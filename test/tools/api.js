@@ -1,10 +1,11 @@
 /**
- * The package's exports: the declarations of every subpath as published, in one committed Markdown file. A change of the surface changes
- * that file, so a review sees it.
+ * The package's exports: the declarations of every subpath as published, in one committed Markdown file. A change of
+ * the surface changes that file, so a review sees it.
  *
  *     npm run api        writes docs/api-report.md (after a build)
  *
- * `test/pages/api.test.ts` fails when the file is out of date, and when a signature names a type of the package that a user cannot import.
+ * `test/pages/api.test.ts` fails when the file is out of date, and when a signature names a type of the package that a
+ * user cannot import.
  */
 import { readFileSync, writeFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
@@ -14,9 +15,10 @@ const root = fileURLToPath(new URL("../..", import.meta.url));
 export const REPORT = fileURLToPath(new URL("../../docs/api-report.md", import.meta.url));
 
 /**
- * @typedef {{ subpath: string, name: string, text: string, documented: boolean, examples: string[], from?: string }} Export
- *   `from`: the subpath above that has the same export; its examples stand there.
- * @typedef {{ exports: Export[], hidden: string[] }} Surface `hidden`: names in signatures that no subpath exports, as "subpath: Export uses Name".
+ * @typedef {{ subpath: string, name: string, text: string, documented: boolean, examples: string[], from?: string }}
+ *   Export `from`: the subpath above that has the same export; its examples stand there.
+ * @typedef {{ exports: Export[], hidden: string[] }} Surface `hidden`: names in signatures that no subpath exports, as
+ *   "subpath: Export uses Name".
  */
 
 /** Subpaths with types: their import names and declaration files. @returns {{ subpath: string, file: string }[]} */

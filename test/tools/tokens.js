@@ -1,11 +1,11 @@
 /**
- * Counts tokens without comments, of the product (src and bindings) by folder, and of the tests. Fails above the numbers that
- * package.json allows: a change that adds code raises them, or removes as much.
+ * Counts tokens without comments, of the product (src and bindings) by folder, and of the tests. Fails above the
+ * numbers that package.json allows: a change that adds code raises them, or removes as much.
  *
  *     node test/tools/tokens.js
  *
- * Tokens do not depend on line breaks, so a formatter changes nothing. For the same reason a comma in front of a closing bracket does
- * not count. `onnx_pb.ts` is generated and left out.
+ * Tokens do not depend on line breaks, so a formatter changes nothing. For the same reason a comma in front of a
+ * closing bracket does not count. `onnx_pb.ts` is generated and left out.
  */
 import { execFileSync } from "node:child_process";
 import { readFileSync } from "node:fs";

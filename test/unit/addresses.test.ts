@@ -1,6 +1,6 @@
 /**
- * Addresses stay where they lead: names of the Hub in their repository, headers with their host, files of a model in its folder. On real
- * sockets, in Node and in Chromium, and over thousands of spellings.
+ * Addresses stay where they lead: names of the Hub in their repository, headers with their host, files of a model in
+ * its folder. On real sockets, in Node and in Chromium, and over thousands of spellings.
  */
 import { readFileSync } from "node:fs";
 import { createServer, type IncomingMessage, type ServerResponse } from "node:http";
@@ -44,7 +44,10 @@ t.test("a name of the Hub stays in its repository, in browsers as in Node", asyn
   };
   const store = { get: async () => undefined, put: async () => {}, delete: async () => {}, keys: async () => [] };
   const problems: string[] = [];
-  /** Tries a name in the browser's build, by itself or through a cache, and holds what was asked against what Node reads in the name. */
+  /**
+   * Tries a name in the browser's build, by itself or through a cache, and holds what was asked against what Node reads
+   * in the name.
+   */
   const check = async (text: string, cached = false): Promise<"refused" | "asked"> => {
     const input = cached ? browser.cachedSource(text, store, { fetch }) : text;
     const error = await browser.openPack(input, cached ? {} : { fetch }).catch((error: unknown) => error);

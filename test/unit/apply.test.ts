@@ -1,6 +1,6 @@
 /**
- * runtime.apply: the unfolded term of a batch, compared with x·ΔWᵀ in f64 with the ΔW of an independent implementation, on every backend,
- * for every kind of term, one task or one per row, from arrays and from buffers of a device.
+ * runtime.apply: the unfolded term of a batch, compared with x·ΔWᵀ in f64 with the ΔW of an independent implementation,
+ * on every backend, for every kind of term, one task or one per row, from arrays and from buffers of a device.
  */
 import { createRuntime, openPack, type View } from "eigenlora";
 import { webgpu } from "eigenlora/webgpu";

@@ -1,6 +1,6 @@
 /**
- * Arguments that people give to the command line: folders of models, archives, pointers, whole models, other spellings of sizes, formats and
- * shares. Each is taken, or named as what it is.
+ * Arguments that people give to the command line: folders of models, archives, pointers, whole models, other spellings
+ * of sizes, formats and shares. Each is taken, or named as what it is.
  */
 import { cp, mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";

@@ -1,4 +1,7 @@
-/** The command line never loses work: existing files, trained tasks, files of another model; and the texts of its refusals. */
+/**
+ * The command line never loses work: existing files, trained tasks, files of another model; and the texts of its
+ * refusals.
+ */
 import { execFileSync } from "node:child_process";
 import { once } from "node:events";
 import { cp, mkdir, readdir, readFile, rm, stat, symlink, writeFile } from "node:fs/promises";

@@ -147,7 +147,8 @@ t.test("streams that no encoder writes: both decoders say the same", async (t) =
   for (let seed = 0; seed < count; seed++) {
     const encoder = new Encoder();
     const skew = 1 + random() * 4;
-    // One in sixteen is a tensor of given frequencies, with few random decisions: thousands of them would never be right.
+    // One in sixteen is a tensor of given frequencies, with few random decisions: thousands of them would never be
+    // right.
     const wide = seed % 16 === 0;
     const dtype = (["int8", "int4", "int3"] as const)[seed % 3]!;
     const shape = [2 + Math.floor(random() * 3), 2100 + Math.floor(random() * 400)] as const;

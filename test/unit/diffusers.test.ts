@@ -1,6 +1,7 @@
 /**
- * LoRA files of diffusers: every golden case, names of three generations, alphas and configurations, refusals, files in folders, and the
- * command line. Golden cases go through a pack and a runtime too. The goldens come from diffusers' own loading and PEFT's merge.
+ * LoRA files of diffusers: every golden case, names of three generations, alphas and configurations, refusals, files in
+ * folders, and the command line. Golden cases go through a pack and a runtime too. The goldens come from diffusers' own
+ * loading and PEFT's merge.
  */
 import { cpSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
 import { basename, join } from "node:path";

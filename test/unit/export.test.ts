@@ -1,6 +1,7 @@
 /**
- * Export to files of diffusers, kohya, llama.cpp and ONNX Runtime: a task of a lossless pack, exported, gives the golden weights in the
- * tool of that format, and the same factors in our own reader. Content without a place in a format is refused by name.
+ * Export to files of diffusers, kohya, llama.cpp and ONNX Runtime: a task of a lossless pack, exported, gives the
+ * golden weights in the tool of that format, and the same factors in our own reader. Content without a place in a
+ * format is refused by name.
  */
 import { execFileSync, spawnSync } from "node:child_process";
 import { writeFileSync } from "node:fs";

@@ -1,6 +1,7 @@
 /**
- * Extraction, compared with numpy's f64 values on real adapters (data/goldens/extract, made by make_extract_goldens.py), and with its own
- * definitions on generated stacks: ΔW is formed here, which the package never does.
+ * Extraction, compared with numpy's f64 values on real adapters (data/goldens/extract, made by
+ * make_extract_goldens.py), and with its own definitions on generated stacks: ΔW is formed here, which the package
+ * never does.
  */
 import { readdirSync, readFileSync } from "node:fs";
 import type { Dtype } from "eigenlora";

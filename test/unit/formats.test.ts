@@ -1,6 +1,6 @@
 /**
- * Adapter files of kohya and LyCORIS, llama.cpp, ONNX Runtime and MLX LM, and pipelines of PEFT: every golden case by its own tool's
- * merge, through a pack and a runtime too; names; refusals; facts read from a base; the command line.
+ * Adapter files of kohya and LyCORIS, llama.cpp, ONNX Runtime and MLX LM, and pipelines of PEFT: every golden case by
+ * its own tool's merge, through a pack and a runtime too; names; refusals; facts read from a base; the command line.
  */
 import { cpSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";

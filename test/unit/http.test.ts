@@ -1,6 +1,6 @@
 /**
- * Files behind misbehaving servers, on real sockets: temporary faults are retried, lasting ones are named, versions are never mixed, and
- * requests are counted.
+ * Files behind misbehaving servers, on real sockets: temporary faults are retried, lasting ones are named, versions are
+ * never mixed, and requests are counted.
  */
 import { readFile } from "node:fs/promises";
 import { createServer, type IncomingMessage, type ServerResponse } from "node:http";

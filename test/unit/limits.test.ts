@@ -1,4 +1,7 @@
-/** Files that are made to fill the memory or to stop the event loop of what reads them, in small: what is made and read is counted. */
+/**
+ * Files that are made to fill the memory or to stop the event loop of what reads them, in small: what is made and read
+ * is counted.
+ */
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
 import { createRuntime, type OpenOptions, openPack, type Pack, type RuntimeOptions } from "eigenlora";

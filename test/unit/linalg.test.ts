@@ -1,6 +1,6 @@
 /**
- * Linear algebra of extraction, compared with spectra known in closed form and with residuals, at sizes 1 to 200: simple, clustered,
- * multiple, graded and rank-deficient.
+ * Linear algebra of extraction, compared with spectra known in closed form and with residuals, at sizes 1 to 200:
+ * simple, clustered, multiple, graded and rank-deficient.
  */
 import fc from "fast-check";
 import t from "tap";

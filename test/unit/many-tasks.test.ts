@@ -1,6 +1,6 @@
 /**
- * Two thousand tasks, and a part of 40 000, in the soak ten and 200 000: time must grow with tasks, not with pairs of tasks. The limits are
- * wide, since quadratic work takes several times as long.
+ * Two thousand tasks, and a part of 40 000, in the soak ten and 200 000: time must grow with tasks, not with pairs of
+ * tasks. The limits are wide, since quadratic work takes several times as long.
  */
 import { readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";

@@ -55,7 +55,10 @@ const model = join(folderFor(t), "model.onnx");
   writeFileSync(model, modelOf({ node, initializer, input, output }));
 }
 
-/** Bytes allowed in addition to those that `memory()` counts: parsed graphs, tensors of the last run. A model's file is not among them. */
+/**
+ * Bytes allowed in addition to those that `memory()` counts: parsed graphs, tensors of the last run. A model's file is
+ * not among them.
+ */
 const ALLOWANCE = 3e6;
 
 for (const mode of ["core", "factors", "folded"]) {

@@ -1,4 +1,6 @@
-/** Patterns of adapter_config.json: they match what Python's `re` matches, in time that no pattern makes exponential. */
+/**
+ * Patterns of adapter_config.json: they match what Python's `re` matches, in time that no pattern makes exponential.
+ */
 import { execFileSync } from "node:child_process";
 import { createRuntime } from "eigenlora";
 import { readPeft } from "eigenlora/build";

@@ -1,5 +1,6 @@
 /**
- * Weights that one task brings whole, or in rows, and another adapts: their values, in a blend too, and refusals by name.
+ * Weights that one task brings whole, or in rows, and another adapts: their values, in a blend too, and refusals by
+ * name.
  */
 import { createRuntime, type Runtime, type RuntimeOptions, type Tensor } from "eigenlora";
 import type { Adapter, AdapterModule, SavedTensor } from "eigenlora/build";

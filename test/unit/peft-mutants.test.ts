@@ -1,6 +1,6 @@
 /**
- * Broken adapter folders, thousands of them by seed: each ends in one of the package's errors naming the folder, or in the values that
- * the definitions give for the files.
+ * Broken adapter folders, thousands of them by seed: each ends in one of the package's errors naming the folder, or in
+ * the values that the definitions give for the files.
  */
 import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -227,7 +227,10 @@ function valuesOf({ header, data }: Files, key: string): number[] {
   return Array.from({ length: view.byteLength / 4 }, (_, i) => view.getFloat32(4 * i, true));
 }
 
-/** Compares the linear modules of an adapter with the definitions: A as it is, Bt = scale · Bᵀ. @returns the differences */
+/**
+ * Compares the linear modules of an adapter with the definitions: A as it is, Bt = scale · Bᵀ.
+ * @returns the differences
+ */
 async function differences(adapter: Adapter, files: Files): Promise<string[]> {
   const found: string[] = [];
   const config = typeof files.config === "string" ? JSON.parse(files.config) : (files.config as Json);
@@ -269,7 +272,8 @@ t.test(`${COUNT} mutants`, async (t) => {
       for (const { read } of adapter!.saved) await read();
       if (wrong.length > 0) t.fail(`seed ${seed}: ${wrong.join(", ")}`);
       if (seed % 8 === 0) {
-        // Adapters that are read can be packed, and written packs open; or a number is too large, which is an AdapterError too.
+        // Adapters that are read can be packed, and written packs open; or a number is too large, which is an
+        // AdapterError too.
         const { chunks } = await buildPack([adapter!]);
         const pack = await openPack(new Uint8Array(Buffer.concat(chunks)));
         await pack.load(adapter!.id);

@@ -1,6 +1,6 @@
 /**
- * PEFT adapters: every golden case, fields and names that PEFT's format allows, folders on disk, and export. PEFT itself judges exported
- * adapters, where Python has it; runtime.test.ts compares the goldens with PEFT's own merge.
+ * PEFT adapters: every golden case, fields and names that PEFT's format allows, folders on disk, and export. PEFT
+ * itself judges exported adapters, where Python has it; runtime.test.ts compares the goldens with PEFT's own merge.
  */
 import { execFileSync } from "node:child_process";
 import { cpSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";

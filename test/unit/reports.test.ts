@@ -1,4 +1,6 @@
-/** Statements of reports hold, also in rare cases: one adapter, none of the model, no head, no components, no update. */
+/**
+ * Statements of reports hold, also in rare cases: one adapter, none of the model, no head, no components, no update.
+ */
 import { cp, mkdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import t from "tap";

@@ -1,6 +1,6 @@
 /**
- * Tasks of very different size in one pack: reported losses are the true ones. Judged by the definition, from the bytes of the pack, with
- * ΔW formed in f64.
+ * Tasks of very different size in one pack: reported losses are the true ones. Judged by the definition, from the bytes
+ * of the pack, with ΔW formed in f64.
  */
 import { type Coefficients, openPack, type Pack, type Side, type TensorRef } from "eigenlora";
 import {

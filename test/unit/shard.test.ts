@@ -1,6 +1,7 @@
 /**
- * Packs from parts: the same basis and the same pack however the adapters are spread, on real adapters, with a side kept as rows
- * (own-seed: 160 rows of width 384) or as a Gram matrix (hub: 424); damaged, mixed or hostile parts; restarts.
+ * Packs from parts: the same basis and the same pack however the adapters are spread, on real adapters, with a side
+ * kept as rows (own-seed: 160 rows of width 384) or as a Gram matrix (hub: 424); damaged, mixed or hostile parts;
+ * restarts.
  */
 import { spawn } from "node:child_process";
 import { once } from "node:events";

@@ -1,4 +1,7 @@
-/** Start of each test file (.taprc): test/support/start.ts, and test/support/required.ts, which finds no tool where EIGENLORA_BARE=1 is set. */
+/**
+ * Start of each test file (.taprc): test/support/start.ts, and test/support/required.ts, which finds no tool where
+ * EIGENLORA_BARE=1 is set.
+ */
 import { spawnSync } from "node:child_process";
 import { readdirSync, readFileSync } from "node:fs";
 import { mkdir, writeFile } from "node:fs/promises";

@@ -1,6 +1,6 @@
 /**
- * Options of trust: roots, keys, revoked tasks. The vectors' signatures are made by Node's own crypto; here ours are checked against it
- * too.
+ * Options of trust: roots, keys, revoked tasks. The vectors' signatures are made by Node's own crypto; here ours are
+ * checked against it too.
  */
 import { createPublicKey, generateKeyPairSync, verify } from "node:crypto";
 import { readFile } from "node:fs/promises";

@@ -1,6 +1,6 @@
 /**
- * After any sequence of switches and failures, the weights are those of the last switch that succeeded: bit for bit those of a runtime
- * that has done nothing else. On every backend, for every kind of host, folded and not.
+ * After any sequence of switches and failures, the weights are those of the last switch that succeeded: bit for bit
+ * those of a runtime that has done nothing else. On every backend, for every kind of host, folded and not.
  */
 import {
   type BackendOptions,
@@ -34,8 +34,8 @@ interface Rig {
   /** Parameters that a model would read. */
   state(): Promise<State>;
   /**
-   * Makes a write fail, counted from now; `lasting`: nothing can be put back afterwards either. Only hosts that can be made to fail have
-   * it.
+   * Makes a write fail, counted from now; `lasting`: nothing can be put back afterwards either. Only hosts that can be
+   * made to fail have it.
    */
   fail?(write: number, lasting: boolean): void;
 }
@@ -188,7 +188,8 @@ const onDevice: Make = async (pack, base, options) => {
 };
 
 /**
- * A framework whose matrices lie on the device, and move each time before they are folded; other parameters go through the CPU's memory.
+ * A framework whose matrices lie on the device, and move each time before they are folded; other parameters go through
+ * the CPU's memory.
  */
 const moving: Make = async (pack, base, options) => {
   const { device } = gpu!;

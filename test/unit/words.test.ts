@@ -1,4 +1,7 @@
-/** Words and English of the source: one declaration for each exported type, and comments that begin with a noun or a verb. */
+/**
+ * Words and English of the source: one declaration for each exported type, and comments that begin with a noun or a
+ * verb.
+ */
 import { readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -25,8 +28,8 @@ const PREPOSITION = /^(as|at|beside|by|for|from|in|of|on|to|with|without)\b/i;
 const RIDDLE = /\b(whoever|of which|of so many)\b/i;
 
 /**
- * Words of an earlier house for which the field has others (the list in CONTRIBUTING.md). Words that are ordinary English too (way, kind, found,
- * apart) cannot be told from these by a pattern and are left to the reader.
+ * Words of an earlier house for which the field has others (the list in CONTRIBUTING.md). Words that are ordinary
+ * English too (way, kind, found, apart) cannot be told from these by a pattern and are left to the reader.
  */
 const PRIVATE =
   /\b(gauges?|brings|brought|own rows|rows of (its|their) own|private (terms?|rows)|carriers?|grafts?|grafted|workbench|lent|shelf|letGo|judges?|made-up|given frequencies|homeless|twins?|settles?|settled|tells|told|heard|somebody|nobody|(this|that|one|a|each|either|other|both) sides?)\b/i;
@@ -178,7 +181,10 @@ function byFolder(places: readonly { file: string }[]): string {
   return [...counts].map(([folder, count]) => `${folder} ${count}`).join(", ");
 }
 
-/** A rule of CONTRIBUTING.md, "English", with the number of places that still break it. The number only falls: lower it when you mend some. */
+/**
+ * A rule of CONTRIBUTING.md, "English", with the number of places that still break it. The number only falls: lower it
+ * when you mend some.
+ */
 interface Rule {
   readonly title: string;
   readonly ceiling: number;

@@ -1,7 +1,7 @@
 // @ts-nocheck: it writes what no type describes
 /**
- * The vectors of SPEC.md, section 6.3: packs, bases, and what the parameters become, in 64 bits. Where an item of a task goes is written down
- * for each vector by hand.
+ * The vectors of SPEC.md, section 6.3: packs, bases, and what the parameters become, in 64 bits. Where an item of a
+ * task goes is written down for each vector by hand.
  */
 import { packFile, tensor } from "./format.js";
 import { createModel, random, safetensors } from "./model.js";

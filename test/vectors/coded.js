@@ -110,7 +110,8 @@ function wordsOf(steps, last = [], low = undefined) {
  * @param tensors of it in order, `{ at, type, rows, width }`; those of floats are stored as bytes
  * @param step each begins at a multiple of it
  * @param before bytes before the section: for bases and blobs the basis description
- * @param how see `wordsOf`; `alike`: whether tensors of few integers have given frequencies too; `first`: the first integer of a tensor, in the place of its own
+ * @param how see `wordsOf`; `alike`: whether tensors of few integers have given frequencies too; `first`: the first
+ *   integer of a tensor, in the place of its own
  */
 export function coded(
   section,

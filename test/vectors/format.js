@@ -1,7 +1,7 @@
 // @ts-nocheck: it writes what no type allows
 /**
- * Writes packs for the vectors and the mutants, from SPEC.md alone, without code of the package. It writes what it is told, valid or not;
- * numbers are packed bit by bit, the CRC is computed bit by bit.
+ * Writes packs for the vectors and the mutants, from SPEC.md alone, without code of the package. It writes what it is
+ * told, valid or not; numbers are packed bit by bit, the CRC is computed bit by bit.
  */
 import { createHash, createPrivateKey, createPublicKey, sign } from "node:crypto";
 import { coded } from "./coded.js";
@@ -255,10 +255,10 @@ function superblockOf(generation, committed, directory, bases, directoryBytes, s
 
 /**
  * A pack file.
- * @param pack `{ basis, tensors, tasks, appended, hashed, signer, minor, extra }`: basis description, bases' tensors as stored, tasks as
- *   `{ entry, header, tensors }`, tasks of a second generation, whether there are hashes, who signs, sections of other kinds, and
- *   what is made of coded sections (undefined: they are not coded), the bases where another writer has coded them, how the directory is coded, or else what is made of it, and a hole
- *   before each blob
+ * @param pack `{ basis, tensors, tasks, appended, hashed, signer, minor, extra }`: basis description, bases' tensors as
+ *   stored, tasks as `{ entry, header, tensors }`, tasks of a second generation, whether there are hashes, who signs,
+ *   sections of other kinds, and what is made of coded sections (undefined: they are not coded), the bases where
+ *   another writer has coded them, how the directory is coded, or else what is made of it, and a hole before each blob
  */
 export function packFile({
   basis,

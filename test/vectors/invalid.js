@@ -1,7 +1,7 @@
 // @ts-nocheck: it writes what no type allows
 /**
- * The invalid vectors: for each the section of SPEC.md that it breaks, and the reason. Checksums and hashes are right unless said
- * otherwise.
+ * The invalid vectors: for each the section of SPEC.md that it breaks, and the reason. Checksums and hashes are right
+ * unless said otherwise.
  */
 import { byte, coded, everySymbol, integer, told } from "./coded.js";
 import {
@@ -109,7 +109,10 @@ function headAs(tell, { last, low } = {}) {
   });
 }
 
-/** A blob that ends with the int4 row (3, 0, …, 0) with a scale of 0.5, coded by `tell`. @param more claimed bytes in addition to its own */
+/**
+ * A blob that ends with the int4 row (3, 0, …, 0) with a scale of 0.5, coded by `tell`.
+ * @param more claimed bytes in addition to its own
+ */
 function oneInteger(tell, more = 0) {
   return () => {
     const model = createModel(5);
@@ -221,7 +224,10 @@ export const stepOf = (name, section) => (section.startsWith("6") || OF_TASKS.ha
 const breaking = (section, list) =>
   Object.fromEntries(Object.entries(list).map(([name, vector]) => [name, [section, ...vector]]));
 
-/** Vectors: name → [section, why, make, given]. `given` holds the reader's trust options, and the `step` where `stepOf` does not tell it. */
+/**
+ * Vectors: name → [section, why, make, given]. `given` holds the reader's trust options, and the `step` where `stepOf`
+ * does not tell it.
+ */
 export const PACKS = {
   ...breaking("1", {
     "generation-u64": ["generation 2^53 + 1", every((_, v) => v.setBigUint64(1024, 2n ** 53n + 1n, true))],

@@ -13,7 +13,10 @@ export function random(seed) {
   };
 }
 
-/** Modules and tasks that grow together: `pack` is the input of `packFile`, `expected` the meaning of its tasks, by name. */
+/**
+ * Modules and tasks that grow together: `pack` is the input of `packFile`, `expected` the meaning of its tasks, by
+ * name.
+ */
 export function createModel(seed = 7) {
   const next = random(seed);
   const numbers = (count) => Array.from({ length: count }, next);
@@ -76,9 +79,10 @@ export function createModel(seed = 7) {
   }
 
   /**
-   * Adds a task. Terms: `{ module, rank, type, meanA, meanB, A, B, q, privateType, magnitudeType }`; parameters: `{ name, role, type,
-   * shape, indices }`. `A` and `B` are `{ basis, own }`: the basis of the coefficients (null: none), and the type of rows of its own.
-   * Expected are `ID/MODULE/delta`, `…/bound` (the tolerance of each element) and `…/magnitude`, and `ID/PARAMETER`.
+   * Adds a task. Terms: `{ module, rank, type, meanA, meanB, A, B, q, privateType, magnitudeType }`; parameters: `{
+   * name, role, type, shape, indices }`. `A` and `B` are `{ basis, own }`: the basis of the coefficients (null: none),
+   * and the type of rows of its own. Expected are `ID/MODULE/delta`, `…/bound` (the tolerance of each element) and
+   * `…/magnitude`, and `ID/PARAMETER`.
    */
   function task(id, terms, parameters = [], entry = {}) {
     const tensors = [];

@@ -186,7 +186,9 @@ function codedTask(signer) {
   return taskFileOf(signer, (task) => ({ ...task, blob: codedBlob(tasks[1], basis) }));
 }
 
-/** Components of one factor, several bases of a factor, residual rows instead of coefficients and in addition to them. */
+/**
+ * Components of one factor, several bases of a factor, residual rows instead of coefficients and in addition to them.
+ */
 export function sides() {
   const model = createModel(31);
   const own = (type) => ({ basis: null, own: type });

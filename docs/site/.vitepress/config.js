@@ -1,6 +1,7 @@
 /**
- * Configures `npm run site`, which makes a site of README, docs, examples and the API reference: VitePress, with search in the page and a
- * check of links. The pages stay where they are. The first page is docs/site/home.md, the side bar the index in docs/README.md.
+ * Configures `npm run site`, which makes a site of README, docs, examples and the API reference: VitePress, with search
+ * in the page and a check of links. The pages stay where they are. The first page is docs/site/home.md, the side bar
+ * the index in docs/README.md.
  */
 import { copyFileSync, readdirSync, readFileSync } from "node:fs";
 import { posix } from "node:path";
@@ -41,7 +42,8 @@ const slugify = (heading) =>
     .replaceAll(" ", "-");
 
 /**
- * Leads links to the pages of the site, and makes plain text of those to other files; gives pictures their size, and empty cells no head.
+ * Leads links to the pages of the site, and makes plain text of those to other files; gives pictures their size, and
+ * empty cells no head.
  * @param {any} md markdown-it
  */
 function adjust(md) {
@@ -72,11 +74,17 @@ function adjust(md) {
   });
 }
 
-/** Ranks the three routes above reference pages, and these above the rest. It runs in the page. @param {string} id address of a section */
+/**
+ * Ranks the three routes above reference pages, and these above the rest. It runs in the page.
+ * @param {string} id address of a section
+ */
 const boostDocument = (id) =>
   /^\/(docs\/(api|research)|benchmarks|[A-Z])/.test(id) ? 0.5 : /\/docs\/(use|pack|train)/.test(id) ? 2 : 1;
 
-/** @param {string} page path from the root @returns {string} its first sentences as plain text, up to what search engines show */
+/**
+ * @param {string} page path from the root
+ * @returns {string} its first sentences as plain text, up to what search engines show
+ */
 function descriptionOf(page) {
   const paragraph =
     read(page)
@@ -87,8 +95,8 @@ function descriptionOf(page) {
 }
 
 /**
- * Changes to files of VitePress 1.6.4. No fonts to load. In the search, for those who hear it: space between two words, a dialog that is no
- * button, options that are links and hold none.
+ * Changes to files of VitePress 1.6.4. No fonts to load. In the search, for those who hear it: space between two words,
+ * a dialog that is no button, options that are links and hold none.
  * @type {Record<string, [RegExp, string][]>}
  */
 const MENDS = {

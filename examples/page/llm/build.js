@@ -1,6 +1,6 @@
 /**
- * Builds the page with a language model into a folder of static files. What it is made of comes from material.js or from a test. Not
- * a server (../serve.js).
+ * Builds the page with a language model into a folder of static files. What it is made of comes from material.js or
+ * from a test. Not a server (../serve.js).
  */
 import { createHash } from "node:crypto";
 import { cp, open, readFile, writeFile } from "node:fs/promises";
@@ -11,7 +11,8 @@ import { bundlePage, writeOfflineWorker } from "../build.js";
 /**
  * @typedef {object} Material
  * @property {string} name of the model, for people
- * @property {string} folder of transformers.js: config.json, generation_config.json, tokenizer.json, tokenizer_config.json
+ * @property {string} folder of transformers.js: config.json, generation_config.json, tokenizer.json,
+ *   tokenizer_config.json
  * @property {string} model path of its ONNX file
  * @property {string | Uint8Array} pack path, or bytes
  * @property {number} adapters bytes of the files of all adapters in the pack

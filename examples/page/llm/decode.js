@@ -1,6 +1,6 @@
 /**
- * Greedy decoding with a cache of keys and values, several prompts at a time. Knows nothing of tasks, tokenizers and the page: any
- * session with `run` and `inputNames` works.
+ * Greedy decoding with a cache of keys and values, several prompts at a time. Knows nothing of tasks, tokenizers and
+ * the page: any session with `run` and `inputNames` works.
  */
 
 const PAST = /^past_key_values\./;

@@ -1,6 +1,6 @@
 /**
- * Material of the page with a language model: SmolLM2-135M-Instruct from a folder on this machine, and the pack and the tasks of
- * test/data/smollm2.
+ * Material of the page with a language model: SmolLM2-135M-Instruct from a folder on this machine, and the pack and the
+ * tasks of test/data/smollm2.
  */
 import { existsSync } from "node:fs";
 import { readdir, readFile, stat } from "node:fs/promises";
@@ -56,7 +56,10 @@ async function skillOf(id) {
   return { what: short, prompt: { before: `${prompt}: `, after: " →" }, examples: test.slice(0, EXAMPLES) };
 }
 
-/** Bytes of a number of adapters. Files of one rank on the same layers are equally large; not all are here. @param {number} count */
+/**
+ * Bytes of a number of adapters. Files of one rank on the same layers are equally large; not all are here.
+ * @param {number} count
+ */
 async function adapterBytes(count) {
   const sizes = [];
   for (const id of await readdir(data("adapters"))) {

@@ -1,6 +1,6 @@
 /**
- * The state and events of the page with a language model: which words, which skill, which provider, and the calls to the worker when
- * one of them changes. Drawing is in views.js, computing in worker.js.
+ * The state and events of the page with a language model: which words, which skill, which provider, and the calls to
+ * the worker when one of them changes. Drawing is in views.js, computing in worker.js.
  */
 import { startWorker } from "../client.js";
 import { pickByKeys } from "../keys.js";

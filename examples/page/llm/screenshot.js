@@ -1,7 +1,8 @@
 /**
  * Takes the picture of the page with a language model for the documents, with Chromium: docs/page-llm.png.
  *
- * EIGENLORA_SMOLLM2=FOLDER node examples/page/llm/screenshot.js [--scheme light|dark] [--width 1240] [--height 1400] [-o docs/page-llm.png]
+ * EIGENLORA_SMOLLM2=FOLDER node examples/page/llm/screenshot.js [--scheme light|dark] [--width 1240] [--height 1400]
+ * [-o docs/page-llm.png]
  */
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";

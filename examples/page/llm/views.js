@@ -85,8 +85,8 @@ export function drawSwitch(milliseconds) {
 }
 
 /**
- * @typedef {{ switch?: number, first: number, milliseconds: number, steps: number }} Cost times in milliseconds; no switch where the skill
- *   was active before
+ * @typedef {{ switch?: number, first: number, milliseconds: number, steps: number }} Cost times in milliseconds; no
+ *   switch where the skill was active before
  */
 
 /** @param {Cost | undefined} cost undefined: not known yet */
@@ -114,8 +114,8 @@ export function logMessage(message, cost) {
 }
 
 /**
- * Bars on one scale each: memory of the skills alone, their files, and memory with the model. Models and adapters count by the bytes
- * of their files.
+ * Bars on one scale each: memory of the skills alone, their files, and memory with the model. Models and adapters count
+ * by the bytes of their files.
  * @param {Facts} facts
  * @param {import("./worker.js").MemoryReport} memory
  * @param {number} count skills of the pack's file

@@ -1,10 +1,10 @@
 /**
- * The worker of the page with a language model: owns tokenizer, pack, session and trainer, and answers calls one after the other.
- * Text arrives in events, token by token. Teaching does not block the queue of calls: they are answered between two of its steps.
- * Knows nothing of the document.
+ * The worker of the page with a language model: owns tokenizer, pack, session and trainer, and answers calls one after
+ * the other. Text arrives in events, token by token. Teaching does not block the queue of calls: they are answered
+ * between two of its steps. Knows nothing of the document.
  *
- * A skill is a task of the pack and the words around what the visitor writes: those of the pack's tasks are in facts.json, those of
- * tasks made here travel in the metadata of their files.
+ * A skill is a task of the pack and the words around what the visitor writes: those of the pack's tasks are in
+ * facts.json, those of tasks made here travel in the metadata of their files.
  */
 import { Tokenizer } from "@huggingface/tokenizers";
 import { openPack } from "eigenlora";
@@ -47,8 +47,8 @@ import { decode } from "./decode.js";
 /** Facts that the page was built with (build.js). @typedef {import("./build.js").Facts} Facts */
 
 /**
- * Settings for a dozen examples: the tasks' mean knows already that an answer is short and ends. A step of more examples would teach a little
- * better, and take longer.
+ * Settings for a dozen examples: the tasks' mean knows already that an answer is short and ends. A step of more
+ * examples would teach a little better, and take longer.
  */
 const TEACHING = { init: /** @type {const} */ ("mean"), fit: { batch: 4, steps: 12, learningRates: { terms: 0.02 } } };
 
@@ -66,7 +66,9 @@ let files;
 /** Files of skills taught or opened here. @type {Map<string, Uint8Array<ArrayBuffer>>} */
 const own = new Map();
 /** @typedef {import("../worker-kit.js").SessionOptions} SessionOptions */
-/** @type {{ ort: Ort, session: import("eigenlora/onnxruntime").EigenSession<Ort>, options: SessionOptions } | undefined} */
+/**
+ * @type {{ ort: Ort, session: import("eigenlora/onnxruntime").EigenSession<Ort>, options: SessionOptions } | undefined}
+ */
 let running;
 /** Ends the teaching under way. @type {AbortController | undefined} */
 let teaching;
@@ -147,7 +149,8 @@ const calls = {
   },
 
   /**
-   * Answers as each of several skills: batches with one task per row. Where tasks are folded into the weights, one after the other.
+   * Answers as each of several skills: batches with one task per row. Where tasks are folded into the weights, one
+   * after the other.
    * @param {number} request
    * @param {string[]} ids
    * @param {string} text
@@ -177,8 +180,8 @@ const calls = {
   },
 
   /**
-   * Learns a skill from a dozen examples and makes it active, in place of one of that name that was taught before. Reports each
-   * step. When it is stopped, what was learned until then counts; before the first step that is nothing.
+   * Learns a skill from a dozen examples and makes it active, in place of one of that name that was taught before.
+   * Reports each step. When it is stopped, what was learned until then counts; before the first step that is nothing.
    * @param {string} id
    * @param {Prompt} prompt
    * @param {Example[]} examples
@@ -271,7 +274,11 @@ function skillOf(id, { facts, pack } = opened()) {
   return { id, what: known?.what ?? "", prompt, bytes: file?.length ?? bytes, own: file !== undefined };
 }
 
-/** The words of a skill's `template`. @param {import("eigenlora").TaskMetadata} metadata @returns {Prompt | undefined} */
+/**
+ * The words of a skill's `template`.
+ * @param {import("eigenlora").TaskMetadata} metadata
+ * @returns {Prompt | undefined}
+ */
 function promptIn({ template, ...facts }) {
   if (typeof template !== "string") return undefined;
   const [asked = ""] = template.split("{output}");
@@ -286,8 +293,8 @@ function isShort(words) {
 }
 
 /**
- * Adds a skill in place of one of that name that was made here before, and makes it active. Leaves everything as it was when the
- * skill cannot be used.
+ * Adds a skill in place of one of that name that was made here before, and makes it active. Leaves everything as it was
+ * when the skill cannot be used.
  * @param {string} id of none that the pack's file has
  * @param {Uint8Array<ArrayBuffer>} file
  */

@@ -1,7 +1,8 @@
 /**
- * Packs of parts. A basis is made of statistics: a pack without tasks, onto which adapters are projected wherever they are; what needs all
- * adapters at once is refused by name. Adapters projected on one machine become a part with tasks, and such parts become a pack. A
- * part holds whole task files (SPEC.md, section 7), so that every one of them is bound to its basis and checked like one that came alone.
+ * Packs of parts. A basis is made of statistics: a pack without tasks, onto which adapters are projected wherever they
+ * are; what needs all adapters at once is refused by name. Adapters projected on one machine become a part with tasks,
+ * and such parts become a pack. A part holds whole task files (SPEC.md, section 7), so that every one of them is bound
+ * to its basis and checked like one that came alone.
  */
 import { type Adapter, commonBase, compare } from "../../adapters/adapter.ts";
 import type { Pack } from "../../core/pack.ts";
@@ -68,8 +69,8 @@ export interface BasisReport
 }
 
 /**
- * The basis of all adapters that were counted: what `buildPack` finds in column mode with the same settings, to the bit where
- * a side's rows were kept, and else up to rounding.
+ * The basis of all adapters that were counted: what `buildPack` finds in column mode with the same settings, to the bit
+ * where a side's rows were kept, and else up to rounding.
  * @throws RangeError for the balanced gauge with the mean kept, which needs all adapters at once
  * @throws AdapterError for components that cannot be stored
  * @throws BaseMismatchError when the base given does not have the modules
@@ -212,12 +213,12 @@ export interface AssembledPack {
 }
 
 /**
- * Assembles a pack: the tasks of all parts, and those that the basis has already, by id, so that how they were spread over
- * parts makes no difference to a byte. Blobs are read twice, once to check them and once to be copied: parts and basis stay open
- * until the chunks have been written.
+ * Assembles a pack: the tasks of all parts, and those that the basis has already, by id, so that how they were spread
+ * over parts makes no difference to a byte. Blobs are read twice, once to check them and once to be copied: parts and
+ * basis stay open until the chunks have been written.
  * @param parts one or more
- * @throws FormatError for a damaged part; AdapterError for a part on another basis or of other number formats; TaskError for a task that
- *   is there twice
+ * @throws FormatError for a damaged part; AdapterError for a part on another basis or of other number formats;
+ *   TaskError for a task that is there twice
  */
 export async function assemblePack(
   basis: Pack,

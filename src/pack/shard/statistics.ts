@@ -1,11 +1,11 @@
 /**
- * Statistics of adapters: for each module and side a summary of its rows, and whose rows they are. Made of adapters, read from a part or merged
- * from several; one shape for all three, computed one module at a time when it is asked for. From them comes a basis (`basis.ts`);
- * adapters cannot be reconstructed.
+ * Statistics of adapters: for each module and side a summary of its rows, and whose rows they are. Made of adapters,
+ * read from a part or merged from several; one shape for all three, computed one module at a time when it is asked for.
+ * From them comes a basis (`basis.ts`); adapters cannot be reconstructed.
  *
- * A part is one machine's share of a pack that is too large for it, as a file (SPEC.md, appendix B): a safetensors file with a description and a
- * checksum of its header and of every tensor, so that any safetensors reader can look into it. It is not a cache: a part says what it was made
- * from, and its owner decides what to make again.
+ * A part is one machine's share of a pack that is too large for it, as a file (SPEC.md, appendix B): a safetensors file
+ * with a description and a checksum of its header and of every tensor, so that any safetensors reader can look into it.
+ * It is not a cache: a part says what it was made from, and its owner decides what to make again.
  */
 
 import {
@@ -64,7 +64,10 @@ export interface Statistics {
   readonly gauge: Gauge;
   /** The most rows that were taken of an adapter's module, its strongest; undefined for all. */
   readonly rank: number | undefined;
-  /** Every adapter's factor counts alike, however large it is. Rows are kept as they are, Gram matrices are of scaled rows. */
+  /**
+   * Every adapter's factor counts alike, however large it is. Rows are kept as they are, Gram matrices are of scaled
+   * rows.
+   */
   readonly normalize: boolean;
   /** Sorted by id. */
   readonly adapters: readonly CountedAdapter[];
@@ -72,7 +75,10 @@ export interface Statistics {
   readonly modules: ReadonlyMap<string, StatisticsModule>;
   /** Rows of each adapter in a module, 0 for one that does not adapt it. */
   ranks(module: string): Promise<Uint32Array>;
-  /** The stack of a side, adapter by adapter. In the balanced gauge rows that were trimmed are zero, behind an adapter's others. */
+  /**
+   * The stack of a side, adapter by adapter. In the balanced gauge rows that were trimmed are zero, behind an adapter's
+   * others.
+   */
   side(module: string, side: "A" | "B"): Promise<Summary>;
 }
 
@@ -140,8 +146,8 @@ function counted<O>(
 }
 
 /**
- * Statistics of all adapters of several parts. The order of the parts makes no difference, nor does who merged which before,
- * beyond rounding in f64; while a side is kept as rows, none at all.
+ * Statistics of all adapters of several parts. The order of the parts makes no difference, nor does who merged which
+ * before, beyond rounding in f64; while a side is kept as rows, none at all.
  * @param given one or more
  * @param options.anyBase as of `buildPack`
  * @throws TaskError for an adapter in two parts; AdapterError for parts of another gauge, base model or shapes
@@ -231,16 +237,20 @@ function refuseOther(a: Statistics, b: Statistics): void {
 }
 
 // A summary of a stack of rows for its principal components, small enough to travel: the rows themselves while they are
-// few, else their Gram matrix and sum. Summaries of stacks that never meet in one memory add up to that of the whole stack,
-// exactly for rows and up to rounding for Gram matrices, in any order and any grouping. In f64. The mean is taken off at the
-// end, since it is known only there. For column mode: every other way of extraction needs all adapters at once.
+// few, else their Gram matrix and sum. Summaries of stacks that never meet in one memory add up to that of the whole
+// stack, exactly for rows and up to rounding for Gram matrices, in any order and any grouping. In f64. The mean is
+// taken off at the end, since it is known only there. For column mode: every other way of extraction needs all adapters
+// at once.
 
 /** The summary of a stack [count, width]. */
 export type Summary = { readonly width: number; readonly count: number } & (
   | { readonly kind: "rows"; readonly values: Float64Array }
   | {
       readonly kind: "gram";
-      /** The lower triangle of YᵀY, row by row: entry (i, j) at i·(i + 1)/2 + j. Rows of Y are those of X times their weights w. */
+      /**
+       * The lower triangle of YᵀY, row by row: entry (i, j) at i·(i + 1)/2 + j. Rows of Y are those of X times their
+       * weights w.
+       */
       readonly gram: Float64Array;
       /** Sums for the mean and its subtraction [width + 1]: Σ w·y, Σ w². */
       readonly sums: Float64Array;
@@ -383,7 +393,9 @@ export type PartKind = "statistics" | "tasks";
 /** A part may list as many tasks as a pack, each with a tensor of its own. */
 const MOST_HEADER = 100_000_000;
 const ABOUT = "eigenlora part";
-/** The last tensor, whatever the others are called: CRC-32C of the header, then of each tensor in the order of the file. */
+/**
+ * The last tensor, whatever the others are called: CRC-32C of the header, then of each tensor in the order of the file.
+ */
 const CHECKSUMS = "~checksums";
 
 /** Commands that write a kind of part, and that take it. */
@@ -436,7 +448,8 @@ export interface Part {
 /**
  * Opens a part and checks its description.
  * @param kind refuses the other kind, where it is given
- * @throws FormatError when the file is no part, of the other kind, truncated or damaged; SourceError when it cannot be read
+ * @throws FormatError when the file is no part, of the other kind, truncated or damaged; SourceError when it cannot be
+ *   read
  */
 export async function openPart(input: SourceInput, kind?: PartKind): Promise<Part> {
   const source = await openSource(input, {}, "part");
@@ -587,7 +600,10 @@ function tensorsOf({ name, rows, ...module }: StatisticsModule, side: "A" | "B")
   return [tensor("gram", triangle(width)), tensor("sums", width + 1)];
 }
 
-/** Opens a part with statistics. @throws FormatError as `openPart`, and for a description that its tensors do not fit */
+/**
+ * Opens a part with statistics.
+ * @throws FormatError as `openPart`, and for a description that its tensors do not fit
+ */
 export function openStatistics(input: SourceInput): Promise<StatisticsPart> {
   return readPart(input, "statistics", readStatistics);
 }

@@ -1,8 +1,9 @@
 // @ts-nocheck: it writes what no type allows
 /**
- * Small packs that would become large: expanded, exported and folded in a process each. Prints outcome, CPU, memory beyond what the process
- * had before and the most CPU without a turn of the event loop. Exits with 1 beyond the limits: 64 MB; 50 ms where a task is refused; 16 ms
- * without a turn where it is not, and twice as long until an abort is heard.
+ * Small packs that would become large: expanded, exported and folded in a process each. Prints outcome, CPU, memory
+ * beyond what the process had before and the most CPU without a turn of the event loop. Exits with 1 beyond the limits:
+ * 64 MB; 50 ms where a task is refused; 16 ms without a turn where it is not, and twice as long until an abort is
+ * heard.
  *
  * usage: node test/soak/attacks/expand.js [NAME...]
  */
@@ -114,7 +115,8 @@ async function attack(name, bytes, abort) {
   const small = pack({ width: 384, rank: 64, K: 16 });
   await (await prepare(await openPack(small), undefined))();
   const opened = await openPack(bytes, options);
-  // Checking a blob takes time in proportion to its bytes, which are many where its task expands by leave or with a base.
+  // Checking a blob takes time in proportion to its bytes, which are many where its task expands by leave or with a
+  // base.
   if (options.maxExpansion || name.startsWith("folded")) await opened.load("t");
   const controller = new AbortController();
   const work = await prepare(opened, controller.signal);

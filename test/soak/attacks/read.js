@@ -1,7 +1,8 @@
 // @ts-nocheck: it writes what no type allows
 /**
- * Files that are made to fill the memory or to stop the event loop of what reads them: directories, task files, headers of safetensors,
- * answers without end. Each is read in a process of its own, with a `signal`. SECURITY.md lists the limits that they meet.
+ * Files that are made to fill the memory or to stop the event loop of what reads them: directories, task files, headers
+ * of safetensors, answers without end. Each is read in a process of its own, with a `signal`. SECURITY.md lists the
+ * limits that they meet.
  *
  * usage: node test/soak/attacks/read.js [--dist FOLDER] [NAME...]      FOLDER of another build, to compare with
  */
@@ -154,7 +155,10 @@ function packOf({ description = [[msgpack(basis)]], list = [[msgpack([])]], blob
   return file;
 }
 
-/** A map that begins at a byte and ends the bytes, with one key more, of a value in pieces. @param padded bytes of noise, so that it may be coded */
+/**
+ * A map that begins at a byte and ends the bytes, with one key more, of a value in pieces.
+ * @param padded bytes of noise, so that it may be coded
+ */
 function withKey(bytes, at, key, pieces, padded) {
   bytes[at] += padded ? 2 : 1;
   const pad = padded ? [[bytesOf(short("x-pad"), head(0xdb, padded), noise(padded))]] : [];

@@ -1,4 +1,7 @@
-/** Runs examples in the current folder, each a module with a function of the values it assumes. Started by test/pages/examples.test.ts. */
+/**
+ * Runs examples in the current folder, each a module with a function of the values it assumes. Started by
+ * test/pages/examples.test.ts.
+ */
 import { readFileSync } from "node:fs";
 import { pathToFileURL } from "node:url";
 import { Absent, forget, values } from "./values.js";

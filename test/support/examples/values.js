@@ -1,7 +1,7 @@
 /**
- * Values that examples in doc comments and documents assume, by name: "the pack", "your tokenizer". Each is made when an example uses it,
- * in a folder with the files that `test/pages/examples.test.ts` puts there. Examples in doc comments whose values
- * are absent are only type-checked; a page marks such a block.
+ * Values that examples in doc comments and documents assume, by name: "the pack", "your tokenizer". Each is made when
+ * an example uses it, in a folder with the files that `test/pages/examples.test.ts` puts there. Examples in doc
+ * comments whose values are absent are only type-checked; a page marks such a block.
  */
 import { readFileSync } from "node:fs";
 import { pathToFileURL } from "node:url";

@@ -1,4 +1,7 @@
-/** Reaches inside the built package for tests: the command line in this process, with its disk, clock or output replaced. */
+/**
+ * Reaches inside the built package for tests: the command line in this process, with its disk, clock or output
+ * replaced.
+ */
 
 export { downloading, Run } from "../../../dist/src/cli/command.js";
 export { openScratch, takeLock, writeTogether, writeWhole } from "../../../dist/src/cli/files.js";
@@ -6,12 +9,16 @@ export { openModel, readExamples, readQuestions } from "../../../dist/src/cli/mo
 export * from "../../../dist/src/cli/output.js";
 export { runProgram } from "../../../dist/src/cli/program.js";
 
-/** Where commands lie as modules, for processes that run one of them alone, and files that a test replaces the disk of. */
+/**
+ * Where commands lie as modules, for processes that run one of them alone, and files that a test replaces the disk of.
+ */
 export const COMMAND_LINE: URL = new URL("../../../dist/src/cli/", import.meta.url);
 export const FILES = "../../dist/src/cli/files.js";
 export type Files = typeof import("../../../dist/src/cli/files.js");
 
-/** Files whose text is checked in the installed package: a library's licence, and types that every entry brings along. */
+/**
+ * Files whose text is checked in the installed package: a library's licence, and types that every entry brings along.
+ */
 export const MSGPACKR = "dist/src/format/msgpackr.js";
 export const GLOBALS = "dist/src/globals.d.ts";
 

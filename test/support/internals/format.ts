@@ -1,4 +1,6 @@
-/** Reaches inside the built package for tests: bytes of SPEC.md, written wrongly on purpose or against its own words. */
+/**
+ * Reaches inside the built package for tests: bytes of SPEC.md, written wrongly on purpose or against its own words.
+ */
 
 export * from "../../../dist/src/format/coded.js";
 export { wasmFloats, wasmWork } from "../../../dist/src/format/coded-wasm.js";

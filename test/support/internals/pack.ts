@@ -1,4 +1,7 @@
-/** Reaches inside the built package for tests: readers of adapters, linear algebra, and packing with its parts exchanged. */
+/**
+ * Reaches inside the built package for tests: readers of adapters, linear algebra, and packing with its parts
+ * exchanged.
+ */
 
 export { unflatten } from "../../../dist/src/adapters/kohya.js";
 export { openOnnxAdapter } from "../../../dist/src/adapters/onnx-adapter.js";

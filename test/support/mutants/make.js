@@ -1,7 +1,7 @@
 // @ts-nocheck: it makes what no type allows
 /**
- * Makes mutants of packs and task files from a number: structures with a change, put together again with right checksums and hashes, and
- * bytes that were changed afterwards.
+ * Makes mutants of packs and task files from a number: structures with a change, put together again with right
+ * checksums and hashes, and bytes that were changed afterwards.
  */
 
 import { coded } from "../../vectors/coded.js";

@@ -1,5 +1,8 @@
 // @ts-nocheck: it handles what no type describes
-/** Runs mutants through the package and compares accepted ones with what test/vectors/reader.py reads, from SPEC.md alone. */
+/**
+ * Runs mutants through the package and compares accepted ones with what test/vectors/reader.py reads, from SPEC.md
+ * alone.
+ */
 import { spawnSync } from "node:child_process";
 import { fileURLToPath } from "node:url";
 import { createRuntime, openPack } from "eigenlora";
@@ -96,7 +99,10 @@ function valuesOf({ role, shape, indices, values }, before) {
   return all;
 }
 
-/** Compares heads, biases and token rows after a switch, those of other tasks too. @returns the first difference, described */
+/**
+ * Compares heads, biases and token rows after a switch, those of other tasks too.
+ * @returns the first difference, described
+ */
 function otherDifference(runtime, modules, task, before, given) {
   const brought = new Map(task?.parameters.map((one) => [one.name, one]));
   const weights = new Set(modules.map(({ name }) => `${name}.weight`));
@@ -149,7 +155,10 @@ async function openAll({ bytes, known }) {
   return pack;
 }
 
-/** Folds each task of a file and compares it with its meaning. @returns the first difference; undefined where there is none */
+/**
+ * Folds each task of a file and compares it with its meaning.
+ * @returns the first difference; undefined where there is none
+ */
 export async function check(file, truth, wasm) {
   if (truth === null) return undefined;
   if (truth.refused) return `the reader refuses it: ${truth.refused}`;
