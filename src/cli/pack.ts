@@ -5,6 +5,7 @@
 import { existsSync } from "node:fs";
 import { availableParallelism } from "node:os";
 import type { Adapter } from "../adapters/adapter.ts";
+import { listed } from "../errors.ts";
 import { type Built, buildStreamed, type Streamed } from "../pack/build.ts";
 import type { BuildReport, SharedReport } from "../pack/report.ts";
 import { type SearchOptions, type SearchReport, searchStreamed } from "../pack/search.ts";
@@ -221,13 +222,13 @@ function nameOf({ basis, coefficients, head }: Dtypes): string {
 // Reports for people.
 
 function reportText(file: string, report: BuildReport): string[] {
-  const { errors, components, ratio, breakEvenTasks, shared, tasks } = report;
+  const { errors, components, breakEvenTasks, shared, tasks } = report;
   const totals = errors.map(({ total }) => total);
   return [
     `${file}: ${count(tasks, "task")}, ${count(report.modules, "module")}, ${bytes(report.bytes)}`,
     ...table([
       ["", "adapters", "pack"],
-      ["size", bytes(report.adapterBytes), `${bytes(report.bytes)} (${smaller(ratio)})`],
+      ...sizeRows(report),
       ["ΔW error of a task, mean / largest", "0", `${percent(mean(totals))} / ${percent(Math.max(0, ...totals))}`],
       ...(shared
         ? [["one task, on average", bytes(report.adapterBytes / tasks), bytes((report.bytes - shared.bytes) / tasks)]]
@@ -235,6 +236,12 @@ function reportText(file: string, report: BuildReport): string[] {
     ]),
     ...(shared ? sharedText(shared, report) : components.max > 0 ? [sharing(breakEvenTasks)] : []),
   ];
+}
+
+/** Fingerprints have a row of their own: in the pack of one small adapter they can be a fifth of it. */
+function sizeRows({ adapterBytes, bytes: whole, ratio, fingerprints }: BuildReport): string[][] {
+  const rows = [["size", bytes(adapterBytes), `${bytes(whole)} (${smaller(ratio)})`]];
+  return fingerprints > 0 ? [...rows, ["of it, fingerprints of the base", "", bytes(fingerprints)]] : rows;
 }
 
 /** Factors that tasks share, and the bytes that this saves. */
@@ -258,7 +265,7 @@ function triedText({ tried }: SearchReport): string[] {
 }
 
 function byAnswersText(file: string, report: ByAnswersReport): string[] {
-  const { tasks, adapterBytes, answers, ratio, components, shared, steps, left } = report;
+  const { tasks, adapterBytes, answers, components, shared, steps, left } = report;
   const goesOn = existsSync(`${file}.partial`) ? ", and it goes on from there" : "";
   const again = `Run the same command again with --force${goesOn}`;
   if (answers.length === 0)
@@ -270,13 +277,14 @@ function byAnswersText(file: string, report: ByAnswersReport): string[] {
     ];
   const asked = answers.flatMap(({ agreement }) => agreement ?? []);
   const least = answers.reduce((a, b) => ((b.agreement ?? 2) < (a.agreement ?? 2) ? b : a));
+  const unlike = answers.filter(({ agreement = 1, wanted = 0 }) => agreement < wanted);
   const stored = (...names: string[]): number => answers.filter(({ kept }) => names.includes(kept)).length;
   const agreement = ["answers like the adapter's, mean / least", "100.0 %"];
   return [
     `${file}: ${count(tasks, "task")}, ${bytes(report.bytes)}`,
     ...table([
       ["", "adapters", "pack"],
-      ["size", bytes(adapterBytes), `${bytes(report.bytes)} (${smaller(ratio)})`],
+      ...sizeRows(report),
       ["one task, on average", bytes(adapterBytes / tasks), bytes(mean(answers.map(({ bytes }) => bytes)))],
       ...(asked.length > 0
         ? [[...agreement, `${percent(mean(asked))} / ${percent(least.agreement!)} (${least.id})`]]
@@ -290,6 +298,12 @@ function byAnswersText(file: string, report: ByAnswersReport): string[] {
     `${count(stored("distilled", "projected"), "task")} ${steps > 0 ? `distilled, in ${count(steps, "training step")} at most` : "solved for answers, without training"}` +
       `${stored("closer") > 0 ? `; ${stored("closer")} with numbers of their own, since their answers differed too much` : ""}.`,
     ...answers.flatMap(({ reason }) => (reason === undefined ? [] : [`${reason}. It is stored by its ΔW alone.`])),
+    ...(unlike.length > 0
+      ? [
+          `Less alike than asked (${percent(unlike[0]!.wanted!)}): ${listed(unlike.map(({ id }) => id))}. ` +
+            "Without --model, --error 0.05 keeps more.",
+        ]
+      : []),
     ...(left.length > 0
       ? [`${count(left.length, "task")} not distilled, since the command was stopped: ${left.join(", ")}. ${again}.`]
       : []),

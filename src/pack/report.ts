@@ -5,6 +5,7 @@ import { listed } from "../errors.ts";
 import type { ComponentSelection } from "../extract/components.ts";
 import type { SharedSides } from "../extract/sides.ts";
 import type { ModuleInput } from "../format/encode.ts";
+import { FINGERPRINT_SIZE } from "../format/format.ts";
 import { type Dtypes, mean, sum } from "../tensor/dtypes.ts";
 import type { BuildOptions, Recipe } from "./recipe.ts";
 
@@ -36,6 +37,8 @@ export interface BuildReport {
    */
   readonly shared?: SharedReport | undefined;
   readonly bytes: number;
+  /** Bytes of the base's fingerprints, by which apps refuse another model; 0 without a base. */
+  readonly fingerprints: number;
   /** Size of the adapter files. */
   readonly adapterBytes: number;
   /** adapterBytes / bytes. */
@@ -105,6 +108,7 @@ export function buildReport(
   const tasks = blobs.map((blob, i) => ({ blob, adapter: adapters[i]!.byteLength }));
   return {
     ...sizes(bytes, tasks),
+    fingerprints: based ? 4 * FINGERPRINT_SIZE * modules : 0,
     modules,
     gauge,
     centering,

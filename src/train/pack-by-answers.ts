@@ -93,6 +93,8 @@ export interface AnsweringTask {
   readonly id: string;
   /** Its agreement with its adapter, as of `ByAnswersOptions`; undefined where it was not asked. */
   readonly agreement: number | undefined;
+  /** The agreement that was asked for; undefined with `bytes`, and where the task was not asked. */
+  readonly wanted: number | undefined;
   /**
    * "distilled" onto the components; "projected" where that was no worse, or `bytes` were too few; "closer", with terms
    * of its own, where that agreed better; "undistilled" where time ran out, or it cannot be distilled: as a pack
@@ -364,17 +366,17 @@ class Answering {
 
   async #distilled({ level, adapter, steps, differ, onStep }: Attempt): Promise<Outcome> {
     const { task, outputs } = await this.#teach(level, adapter);
-    const { bytes: most, agreement: wanted = most === undefined ? DEFAULT_AGREEMENT[outputs.asked] : 0 } =
+    const { bytes: most, agreement: wanted = most === undefined ? DEFAULT_AGREEMENT[outputs.asked] : undefined } =
       this.#options;
-    const least = 1 - differ * (1 - wanted);
+    const least = 1 - differ * (1 - (wanted ?? 0));
     const how = { ...this.#options, steps, onStep: ({ step }: TrainingStep) => onStep(step) };
     const { id, file, kept, agreement } = await distilTask(level.session, adapter, task, outputs, how);
-    let best: Outcome = { id, file, kept, agreement, bytes: taskIn(file, id).blob.length };
+    let best: Outcome = { id, file, kept, agreement, wanted, bytes: taskIn(file, id).blob.length };
     for (const error of CLOSER) {
       if (best.agreement! >= least) break;
       const made = await closer(level, adapter, error);
       const agreement = await this.#agreement(level, adapter, made.file);
-      if (agreement > best.agreement!) best = { ...made, kept: "closer", agreement };
+      if (agreement > best.agreement!) best = { ...made, kept: "closer", agreement, wanted };
     }
     return best;
   }
@@ -432,7 +434,7 @@ async function projected({ pack }: Open, { id }: Adapter): Promise<Outcome> {
 
 function asStored({ basisId }: Pack, { entry, blob }: TaskToWrite): Outcome {
   const file = encodeTaskFile(entry, basisId, blob);
-  return { id: entry.id, file, bytes: blob.length, agreement: undefined, kept: "undistilled" };
+  return { id: entry.id, file, bytes: blob.length, agreement: undefined, wanted: undefined, kept: "undistilled" };
 }
 
 // Packs that tasks are distilled in, from few bytes to many: with components of all tasks, or without.

@@ -317,6 +317,20 @@ for (const [name, caseOf] of [["a tiny model", tinyCase], ...(soak ? [["MiniLM",
     t.notOk(existsSync("two.eigen.partial"), "nothing is left beside it");
     t.equal((await json(0, "verify", "two.eigen"))["ok"], true);
 
+    const strict = await run(
+      "pack",
+      first,
+      second,
+      "-o",
+      "strict.eigen",
+      ...how,
+      "--distill",
+      "0",
+      "--agreement",
+      "0.99999",
+    );
+    t.match(strict.stdout, new RegExp(`Less alike than asked .100.0 %.: .*${ids[0]}.*--error 0.05 keeps more`));
+
     const added = await json(0, "add", "two.eigen", third, ...how, "--minutes", "0.5");
     t.match(added, { added: [ids[2]], answers: [{ id: ids[2] }] });
     t.ok(added["answers"][0].agreement >= 0.95, `agreement ${added["answers"][0].agreement}`);
