@@ -10,7 +10,6 @@ import { described } from "./errors.ts";
 
 export type { Adapter, BaseFacts } from "./adapters/adapter.ts";
 export {
-  type AdapterFormat,
   type AdapterLocation,
   findAdapters,
   type ReadAdaptersOptions,

@@ -13,15 +13,9 @@ import type { HubOptions } from "../http/hub.ts";
 import { localSource } from "../open-source.ts";
 import { type ByteSource, FETCH_OPTIONS } from "../source.ts";
 import { sum } from "../tensor/dtypes.ts";
-import { openGguf } from "../tensor/gguf.ts";
 import { type Adapter, type AdapterModule, type BaseFacts, compare, readTaskMetadata } from "./adapter.ts";
-import { foreignName, holdsLora, MODELS, readDiffusers, withTextModel } from "./diffusers.ts";
-import { readGguf } from "./gguf.ts";
-import { isKohyaName, readKohya } from "./kohya.ts";
-import { readMlx } from "./named-lora.ts";
-import { readOnnxAdapter } from "./onnx-adapter.ts";
-import { type PeftFiles, readPeft } from "./peft.ts";
-import { readPeftConfig } from "./peft-config.ts";
+import { foreignName, holdsLora, MODELS, withTextModel } from "./diffusers.ts";
+import { type AdapterFolder, type AdapterFormat, CONFIG, FORMATS, folderFiles, TASK } from "./formats.ts";
 import { describeBase, kind, namesIn, openWeights, readJson, type Tree, treeAt } from "./tree.ts";
 
 /** Files kept open between reads, which is twice as fast. Any further file is opened for each read. */
@@ -68,7 +62,7 @@ export async function readAdapters(paths: readonly string[], options: ReadAdapte
   return adapters;
 
   async function openAdapter(location: AdapterLocation): Promise<Adapter> {
-    const { id, path, tensors: file, format, models } = location;
+    const { id, path, tensors: file, format: name, models } = location;
     const about = join(path, TASK);
     const task = (await kind(about)) === "file" ? await readJson(about) : undefined;
     if (models) {
@@ -76,28 +70,29 @@ export async function readAdapters(paths: readonly string[], options: ReadAdapte
       for (const [model, part] of models) parts.set(model, await openAdapter(part));
       return joinModels({ id, file: path }, parts, readTaskMetadata(task, about));
     }
-    const files = { id, file: path, tensors: await open(file), task };
-    if (format === "diffusers") return readDiffusers(files);
-    if (format === "onnx_adapter") return readOnnxAdapter(files);
-    if (format === "kohya" || format === "gguf") {
-      const { base } = options;
-      if (base !== undefined) facts ??= describeBase(base, options);
-      return (format === "kohya" ? readKohya : readGguf)({ ...files, base: await facts });
-    }
-    const config = await readJson(join(path, CONFIG));
-    return format === "mlx" ? readMlx({ ...files, config }) : readStarted({ ...files, config });
-  }
-
-  async function readStarted(files: PeftFiles): Promise<Adapter> {
-    if (readPeftConfig(files.config, `${files.file}/${CONFIG}`).start === undefined) return readPeft(files);
-    const { base: given } = options;
-    if (given !== undefined) weights ??= openWeights(given, options);
-    const base = await weights;
-    const adapter = await readPeft({ ...files, base });
+    const { base } = options;
+    const format = FORMATS.find((one) => one.name === name)!;
+    let usesWeights = false;
+    const adapter = await format.read(
+      { id, file: path, tensors: await open(file), task },
+      {
+        config: () => readJson(join(path, format.folder!.config!)),
+        async facts() {
+          if (base !== undefined) facts ??= describeBase(base, options);
+          return facts;
+        },
+        async weights() {
+          if (base !== undefined) weights ??= openWeights(base, options);
+          usesWeights = true;
+          return weights;
+        },
+      },
+    );
+    if (!usesWeights) return adapter;
     users++;
     const close = async (): Promise<void> => {
       await adapter.close();
-      if (--users === 0) await base?.close?.();
+      if (--users === 0) await (await weights)?.close?.();
     };
     return { ...adapter, close };
   }
@@ -194,28 +189,13 @@ function joinModels(
   };
 }
 
-// Finds adapters under given paths and tells their formats apart: by the names that PEFT, diffusers and MLX LM give to
-// files, by the endings of others, and for other safetensors files by the names of the tensors inside. Reads headers,
-// no values.
+// Finds adapters under given paths and recognises their formats: by the names of files, by their endings, and for other
+// safetensors files by the names of the tensors inside. Reads headers, no values.
 
-/**
- * Files of PEFT, of MLX LM and of diffusers, in the folder of one adapter, and the one with what tensors do not tell.
- */
-export const CONFIG = "adapter_config.json";
-export const TASK = "task.json";
-const MLX = "adapters.safetensors";
-const PEFT = "adapter_model.safetensors";
-const PEFT_PICKLE = "adapter_model.bin";
-const DIFFUSERS = "pytorch_lora_weights.safetensors";
-const DIFFUSERS_PICKLE = "pytorch_lora_weights.bin";
-
-/** Format of an adapter's files, which decides their reader. A pipeline has a PEFT folder for each of its models. */
-export type AdapterFormat = "peft" | "mlx" | "diffusers" | "kohya" | "gguf" | "onnx_adapter" | "pipeline";
-
-const ENDINGS: ReadonlyMap<string, AdapterFormat> = new Map([
-  [".gguf", "gguf"],
-  [".onnx_adapter", "onnx_adapter"],
-]);
+/** A pipeline has a PEFT folder for each of its models. */
+const PIPELINE = "pipeline";
+const FOLDERS = FORMATS.filter((format) => format.folder);
+const PEFT = FOLDERS[0]!.folder!;
 
 const ARCHIVE = /\.(zip|7z|rar|tar|tgz|(tar\.)?(gz|xz|zst|bz2))$/i;
 const WHOLE_MODEL =
@@ -231,7 +211,8 @@ export interface AdapterLocation {
   readonly path: string;
   /** Absolute path of the file with its tensors; in a pipeline that of the first model. */
   readonly tensors: string;
-  readonly format: AdapterFormat;
+  /** "peft", "mlx", "kohya", "diffusers", "gguf", "onnx_adapter" or "pipeline". */
+  readonly format: string;
   /** Adapters of a pipeline's models, by the name of the model ("unet"). */
   readonly models?: ReadonlyMap<string, AdapterLocation>;
   /** Where it comes from on the Hugging Face Hub: "org/name", with the path in the repository. */
@@ -268,7 +249,7 @@ export async function findAdapters(paths: readonly string[], options: HubOptions
 async function filesOf(locations: Iterable<AdapterLocation>, tree: Tree): Promise<string[]> {
   const files: string[] = [];
   for (const { path, tensors, models } of locations) {
-    const others = [CONFIG, TASK].map((name) => join(path, name));
+    const others = [...FOLDERS.flatMap(({ folder }) => folder!.config ?? []), TASK].map((name) => join(path, name));
     for (const file of [tensors, ...others]) if ((await tree.kind(file)) === "file") files.push(file);
     if (models) files.push(...(await filesOf(models.values(), tree)));
   }
@@ -291,9 +272,8 @@ async function searchTree(tree: Tree, path: string): Promise<AdapterLocation[]> 
   if ((await tree.kind(path)) === "file") return [await adapterFile(path)];
   const adapters = await searchFolder(path, 0);
   if (adapters.length > 0) return adapters;
-  const looked =
-    `holds no adapter; looked for ${CONFIG} and ${PEFT}, ${DIFFUSERS} and other LoRAs in safetensors, gguf and ` +
-    "onnx_adapter files, in it and in its sub-folders";
+  const files = FOLDERS.map((format) => folderFiles(format).join(" and "));
+  const looked = `holds no adapter; looked for ${files.join(", ")}, and other ${loose()}, in it and in its sub-folders`;
   const names = await visibleNames(path);
   const archive = names.find((name) => ARCHIVE.test(name));
   const model = names.find((name) => WHOLE_MODEL.test(name));
@@ -328,10 +308,12 @@ async function searchTree(tree: Tree, path: string): Promise<AdapterLocation[]> 
     const name = basename(path);
     const folder = dirname(path);
     if (/\.(bin|pt|pth|ckpt)$/.test(name)) throw pickle(path);
-    if (name === PEFT || name === CONFIG) return configured(folder);
-    if (name === MLX && (await namesOf(folder)).has(CONFIG)) return inFolder(folder, MLX, "mlx");
-    if (name === DIFFUSERS) return inFolder(folder, DIFFUSERS, "diffusers");
-    const format = ENDINGS.get(extname(path));
+    const files = await namesOf(folder);
+    const owners = FOLDERS.filter(
+      (format) => format.folder!.marks.includes(name) || (name === format.folder!.tensors && isWhole(format, files)),
+    );
+    if (owners.length > 0) return inFolder(folder, owners, files);
+    const format = FORMATS.find(({ ending }) => ending === extname(path));
     if (format) return loraFile(path, format);
     if (ARCHIVE.test(name)) throw refusal("is an archive; unpack it, and give its folder", path);
     if (extname(path) === ".safetensors") {
@@ -341,7 +323,7 @@ async function searchTree(tree: Tree, path: string): Promise<AdapterLocation[]> 
       const holds = `holds no LoRA, but ${names.length} tensors such as ${names[0] ?? "none"}`;
       throw refusal(`${holds}. ${NO_MODEL}`, path);
     }
-    const expected = `expected ${PEFT} with ${CONFIG} beside it, their folder, or a LoRA in a safetensors, gguf or onnx_adapter file`;
+    const expected = `expected ${PEFT.tensors} with ${PEFT.config} next to it, their folder, or one of ${loose()}`;
     throw refusal(`is not an adapter; ${expected}`, path);
   }
 
@@ -351,50 +333,57 @@ async function searchTree(tree: Tree, path: string): Promise<AdapterLocation[]> 
    */
   async function adapterFolder(folder: string): Promise<AdapterLocation | undefined> {
     const names = await namesOf(folder);
-    const diffusers = names.has(DIFFUSERS);
-    if ([CONFIG, PEFT, PEFT_PICKLE].some((name) => names.has(name))) {
-      const message = `holds files of PEFT and ${DIFFUSERS}: which adapter is meant? Give the path of its tensor file`;
-      if (diffusers) throw refusal(message, folder);
-      return configured(folder);
+    const marked = FOLDERS.filter((format) => format.folder!.marks.some((mark) => names.has(mark)));
+    if (marked.length > 0) {
+      const [first, ...others] = marked as [AdapterFormat, ...AdapterFormat[]];
+      const another = others.find(({ folder }) => !folder!.marks.some((mark) => first.folder!.marks.includes(mark)));
+      if (another) {
+        throw refusal(
+          `holds files of ${first.name} and of ${another.name}: which adapter is meant? Give the path of its tensor file`,
+          folder,
+        );
+      }
+      return inFolder(folder, marked, names);
     }
-    if (diffusers) return inFolder(folder, DIFFUSERS, "diffusers");
-    if (names.has(DIFFUSERS_PICKLE)) throw pickle(join(folder, DIFFUSERS_PICKLE));
     // PEFT folders with the names of a pipeline's models are one adapter.
     const models = new Map<string, AdapterLocation>();
     for (const model of MODELS) {
       const path = join(folder, model);
       if (names.has(model) && (await tree.kind(join(path, CONFIG))) === "file")
-        models.set(model, await configured(path));
+        models.set(model, await inFolder(path, FOLDERS, await namesOf(path)));
     }
     const [first] = models.values();
-    return first && { id: basename(folder), path: folder, tensors: first.tensors, format: "pipeline", models };
+    return first && { id: basename(folder), path: folder, tensors: first.tensors, format: PIPELINE, models };
   }
 
   /**
-   * Takes a folder of PEFT, or of MLX LM, whose configuration has the same name.
-   * @throws AdapterError unless both of an adapter's files are in the folder
+   * Takes a folder as the first of some formats whose files are all in it.
+   * @throws AdapterError where there is none
    */
-  async function configured(folder: string): Promise<AdapterLocation> {
-    const names = await namesOf(folder);
-    if (names.has(PEFT) && names.has(CONFIG)) return inFolder(folder, PEFT, "peft");
-    if (names.has(MLX) && names.has(CONFIG)) return inFolder(folder, MLX, "mlx");
-    if (!names.has(PEFT) && names.has(PEFT_PICKLE)) throw pickle(join(folder, PEFT_PICKLE));
-    const [missing, other] = names.has(PEFT) ? [CONFIG, PEFT] : [PEFT, CONFIG];
+  function inFolder(folder: string, formats: readonly AdapterFormat[], names: ReadonlySet<string>): AdapterLocation {
+    const whole = formats.find((format) => isWhole(format, names));
+    if (whole)
+      return {
+        ...{ id: basename(folder), path: folder, format: whole.name },
+        tensors: join(folder, whole.folder!.tensors),
+      };
+    const [{ tensors, config = "", pickle: pickled }] = formats.map(({ folder }) => folder!) as [AdapterFolder];
+    if (!names.has(tensors) && pickled && names.has(pickled.name)) throw pickle(join(folder, pickled.name));
+    const [missing, other] = names.has(tensors) ? [config, tensors] : [tensors, config];
     throw refusal(`has no ${missing} beside ${other}; copy it from where the adapter was saved`, folder);
   }
 
   /** The format of a file in a folder of adapters; undefined for a model or something else. */
   async function looseFormat(path: string): Promise<AdapterFormat | undefined> {
-    const ending = extname(path);
-    if (ending === ".safetensors") {
+    if (extname(path) === ".safetensors") {
       const names = await namesIn(path, tree);
       return holdsLora(names) ? formatOf(names) : undefined;
     }
-    if (ending !== ".gguf") return ENDINGS.get(ending);
+    const format = FORMATS.find(({ ending }) => ending === extname(path));
+    if (!format?.isAdapter) return format;
     const source = await tree.open(path);
     try {
-      // Models are GGUF files too.
-      return (await openGguf(source)).fields.get("general.type") === "adapter" ? "gguf" : undefined;
+      return (await format.isAdapter(source)) ? format : undefined;
     } finally {
       await source.close?.();
     }
@@ -409,24 +398,26 @@ async function searchTree(tree: Tree, path: string): Promise<AdapterLocation[]> 
   }
 
   function pickle(path: string): AdapterError {
-    const how =
-      basename(path) === DIFFUSERS_PICKLE
-        ? `load it where you trust it (torch.load(file, weights_only=True)) and save what it holds as ${DIFFUSERS} ` +
-          "(safetensors.torch.save_file)"
-        : "load it with PEFT where you trust it (PeftModel.from_pretrained) and call save_pretrained(folder, " +
-          "safe_serialization=True)";
-    return refusal(`is a Python pickle, which can run any program when it is read. Convert it: ${how}`, path);
+    const pickles = FOLDERS.flatMap(({ folder }) => folder!.pickle ?? []);
+    const { convert } = pickles.find(({ name }) => name === basename(path)) ?? pickles[0]!;
+    return refusal(`is a Python pickle, which can run any program when it is read. Convert it: ${convert}`, path);
   }
 }
 
-function formatOf(names: readonly string[]): "diffusers" | "kohya" {
-  return names.some(isKohyaName) ? "kohya" : "diffusers";
+function isWhole(format: AdapterFormat, names: ReadonlySet<string>): boolean {
+  return folderFiles(format).every((name) => names.has(name));
 }
 
-function loraFile(path: string, format: AdapterFormat): AdapterLocation {
-  return { id: basename(path, extname(path)), path, tensors: path, format };
+/** The format of a safetensors file with a LoRA. */
+function formatOf(names: readonly string[]): AdapterFormat {
+  return FORMATS.find((format) => format.hasNames?.(names))!;
 }
 
-function inFolder(folder: string, tensors: string, format: AdapterFormat): AdapterLocation {
-  return { id: basename(folder), path: folder, tensors: join(folder, tensors), format };
+function loraFile(path: string, { name }: AdapterFormat): AdapterLocation {
+  return { id: basename(path, extname(path)), path, tensors: path, format: name };
+}
+
+/** Words for adapters of one file. */
+function loose(): string {
+  return `LoRAs in files .safetensors, ${FORMATS.flatMap(({ ending }) => ending ?? []).join(", ")}`;
 }

@@ -337,8 +337,8 @@ export class Run {
 }
 
 const ENDINGS: Partial<Record<ReadAs, string>> = { model: ".onnx", weights: ".safetensors" };
-/** Endings that files have, and repositories seldom. */
-const FILE = /\.(onnx|onnx_adapter|safetensors|gguf|json|eigen|eigentask|bin)$/;
+/** An ending of letters, which files have, and repositories seldom. */
+const FILE = /\.[a-z_]{3,}$/;
 const TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
 
 /** `org/name`, where a path is not meant: neither that nor a folder `org` is here. */

@@ -6,6 +6,7 @@
 import { resolve } from "node:path";
 import type { EigenSession } from "../../bindings/onnxruntime.ts";
 import type { Adapter } from "../adapters/adapter.ts";
+import { filesOf } from "../adapters/formats.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/read-task-file.ts";
 import { TaskError } from "../errors.ts";
@@ -27,7 +28,7 @@ import {
 } from "../train/distill.ts";
 import { refuseOtherBase, signerOf, warnUnsigned } from "./change.ts";
 import { type Attach, command, type Result } from "./command.ts";
-import { checkTarget, filesOf, makeFolder } from "./files.ts";
+import { checkTarget, makeFolder } from "./files.ts";
 import { tasksPart } from "./hub.ts";
 import {
   asksPrompts,

@@ -5,12 +5,7 @@
 
 import { readdir } from "node:fs/promises";
 import { dirname, join } from "node:path";
-import type { Exportable } from "../adapters/adapter.ts";
-import { diffusersFile } from "../adapters/diffusers.ts";
-import { ggufFile } from "../adapters/gguf.ts";
-import { kohyaFile } from "../adapters/kohya.ts";
-import { onnxAdapterFile } from "../adapters/onnx-adapter.ts";
-import { peftFiles } from "../adapters/peft.ts";
+import { FORMATS } from "../adapters/formats.ts";
 import { describeBase } from "../adapters/tree.ts";
 import { safetensorsHost } from "../core/open-base.ts";
 import { startRuntime } from "../core/runtime.ts";
@@ -19,22 +14,14 @@ import { openSource } from "../open-source.ts";
 import { componentsFile, taskAdapter } from "../pack/expand.ts";
 import { openSafetensors, type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors.ts";
 import { type Attach, command } from "./command.ts";
-import { type Chunks, checkTarget, jsonFile, makeFolder, stat, writeTogether } from "./files.ts";
+import { type Chunks, checkTarget, makeFolder, stat, writeTogether } from "./files.ts";
 import * as option from "./options.ts";
 import { bytes, count } from "./output.ts";
 
-/** transformers refuses a file without it. */
-const METADATA: ReadonlyMap<string, string> = new Map([["format", "pt"]]);
-
-const FILES = {
-  diffusers: async (adapter: Exportable) => writeSafetensors(await diffusersFile(adapter), METADATA),
-  kohya: async (adapter: Exportable) => writeSafetensors(await kohyaFile(adapter), METADATA),
-  gguf: async (adapter: Exportable, base: string | undefined) =>
-    ggufFile(adapter, base === undefined ? {} : await describeBase(base)),
-  onnx_adapter: (adapter: Exportable) => onnxAdapterFile(adapter),
-};
-
-const FORMATS = ["peft", "diffusers", "kohya", "gguf", "onnx_adapter"] as const;
+/** Formats that are written. */
+const WRITTEN = new Map(
+  FORMATS.filter(({ writeFile, writeFolder }) => writeFile ?? writeFolder).map((format) => [format.name, format]),
+);
 const OF_ALL = "components are of all tasks";
 
 const exportTask: Attach = command({
@@ -54,7 +41,7 @@ const exportTask: Attach = command({
       excludes: { task: OF_ALL, format: OF_ALL, base: OF_ALL },
     },
     format: option.byDefault("peft", {
-      ...option.choice(FORMATS, `Layout of the files: ${FORMATS.join(", ")}.`),
+      ...option.choice([...WRITTEN.keys()], `Layout of the files: ${[...WRITTEN.keys()].join(", ")}.`),
       value: "FORMAT",
     }),
     base: option.text(
@@ -68,7 +55,8 @@ const exportTask: Attach = command({
   reads: ["file"],
   async run([path]: [string], { output: to, components, task, format, base }, run) {
     if (!components && task === undefined) throw new option.UsageError("missing --task; or --components");
-    const isFolder = !components && format === "peft";
+    const { writeFolder, writeFile } = WRITTEN.get(format)!;
+    const isFolder = !components && writeFolder !== undefined;
     const check = async (): Promise<void> =>
       isFolder ? checkFolder(to) : checkTarget(to, { inputs: [path, base], makesFolders: true });
     await check();
@@ -95,9 +83,10 @@ const exportTask: Attach = command({
       };
     }
     const adapter = await taskAdapter(pack, task);
-    const size = await write(
-      ...(format === "peft" ? await peftFolder(adapter, to) : [[to, await FILES[format](adapter, base)] as const]),
-    );
+    const files = writeFolder
+      ? [...(await writeFolder(adapter))].map(([name, chunks]) => [join(to, name), chunks] as const)
+      : [[to, await writeFile!(adapter, base === undefined ? {} : await describeBase(base))] as const];
+    const size = await write(...files);
     const modules = adapter.modules.size;
     return {
       json: { [isFolder ? "directory" : "file"]: to, task, modules, bytes: size },
@@ -105,16 +94,6 @@ const exportTask: Attach = command({
     };
   },
 });
-
-async function peftFolder(adapter: Exportable, folder: string): Promise<[path: string, chunks: Chunks][]> {
-  const { config, tensors } = await peftFiles(adapter);
-  const files: [string, Chunks][] = [
-    ["adapter_model.safetensors", writeSafetensors(tensors, METADATA)],
-    ["adapter_config.json", jsonFile(config)],
-  ];
-  if (Object.keys(adapter.metadata).length > 0) files.push(["task.json", jsonFile(adapter.metadata)]);
-  return files.map(([name, chunks]) => [join(folder, name), chunks]);
-}
 
 /** @throws UsageError unless a folder is new or empty: an adapter in it would be replaced, or hide what is below */
 async function checkFolder(folder: string): Promise<void> {

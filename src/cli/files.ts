@@ -10,8 +10,6 @@ import { readFile } from "node:fs/promises";
 import { hostname } from "node:os";
 import { basename, dirname, join, resolve } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
-import type { Adapter } from "../adapters/adapter.ts";
-import { MODELS } from "../adapters/diffusers.ts";
 import { SourceError } from "../errors.ts";
 import { kindInWords, reasonOf, refuseOtherKinds } from "../files-node.ts";
 import type { Append } from "../format/encode.ts";
@@ -80,11 +78,6 @@ export async function readJson(path: string): Promise<unknown> {
   }
 }
 
-/** An object as a JSON file for people. */
-export function jsonFile(value: object): Uint8Array[] {
-  return [new TextEncoder().encode(`${JSON.stringify(value, null, 2)}\n`)];
-}
-
 /** Facts about a file to write. */
 export interface TargetOptions {
   /** Replace a file that is there already; undefined where no option would. */
@@ -126,19 +119,6 @@ function isLink(path: string): boolean {
   } catch {
     return false;
   }
-}
-
-const ADAPTER_FILES = [
-  "adapter_config.json",
-  "adapter_model.safetensors",
-  "adapters.safetensors",
-  "pytorch_lora_weights.safetensors",
-  "task.json",
-];
-
-/** Paths that an adapter may be read from. */
-export function filesOf({ file }: Pick<Adapter, "file">): string[] {
-  return [file, ...["", ...MODELS].flatMap((model) => ADAPTER_FILES.map((name) => join(file, model, name)))];
 }
 
 /**

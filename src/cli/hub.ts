@@ -7,6 +7,7 @@
 import { createHash } from "node:crypto";
 import { existsSync } from "node:fs";
 import type { Adapter, BaseFacts } from "../adapters/adapter.ts";
+import { filesOf } from "../adapters/formats.ts";
 import { describeBase } from "../adapters/tree.ts";
 import type { Pack } from "../core/pack.ts";
 import { FormatError, SourceError } from "../errors.ts";
@@ -25,7 +26,7 @@ import {
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { refuseOtherBase } from "./change.ts";
 import { type Attach, command, type Result, type Run } from "./command.ts";
-import { checkTarget, filesOf, writeWhole } from "./files.ts";
+import { checkTarget, writeWhole } from "./files.ts";
 import { contents } from "./model.ts";
 import * as option from "./options.ts";
 import { bytes, count, lossTable, type Output, percent, range, resources, sharing, smaller, warnOf } from "./output.ts";

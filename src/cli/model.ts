@@ -11,6 +11,7 @@ import { dirname, join, relative } from "node:path";
 import { createEigenSession, type EigenSession } from "../../bindings/onnxruntime.ts";
 import type { Ort } from "../../bindings/ort-engine.ts";
 import type { Adapter } from "../adapters/adapter.ts";
+import { filesOf } from "../adapters/formats.ts";
 import type { Pack } from "../core/pack.ts";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
 import { type Encode, encoderOf, type PlainTokenizer } from "../session/tokens.ts";
@@ -19,7 +20,7 @@ import type { FinishedOutcomes } from "../train/distill.ts";
 import { templateOf } from "../train/questions.ts";
 import { followsFromTokens, type Message } from "../train/supervision.ts";
 import { type Run, weightFiles } from "./command.ts";
-import { filesOf, readJson, readText, stat, writeWhole } from "./files.ts";
+import { readJson, readText, stat, writeWhole } from "./files.ts";
 import { type match, refuseUnknown, type runsOn, type Values } from "./options.ts";
 import type { Output } from "./output.ts";
 

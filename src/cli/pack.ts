@@ -5,6 +5,7 @@
 import { existsSync } from "node:fs";
 import { availableParallelism } from "node:os";
 import type { Adapter } from "../adapters/adapter.ts";
+import { filesOf } from "../adapters/formats.ts";
 import { listed } from "../errors.ts";
 import { type Built, buildStreamed, type Streamed } from "../pack/build.ts";
 import type { BuildReport, SharedReport } from "../pack/report.ts";
@@ -14,7 +15,7 @@ import { DEFAULT_ERROR } from "../pack/tasks.ts";
 import { type Dtypes, mean, sum } from "../tensor/dtypes.ts";
 import type { ByAnswersReport } from "../train/pack-by-answers.ts";
 import { type Attach, command, OUT_OF_TIME, type Run } from "./command.ts";
-import { filesOf, openScratch } from "./files.ts";
+import { openScratch } from "./files.ts";
 import * as option from "./options.ts";
 import { bytes, count, type Output, percent, range, resources, sharing, smaller, table } from "./output.ts";
 

@@ -3,6 +3,7 @@
  * exchanged.
  */
 
+export { FORMATS } from "../../../dist/src/adapters/formats.js";
 export { unflatten } from "../../../dist/src/adapters/kohya.js";
 export { openOnnxAdapter } from "../../../dist/src/adapters/onnx-adapter.js";
 export { NamePatterns } from "../../../dist/src/adapters/peft-config.js";
