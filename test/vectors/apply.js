@@ -295,6 +295,22 @@ function tied() {
   };
 }
 
+/** Rows of an embedding, and a head of the task's own where the base ties one. */
+function tiedHead() {
+  const model = createModel(39);
+  model.task(
+    "head",
+    [],
+    [
+      { name: "words.weight", role: 3, shape: [2, 3], indices: [0, 3] },
+      { name: "head.weight", role: 0, shape: [5, 3] },
+    ],
+  );
+  const base = baseOf({ "words.weight": [5, 3], "head.weight": [5, 3] });
+  base.set("head.weight", base.get("words.weight"));
+  return { model, bases: [{ base, why: "a tied head that the task replaces gets no rows" }] };
+}
+
 /** Parameters that must be refused, each in a task of its own, and a task that must not. */
 function parameters() {
   const model = createModel(34);
@@ -371,6 +387,7 @@ const APPLY = {
   kinds,
   names,
   tied,
+  "tied-head": tiedHead,
   parameters,
   linear: () =>
     misfits(35, [linear], {

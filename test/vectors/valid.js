@@ -221,6 +221,21 @@ export function sides() {
   return model;
 }
 
+/** Forms that a reader may take for errors. */
+function choices() {
+  const model = createModel(37);
+  model.module({ name: "mean", out: 3, in: 3, A: { K: 0 } });
+  model.module({ name: "plain", out: 3, in: 3, layout: new Float(-0), A: { K: 1 } });
+  model.task("zeros", [{ module: 0, rank: 2, meanA: false }]).entry.metadata = { long: "x".repeat(3000) };
+  const task = model.task("longer", [
+    { module: 0, rank: 1, A: { basis: null, own: "f16" } },
+    { module: 1, rank: 1 },
+  ]);
+  task.header[0][1][3] = [task.header[0][1][3], 0, null];
+  task.entry["x-many"] = Array.from({ length: 1600 }, () => []);
+  return model;
+}
+
 /** A superblock that does not count, whatever it holds, with a valid sum. */
 function beside({ bytes, expected }, index, change) {
   const at = 512 * (index + 1);
@@ -378,6 +393,10 @@ export const VALID = Object.fromEntries(
     "other-generation-0.eigen": [
       "superblock 0 has generation 0, and reserved bytes that are not zero",
       beside(file(everyKind), 0, (block) => (block[57] = 1)),
+    ],
+    "choices.eigen": [
+      "−0.0 as an integer, an entry of many arrays, factors in the longer form, K = 0 without its mean",
+      file(choices),
     ],
     "coded.eigentask": ["a task file whose blob is coded", codedTask()],
     "coded-signed.eigentask": ["a task file that is coded and signed", codedTask(SIGNER), "signed"],
