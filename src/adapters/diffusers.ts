@@ -58,9 +58,6 @@ export async function readDiffusers(files: AdapterFile): Promise<Adapter> {
       ...assembleLora(tensors, parts, scales, ({ prefix }) => configs.get(prefix)),
       baseModel: common(named.map(([, { baseModel }]) => baseModel)),
       metadata: { ...metadata, ...(revision !== undefined && { revision }) },
-      warnings: named.flatMap(([prefix, { warnings }]) =>
-        warnings.map((text) => (prefix ? `${prefix}: ${text}` : text)),
-      ),
     };
   });
 }

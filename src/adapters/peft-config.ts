@@ -27,7 +27,6 @@ export interface PeftConfig {
   readonly tokenRows: readonly (readonly [ending: string, indices: readonly number[]])[];
   /** Rank and scale that PEFT gives the module of this name. */
   forModule(name: string): { rank: number; scale: number };
-  readonly warnings: readonly string[];
 }
 
 /** Most characters of a text: a pack holds 4096 bytes (SPEC.md, section 4.2), and a character takes at most three. */
@@ -66,7 +65,7 @@ const KNOWN: ReadonlySet<string> = new Set(
     "alpha_pattern base_model_name_or_path bias ensure_weight_tying fan_in_fan_out init_lora_weights lora_alpha lora_bias " +
     "modules_to_save peft_type r rank_pattern revision task_type trainable_token_indices use_dora use_rslora " +
     "auto_mapping corda_config eva_config exclude_modules inference_mode layers_pattern layers_to_transform loftq_config lora_dropout " +
-    "lora_ga_config megatron_config megatron_core peft_version qalora_group_size runtime_config target_modules"
+    "lora_ga_config megatron_config megatron_core merge_weights peft_version qalora_group_size runtime_config target_modules"
   ).split(" "),
 );
 
@@ -97,7 +96,7 @@ export function readPeftConfig(config: unknown, file: string): PeftConfig {
   if (!isPlain(config)) throw new AdapterError("is not a JSON object; expected PEFT's adapter_config.json", { file });
   const { refuse, wrong, field, numbers } = fieldsOf(config, file);
   if (config.peft_type !== "LORA") throw wrong("peft_type", `"LORA"`, "convert the adapter to LoRA, or train one");
-  const warnings = unknownFields(config, refuse);
+  refuseUnknown(config, refuse);
 
   const r = field("r", 8, isRank, "a positive integer");
   const alpha = field("lora_alpha", 8, isFiniteNumber, "a number");
@@ -111,8 +110,7 @@ export function readPeftConfig(config: unknown, file: string): PeftConfig {
   const modulesToSave = field("modules_to_save", [], isNames, "an array of module names");
   const taskType = text("task_type");
 
-  const { start, warnings: unsure } = startOf(config.init_lora_weights, refuse);
-  warnings.push(...unsure);
+  const start = startOf(config.init_lora_weights, refuse);
   // The file holds what it ties, but for rows of tokens, which reach tied layers with it and without.
   flag("ensure_weight_tying");
   return {
@@ -131,7 +129,6 @@ export function readPeftConfig(config: unknown, file: string): PeftConfig {
       const numerator = alphaPattern.find(name) ?? alpha;
       return { rank, scale: numerator / (rslora ? Math.sqrt(rank) : rank) };
     },
-    warnings,
   };
 }
 
@@ -163,16 +160,17 @@ function fieldsOf(config: Record<string, unknown>, file: string) {
   };
 }
 
-/** Warnings about unknown fields. @throws AdapterError for a field that is set and refused */
-function unknownFields(config: Record<string, unknown>, refuse: Refuse): string[] {
-  const warnings: string[] = [];
+/** @throws AdapterError for a field that is set, and refused or unknown */
+function refuseUnknown(config: Record<string, unknown>, refuse: Refuse): void {
   for (const [field, value] of Object.entries(config)) {
     if (KNOWN.has(field) || isOff(value)) continue;
     const reason = REFUSED.get(field);
     if (reason !== undefined) throw refuse(field, `is set: it ${reason}`);
-    warnings.push(`${field} is ${show(value)}: an unknown field, ignored; check that it does not change the maths`);
+    throw refuse(
+      field,
+      `is ${show(value)}, a field that PEFT 0.21 does not know: delete it from the file if it does not change the maths`,
+    );
   }
-  return warnings;
 }
 
 const isBoolean = (value: unknown): value is boolean => typeof value === "boolean";
@@ -198,10 +196,10 @@ function isOff(value: unknown): boolean {
 }
 
 /** @throws AdapterError for a start that changes the base in a way that cannot be computed again */
-function startOf(init: unknown, refuse: Refuse): Pick<PeftConfig, "start" | "warnings"> {
-  if (UNTOUCHED.includes(init)) return { start: undefined, warnings: [] };
+function startOf(init: unknown, refuse: Refuse): BaseStart | undefined {
+  if (UNTOUCHED.includes(init)) return undefined;
   const name = typeof init === "string" ? init.toLowerCase() : "";
-  if (name === "pissa" || name === "olora") return { start: name, warnings: [] };
+  if (name === "pissa" || name === "olora") return name;
   if (MUTATING.test(name)) {
     throw refuse(
       "init_lora_weights",
@@ -215,8 +213,10 @@ function startOf(init: unknown, refuse: Refuse): Pick<PeftConfig, "start" | "war
         "(model.get_base_model().save_pretrained), use it, and set init_lora_weights to true in the file",
     );
   }
-  const unknown = `init_lora_weights is ${show(init)}, which PEFT 0.21 does not know: check that it leaves the base as it was`;
-  return { start: undefined, warnings: [unknown] };
+  throw refuse(
+    "init_lora_weights",
+    `is ${show(init)}, which PEFT 0.21 does not know: set it to true in the file if the base stayed as it was`,
+  );
 }
 
 function tokenRows(value: unknown, refuse: (message: string) => AdapterError): [string, number[]][] {

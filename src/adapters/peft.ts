@@ -68,7 +68,7 @@ export async function readPeft(files: PeftFiles): Promise<Adapter> {
         saved,
         baseModel: config.baseModel,
         metadata: withIdentity(metadata, config),
-        warnings: [...[...config.warnings, ...warnings], ...tieWarnings([...modules.keys()], saved)],
+        warnings: [...warnings, ...tieWarnings([...modules.keys()], saved)],
       };
     });
     return base === undefined ? adapter : { ...adapter, close: () => adapter.close().then(close) };

@@ -239,7 +239,11 @@ t.test("initialisations that changed the base", async (t) => {
     await refuses(t, message, { init_lora_weights: init });
   }
   await refuses(t, /init_lora_weights is "loftq".*quantised base.*save_pretrained/, { init_lora_weights: "loftq" });
-  t.match((await read({ ...CONFIG, init_lora_weights: "brandnew" })).warnings, [/"brandnew", which PEFT/]);
+  await refuses(t, /adapter_config.*init_lora_weights is "brandnew", which PEFT.*set it to true/, {
+    init_lora_weights: "brandnew",
+  });
+  await refuses(t, /use_newer is true, a field that PEFT 0.21 does not know: delete/, { use_newer: true });
+  t.same((await read({ ...CONFIG, use_newer: null, merge_weights: true })).warnings, []);
   for (const init of [true, false, null, "gaussian", "eva", "orthogonal", "mica"]) {
     t.same((await read({ ...CONFIG, init_lora_weights: init })).warnings, []);
   }
