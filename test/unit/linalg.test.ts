@@ -20,6 +20,7 @@ import {
   principalComponents,
   ROUNDING,
   rowSquares,
+  svd,
   symmetricEigen,
   transposeMatrix as transpose,
 } from "../support/internals/pack.ts";
@@ -209,4 +210,27 @@ t.test("identical rows", async (t) => {
   t.equal(none.total, 0);
   const once = principalComponents(same, ROWS, WIDTH, floorsOf(same, ROWS, WIDTH), K, wasm);
   t.equal(once.count, 1);
+});
+
+t.test("LQ and SVD, rows of very different length and zeros too", async (t) => {
+  for (const [m, n] of [
+    [1, 1],
+    [2, 5],
+    [5, 2],
+    [8, 8],
+  ] as const) {
+    for (const ratio of [0, 1e-9, 1]) {
+      const x = noise(m * n, m + n).map((value, i) => value * ratio ** Math.floor(i / n));
+      const { L, Q, size } = lq(x.slice(), m, n);
+      t.ok(largest(product(L, transpose(Q, size, n), m, n, size), x) <= 1e-13, "L·Q");
+      t.ok(largest(product(Q, Q, size, size, n), identity(size)) <= 1e-13, "Q·Qᵀ");
+      const { U, S, V } = svd(x, m, n);
+      const scaled = transpose(U, m, m).map((entry, i) => entry * S[i % m]!);
+      t.ok(largest(product(scaled, transpose(V, m, n), m, n, m), x) <= 1e-13, "U·S·V");
+      t.ok(largest(product(U, U, m, m, m), identity(m)) <= 1e-13, "U·Uᵀ");
+    }
+  }
+  const graded = svd(Float64Array.from([1, 1, 0, 0, 1e-12, 1e-12, 0, 0, 1e-30]), 3, 3);
+  for (const [i, value] of [Math.SQRT2, Math.sqrt(1.5) * 1e-12, 1e-30 / Math.sqrt(3)].entries())
+    t.ok(Math.abs(graded.S[i]! / value - 1) <= 1e-14, "small values are accurate relative to themselves");
 });
