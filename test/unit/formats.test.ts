@@ -108,6 +108,8 @@ t.test("words read every module of a real UNet back from its flattened name", as
   const adapted = modules.filter((name) => !/norm/.test(name));
   t.ok(adapted.length > 60);
   for (const name of adapted) t.equal(unflatten(name.replaceAll(".", "_")), name);
+  const original: object = JSON.parse(readFileSync(join(goldens, "sdxl-names.json"), "utf8"));
+  for (const [name, module] of Object.entries(original)) t.equal(`unet.${unflatten(name)}`, module, "SDXL's own");
 });
 
 t.test("what a kohya file cannot hold is refused by name", async (t) => {
