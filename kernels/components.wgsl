@@ -1,15 +1,17 @@
 // Products with components, in both directions; any number of jobs at once, where no job reads what another one writes.
 //
-//   expand   out[i, j] = Σ_k numbers[i, k] · basis[k, j], or that much more: factors from coefficients. Sums run over k in order
+//   expand   out[i, j] = Σ_k numbers[i, k] · basis[k, j], or that much more: factors from coefficients. Sums run over k
+//            in order
 //   project  out[i, k] = Σ_j numbers[i, j] · basis[k, j]: products of vectors and rows
 //
-//   basis         one encoded tensor [rows, width] of SPEC.md section 5: f16 scales first where the type has them, then rows
+//   basis         one encoded tensor [rows, width] of SPEC.md section 5: f16 scales first where the type has them, then
+//                 rows
 //   numbers, out  f32, `count` rows of them: [count, rows] on the side of k, [count, width] on the side of j
 //
-// A workgroup of expand makes LANES columns of COUNT rows; an invocation makes one column, so that a component is decoded once
-// for all its rows, and neighbours read neighbouring components. A workgroup of project makes one component's products with
-// COUNT vectors: its invocations sum every LANES-th product, then a tree adds their sums. Tensors begin at any word of their
-// binding.
+// A workgroup of expand makes LANES columns of COUNT rows; an invocation makes one column, so that a component is
+// decoded once for all its rows, and neighbours read neighbouring components. A workgroup of project makes one
+// component's products with COUNT vectors: its invocations sum every LANES-th product, then a tree adds their sums.
+// Tensors begin at any word of their binding.
 
 // Code of the bases' type in the file: 0 f32, 1 f16, 2 bf16, 3 int8, 4 int4, 5 int3.
 override FORMAT: u32 = 0;

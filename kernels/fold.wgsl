@@ -1,15 +1,15 @@
-// Weights of a task: out[i, j] = (base[i, j] + Σ_k left[k, i] · right[k, j]) · row_scale[i] · column_scale[j], computed in f32
-// and rounded once, to nearest even.
+// Weights of a task: out[i, j] = (base[i, j] + Σ_k left[k, i] · right[k, j]) · row_scale[i] · column_scale[j], computed
+// in f32 and rounded once, to nearest even.
 //
 //   base, out     [rows, columns] of f32, f16 or bf16, rows `stride` elements apart, from any element of their binding
 //   left, right   f32 [rank, rows] and [rank, columns]
 //   scales        f32 [rows] and [columns]; each may be absent
 //
-// A workgroup makes a tile of HEIGHT rows by LANES words of out. An invocation makes one word of every row, so that an element
-// of right, once in a register, serves HEIGHT rows; neighbours read neighbouring elements, and all read the same of left. Base
-// is read once and out written once. Halves lie two to a word, so that no device feature is needed;
-// a word is written by one invocation only, and halves in it that are not the weight's keep their bits. Where two rows meet
-// in a word, it belongs to the upper row.
+// A workgroup makes a tile of HEIGHT rows by LANES words of out. An invocation makes one word of every row, so that an
+// element of right, once in a register, serves HEIGHT rows; neighbours read neighbouring elements, and all read the
+// same of left. Base is read once and out written once. Halves lie two to a word, so that no device feature is needed;
+// a word is written by one invocation only, and halves in it that are not the weight's keep their bits. Where two rows
+// meet in a word, it belongs to the upper row.
 
 // 0 f32, 1 f16, 2 bf16.
 override FORMAT: u32 = 0;

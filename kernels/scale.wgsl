@@ -1,5 +1,5 @@
-// DoRA's scale of one axis: out[i] = magnitude[i] / ‖(base + leftᵀ·right)[i, :]‖₂ over rows, or over [:, j] over columns. A
-// zero norm or magnitude gives 0; NaN stands for another scale that is no normal f32.
+// DoRA's scale of one axis: out[i] = magnitude[i] / ‖(base + leftᵀ·right)[i, :]‖₂ over rows, or over [:, j] over
+// columns. A zero norm or magnitude gives 0; NaN stands for another scale that is no normal f32.
 //
 //   base          [rows, columns] of f32, f16 or bf16, rows `stride` elements apart, from any element of its binding
 //   left, right   f32 [rank, rows] and [rank, columns]

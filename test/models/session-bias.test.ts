@@ -173,8 +173,9 @@ t.test("learned on such a model, a task has the bias too", async (t) => {
   await session.close();
 });
 
-/** Layers whose bias or quantised values stand where a task is added, on models of one layer made here: expected values follow by
- * arithmetic.
+/**
+ * Layers whose bias or quantised values stand where a task is added, on models of one layer made here: expected values
+ * follow by arithmetic.
  */
 const FLOAT = 1;
 const UINT8 = 2;

@@ -84,8 +84,9 @@ for (const { name: runtime, ort } of ORTS) {
   });
 }
 
-/** The real model with real adapters, packed without loss: PEFT's labels and logits. A sample of tasks and rows; the soak takes all of
- * three suites.
+/**
+ * The real model with real adapters, packed without loss: PEFT's labels and logits. A sample of tasks and rows; the
+ * soak takes all of three suites.
  */
 const MINILM = data("minilm/model_fp16.onnx");
 const TASKS = ["debtags-role", "debtags-game", "sections-0", "debtags-scope"];

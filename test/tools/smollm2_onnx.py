@@ -10,8 +10,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from smollm2_shape import BLOCK, EPSILON, HEAD, HEADS, KV_HEADS, LAYERS, THETA, VOCABULARY, WIDTH
 
-# "The capital of France is", and what torch 2.13 with transformers 5.24 answers from model.safetensors in f32: the five largest
-# logits of the next token.
+# "The capital of France is", and what torch 2.13 with transformers 5.24 answers from model.safetensors in f32: the five
+# largest logits of the next token.
 PROMPT = [504, 3575, 282, 4649, 314]
 TOP = {7042: 17.3786, 260: 14.8999, 4528: 13.2503, 2250: 13.0135, 1315: 12.9588}
 # Tolerances by form. The blocks of q4 are not rounded to f16 as the weights of the others are.

@@ -192,6 +192,19 @@ interface Rule {
 }
 const RULES: readonly Rule[] = [
   {
+    title: "comments wrap at 120 columns",
+    ceiling: 0,
+    places: files
+      .filter((file) => !/^(examples|benchmarks)/.test(file))
+      .flatMap((file) =>
+        readFileSync(join(root, file), "utf8")
+          .split("\n")
+          .flatMap((text, i) =>
+            text.length > 120 && /^ *(\/\/|\/?\*+ |#)/.test(text) ? [{ file, line: i + 1, text }] : [],
+          ),
+      ),
+  },
+  {
     title: 'comments do not begin with "What", "Whether" or "How"',
     ceiling: 19,
     places: comments.filter(({ text }) => /^(What|Whether|How)\b/.test(text)),

@@ -72,7 +72,7 @@ def need(condition, section, message):
         raise Refused(section, message, frame.f_lineno)
 
 
-# ---- 1. Conventions ---------------------------------------------------------------------------------------------------
+# ---- 1. Conventions --------------------------------------------------------------------------------------------------
 
 
 def up(x, multiple):
@@ -224,7 +224,7 @@ def mapping(value, section, what):
     return value
 
 
-# ---- 2. Window --------------------------------------------------------------------------------------------------------
+# ---- 2. Window -------------------------------------------------------------------------------------------------------
 
 # directory, bases: offset and length; signature: public key and signature, or None
 Superblock = record("Superblock", "generation committed directory bases directory_crc signature")
@@ -267,7 +267,7 @@ def read_window(data):
     return data[16:48], superblock
 
 
-# ---- 4. Directory -----------------------------------------------------------------------------------------------------
+# ---- 4. Directory ----------------------------------------------------------------------------------------------------
 
 Section = record("Section", "kind offset length crc hash coded")
 Side = record("Side", "kind K rank mean type width E M")  # E, M: components [K, width], mean [width], from the bases
@@ -497,7 +497,7 @@ def verify(pack):
             section_bytes(pack.data, section)
 
 
-# ---- 5. Tensors -------------------------------------------------------------------------------------------------------
+# ---- 5. Tensors ------------------------------------------------------------------------------------------------------
 
 
 def row_size(tensor_type, width):
@@ -538,7 +538,7 @@ def read_tensor(raw, tensor_type, rows, width, most=math.inf):
     return values
 
 
-# ---- 6. Task blob -----------------------------------------------------------------------------------------------------
+# ---- 6. Task blob ----------------------------------------------------------------------------------------------------
 
 # A, B: as `read_factor` gives them; tensors: the values by name
 Term = record("Term", "module rank A B q private_type magnitude_type tensors")
@@ -546,7 +546,7 @@ Parameter = record("Parameter", "name role type shape indices values")
 Task = record("Task", "entry terms parameters")
 
 
-# ---- Appendix A. Coded sections ---------------------------------------------------------------------------------------
+# ---- Appendix A. Coded sections --------------------------------------------------------------------------------------
 
 CODE, TASK = 0x33444F43, 0x4B534154
 LEVELS = [0, 4, 8, 15, 24, 38, 56, 83, 120, 174, 248]
@@ -998,7 +998,7 @@ def apply_task(task, base):
     return result
 
 
-# ---- 7. Task file -----------------------------------------------------------------------------------------------------
+# ---- 7. Task file ----------------------------------------------------------------------------------------------------
 
 
 def read_task_file(data, keys=None, verifies=False, revoked=()):
@@ -1038,7 +1038,7 @@ def load_task_file(pack, data, keys=None, verifies=False):
     return make_task(pack, entry, raw)
 
 
-# ---- 8. Hashes and signatures -----------------------------------------------------------------------------------------
+# ---- 8. Hashes and signatures ----------------------------------------------------------------------------------------
 
 
 def decode32(text, prefix):
@@ -1109,7 +1109,7 @@ def ed25519_verify(key, signature, message):
     return all((left[i] * right[2] - right[i] * left[2]) % P == 0 for i in (0, 1))
 
 
-# ---- The test vectors -------------------------------------------------------------------------------------------------
+# ---- The test vectors ------------------------------------------------------------------------------------------------
 
 
 def read_safetensors(raw):
@@ -1213,7 +1213,8 @@ def check_application(folder, entry):
         for parameter, mine in apply_task(tasks[name], base).items():
             key = f"{name}/{parameter}"
             seen |= {key, f"{key}/bound"}
-            # Where there is no bound the values are exact. 64 bits of another order of sums differ by less than any bound.
+            # Where there is no bound the values are exact. 64 bits of another order of sums differ by less than any
+            # bound.
             off = 1e-12 if f"{key}/bound" in expected else 0
             if key not in expected or mine.shape != expected[key].shape or not (np.abs(mine - expected[key]) <= off).all():
                 yield f"{key} differs"
