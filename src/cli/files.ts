@@ -318,8 +318,14 @@ interface Owner {
   readonly pid: number;
   /** Name of the machine, for people. */
   readonly host: string;
-  /** Digest that tells machines, and containers with process ids of their own, from each other. */
+  /** Digest of the machine's name and id. */
   readonly machine: string;
+  /** Start of the machine; empty where the system does not tell it, as the next two. */
+  readonly boot: string;
+  /** Namespace of process ids: a container has one of its own. */
+  readonly namespace: string;
+  /** Start of the process, which tells it from a later one with the same id. */
+  readonly start: string;
   /** Start of the lock, for people. */
   readonly since: string;
   /** Unique, so that no lock is taken for another. */
@@ -414,24 +420,26 @@ function take(lock: string, token: string): Owner | typeof NAMELESS | undefined 
   }
 }
 
-/** @returns false when there is one already */
+/** Makes the lock whole, by a link to a file that is complete. @returns false when there is one already */
 function make(lock: string, token: string): boolean {
-  let file: number;
+  // `sweep` knows the name.
+  const temporary = `${lock}.${token}.0`;
   try {
-    file = fs.openSync(lock, "wx");
-  } catch (error) {
-    if (isCode(error, "EEXIST")) return false;
-    throw error;
-  }
-  try {
-    const owner: Owner = { ...SELF, since: new Date().toISOString(), token };
-    fs.writeSync(file, JSON.stringify(owner));
+    fs.writeFileSync(temporary, JSON.stringify({ ...SELF, since: new Date().toISOString(), token }));
+    try {
+      fs.linkSync(temporary, lock);
+    } catch (error) {
+      // A file system without hard links, as on memory cards, or a file that `sweep` has removed meanwhile.
+      if (!isCode(error, "EEXIST")) fs.copyFileSync(temporary, lock, fs.constants.COPYFILE_EXCL);
+      else throw error;
+    }
     return true;
   } catch (error) {
-    fs.rmSync(lock, { force: true });
+    const { code, syscall } = error as NodeJS.ErrnoException;
+    if (code === "EEXIST" || (code === "ENOENT" && syscall === "copyfile")) return false;
     throw error;
   } finally {
-    fs.closeSync(file);
+    fs.rmSync(temporary, { force: true });
   }
 }
 
@@ -448,9 +456,9 @@ function holderOf(lock: string): Owner | typeof NAMELESS | undefined {
   try {
     // A pipe would be waited for.
     if (!fs.lstatSync(lock).isFile()) return NAMELESS;
-    const owner = JSON.parse(fs.readFileSync(lock, "utf8")) as Record<keyof Owner, unknown>;
-    const { pid, host, machine, since, token } = owner;
-    const texts = [host, machine, since, token].every((value) => typeof value === "string");
+    const owner = JSON.parse(fs.readFileSync(lock, "utf8")) as Record<string, unknown>;
+    const { pid, token } = owner;
+    const texts = TEXTS.every((key) => typeof owner[key] === "string");
     const known = texts && /^[0-9a-f]{16}$/.test(String(token)) && Number.isSafeInteger(pid) && (pid as number) > 0;
     return known ? (owner as unknown as Owner) : NAMELESS;
   } catch (error) {
@@ -463,9 +471,17 @@ function isOf(lock: string, token: string): boolean {
   return typeof holder === "object" && holder.token === token;
 }
 
-/** True when the process that made a lock has certainly ended, which nobody knows of a process of another machine. */
-function isGone({ pid, machine }: Owner): boolean {
-  if (machine !== MACHINE) return false;
+/**
+ * True when the process that made a lock has certainly ended, which nobody knows of a process of another machine or in
+ * another container.
+ */
+function isGone({ pid, machine, boot, namespace, start }: Owner): boolean {
+  if (machine !== SELF.machine) return false;
+  // Machines of one name that share a folder are told apart by their ids alone.
+  if (boot !== SELF.boot) return ID !== "";
+  if (namespace !== SELF.namespace) return false;
+  const now = startOf(pid);
+  if (now !== "" && now !== start) return true;
   try {
     process.kill(pid, 0);
     return false;
@@ -474,8 +490,13 @@ function isGone({ pid, machine }: Owner): boolean {
   }
 }
 
+/** Ticks of the clock from the machine's start to a process's, the 22nd field; the 2nd may hold spaces and brackets. */
+function startOf(pid: number): string {
+  return textOf(`/proc/${pid}/stat`).replace(/.*\)/s, "").split(" ")[20] ?? "";
+}
+
 /** Reads a small file of the system; empty when it is not there. */
-function textOf(path: string, read: (path: string, encoding: "utf8") => string): string {
+function textOf(path: string, read: (path: string, encoding: "utf8") => string = fs.readFileSync): string {
   try {
     return read(path, "utf8").trim();
   } catch {
@@ -483,13 +504,19 @@ function textOf(path: string, read: (path: string, encoding: "utf8") => string):
   }
 }
 
-// After a restart of the machine other processes have the same ids.
-const FACTS = ["/etc/machine-id", "/proc/sys/kernel/random/boot_id"].map((path) => textOf(path, fs.readFileSync));
-const MACHINE = createHash("sha256")
-  .update(JSON.stringify([hostname(), ...FACTS, textOf("/proc/self/ns/pid", fs.readlinkSync)]))
-  .digest("hex")
-  .slice(0, 16);
-const SELF = { pid: process.pid, host: hostname(), machine: MACHINE };
+const ID = textOf("/etc/machine-id");
+const SELF: Omit<Owner, "since" | "token"> = {
+  pid: process.pid,
+  host: hostname(),
+  machine: createHash("sha256")
+    .update(JSON.stringify([hostname(), ID]))
+    .digest("hex")
+    .slice(0, 16),
+  boot: textOf("/proc/sys/kernel/random/boot_id"),
+  namespace: textOf("/proc/self/ns/pid", fs.readlinkSync),
+  start: startOf(process.pid),
+};
+const TEXTS = ["host", "machine", "boot", "namespace", "start", "since"];
 
 function isCode(error: unknown, code: string): boolean {
   return (error as NodeJS.ErrnoException).code === code;

@@ -140,16 +140,22 @@ function wordsOf({ code, message }: CommanderError, command: Command | undefined
     .replace(/\n\(Did you mean (.*)\?\)/, "; did you mean $1?");
 }
 
+/** Messages of the engine, where code of ours is wrong; a TypeError or RangeError of ours says what was given. */
+const OF_V8 =
+  /^(Cannot |Maximum call stack|Invalid (typed )?(array|string|DataView) |Reduce of empty|Offset is outside)|is not (a function|iterable|a constructor|defined)|called on (null|incompatible)|[Aa]ssignment to constant/;
+
 function failure(error: unknown, command: Command | undefined): { object: object; text: string; exitCode: number } {
   const usage = error instanceof UsageError || error instanceof CommanderError;
   const ours = error instanceof EigenLoraError;
   const { path } = error as NodeJS.ErrnoException;
-  const known = usage || ours || path !== undefined || error instanceof RangeError || error instanceof TypeError;
+  const checked = (error instanceof RangeError || error instanceof TypeError) && !OF_V8.test(error.message);
+  const known = usage || ours || path !== undefined || checked;
   const system = path === undefined ? (error as Error).message : `${path}: ${reasonOf(error)}`;
   const said = error instanceof CommanderError ? wordsOf(error, command) : system;
   const name = command?.parent?.parent ? `${command.parent.name()} ${command.name()}` : command?.name();
   const message = usage && name ? `${name}: ${said}` : said;
-  const advice = usage ? `See eigenlora ${name ? `${name} ` : ""}--help.\n` : "";
+  const bug = "This is an error of eigenlora itself. Please report it, with the lines above.\n";
+  const advice = usage ? `See eigenlora ${name ? `${name} ` : ""}--help.\n` : known ? "" : bug;
   const tag = usage ? "usage" : ours ? error.tag : "failed";
   return {
     object: { ...(ours ? error : {}), tag, message },

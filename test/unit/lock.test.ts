@@ -62,16 +62,28 @@ t.test("the lock of a process that is gone is taken over, with what it left", as
     (await readdir(folder)).filter((name) => name.startsWith("gone")),
     ["gone.notes.tmp"],
   );
+  const { pid, platform } = process;
+  // After a restart of the machine, a later process with the same id, and one killed before its lock was there.
+  const boot = existsSync("/etc/machine-id") ? [{ pid, boot: "an earlier one" }] : [];
+  for (const changes of platform === "linux" ? [{ pid, start: "1" }, ...boot] : []) {
+    plant(path, changes);
+    (await takeLock(path, silent, 100)).close();
+  }
+  await writeFile(`${path}.lock.0123456789abcdef.0`, "{");
+  (await takeLock(path, silent, 100)).close();
+  t.notOk(existsSync(`${path}.lock.0123456789abcdef.0`));
 });
 
 t.test("another machine is not mistaken", async (t) => {
   const path = join(folder, "mistaken");
   const gone = spawnSync(process.execPath, ["-e", ""]).pid;
-  plant(path, { pid: gone, machine: "somewhere else", host: "elsewhere" });
-  await t.rejects(takeLock(path, silent, 100), {
-    message: new RegExp(`process ${gone} on elsewhere .*or if it no longer runs, delete .*mistaken.lock`),
-  });
-  t.ok(existsSync(`${path}.lock`), "and left alone");
+  for (const changes of [{ machine: "somewhere else" }, { namespace: "a container" }]) {
+    plant(path, { pid: gone, host: "elsewhere", ...changes });
+    await t.rejects(takeLock(path, silent, 100), {
+      message: new RegExp(`process ${gone} on elsewhere .*or if it no longer runs, delete .*mistaken.lock`),
+    });
+    t.ok(existsSync(`${path}.lock`), "and left alone");
+  }
   await rm(`${path}.lock`);
   // A lock of another kind is not interpreted.
   for (const text of ["", "{}", '{"pid":1,"token":"../../x"}']) {

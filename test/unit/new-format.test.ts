@@ -59,6 +59,9 @@ t.test("an entry of the table is all that a format needs", async (t) => {
   const products = ({ A, Bt }: Layer): number[] => Bt.flatMap((b) => A.map((a) => a * b));
   for (const [i, value] of products(again).entries()) t.ok(Math.abs(value - products(layer)[i]!) < 1e-6);
   t.match((await run("export", "--help", "--all")).stdout, /, lorajson/);
+  writeFileSync("first.lorajson", '{ "model.layer": null }');
+  const { stderr } = await run("pack", ".", "-o", "x.eigen");
+  t.match(stderr, /eigenlora: TypeError: Cannot .*\n +at (.|\n)*Please report it/);
   t.match((await run("pack", data("onnx"), "-o", "x.eigen")).stderr, /, \.lorajson/);
 });
 
