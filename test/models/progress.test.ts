@@ -200,7 +200,8 @@ t.test("a pack tells of tasks that are read, once each", async (t) => {
   pack.addEventListener("taskread", ({ detail }) => read.push(`${detail.task} ${detail.bytes}`));
   await Promise.all([pack.load("two"), pack.load("two"), pack.prefetch(["two", "three"])]);
   const bytes = (id: string): number => pack.tasks.get(id)!.bytes;
-  t.same(read, [`two ${bytes("two")}`, `three ${bytes("three")}`]);
+  // Tasks that are read at once are hashed on threads of the platform: either may be the first to be checked.
+  t.same(read.sort(), [`three ${bytes("three")}`, `two ${bytes("two")}`]);
   await pack.close();
 });
 

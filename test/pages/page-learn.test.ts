@@ -11,7 +11,7 @@ import { createEncoder, model } from "../../examples/minilm.js";
 import { buildPage } from "../../examples/page/build.js";
 import { serveFolder } from "../../examples/page/serve.js";
 import { size } from "../../examples/page/views.js";
-import { launch, noChromium, visitorOf } from "../support/browser.ts";
+import { launch, noChromium, settled, visitorOf } from "../support/browser.ts";
 import { folderFor } from "../support/folder.ts";
 import { parseTaskFile } from "../support/internals/runtime.ts";
 import { keepTasks } from "../support/page-pack.ts";
@@ -60,7 +60,6 @@ async function visit(
 }
 
 const heard = (page: Page): Promise<Heard> => page.evaluate(() => (globalThis as unknown as { heard: Heard }).heard);
-const settled = (page: Page): Promise<void> => page.locator('main[aria-busy="false"]').waitFor();
 const note = (page: Page, text: RegExp): Promise<void> => page.locator("#teach-note", { hasText: text }).waitFor();
 const press = (page: Page, what: "Teach" | "Stop"): Promise<void> =>
   page.locator("#teach-button", { hasText: what }).click();

@@ -13,10 +13,10 @@ import t, { type Test } from "tap";
 import { buildLlmPage } from "../../examples/page/llm/build.js";
 import { decode } from "../../examples/page/llm/decode.js";
 import { type Answered, serveFolder } from "../../examples/page/serve.js";
-import { launch, noChromium as skip } from "../support/browser.ts";
+import { launch, settled, noChromium as skip } from "../support/browser.ts";
 import { folderFor } from "../support/folder.ts";
 import { axeFindsNothing } from "../support/page-axe.ts";
-import { ask, PROMPTS, pick, settled, tinyMaterial, visit } from "../support/page-llm.ts";
+import { ask, PROMPTS, pick, tinyMaterial, visit } from "../support/page-llm.ts";
 import { generations, textOf } from "../support/pipelines.ts";
 import { NODE, open } from "../support/sessions.ts";
 

@@ -3,11 +3,10 @@
  */
 import { readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import type { Page } from "playwright-core";
 import t from "tap";
 import { buildPage, writeOfflineWorker } from "../../examples/page/build.js";
 import { serveFolder } from "../../examples/page/serve.js";
-import { launch, noChromium } from "../support/browser.ts";
+import { launch, noChromium, settled } from "../support/browser.ts";
 import { folderFor } from "../support/folder.ts";
 import { keepTasks } from "../support/page-pack.ts";
 
@@ -19,8 +18,6 @@ const server = await serveFolder(folder, { cacheControl: "max-age=600" });
 /** Shared by all tests here: each opens a window of its own. */
 const browser = noChromium ? undefined! : await launch(t);
 t.teardown(() => server.close());
-
-const settled = (page: Page): Promise<void> => page.locator('main[aria-busy="false"]').waitFor();
 
 t.test("the page runs its own scripts only, and talks to its own server only", { skip: noChromium }, async (t) => {
   const policy = (await fetch(server.url)).headers.get("content-security-policy")!;

@@ -4,7 +4,7 @@ import type { Browser, Page } from "playwright-core";
 import t from "tap";
 import { buildPage } from "../../examples/page/build.js";
 import { type Answered, serveFolder } from "../../examples/page/serve.js";
-import { launch, noChromium, visitorOf } from "../support/browser.ts";
+import { launch, noChromium, settled, visitorOf } from "../support/browser.ts";
 import { folderFor } from "../support/folder.ts";
 import { axeFindsNothing } from "../support/page-axe.ts";
 import { soak } from "../support/required.ts";
@@ -49,7 +49,6 @@ async function visit(
   return { page, complaints };
 }
 
-const settled = (page: Page): Promise<void> => page.locator('main[aria-busy="false"]').waitFor();
 const labelsOf = (page: Page): Promise<string[]> => page.locator("#labels .name").allTextContents();
 const topOf = async (page: Page): Promise<string | null> => page.locator("#labels .top .name").textContent();
 /** The newest row of the log: what, time, requests, bytes. */

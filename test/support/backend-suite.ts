@@ -13,6 +13,11 @@ const FLOATS: FloatDtype[] = ["f32", "f16", "bf16"];
 const TENSORS: Dtype[] = ["f32", "f16", "bf16", "int8", "int4", "int3"];
 const SEED = 20260115;
 
+type Numbers = Uint8Array | Uint16Array | Float32Array;
+
+/** Bytes of a number. */
+const sizeOf = (type: FloatDtype): number => (type === "f32" ? 4 : 2);
+
 /** Byte that fills memory which an operation must not touch. */
 const GUARD = 0xa5;
 
@@ -37,14 +42,19 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
       await work(t, backend);
     });
 
-  /** A block filled with guard bytes that holds `bytes` at `byteOffset`, with room behind them. */
-  function place(backend: Backend, bytes: Uint8Array, byteOffset: number): Slice {
+  /** A block filled with guard bytes that holds the bytes of `values` at `byteOffset`, with room behind them. */
+  function place(backend: Backend, values: Numbers, byteOffset: number): Slice {
+    const bytes = bytesOf(values);
     const whole = new Uint8Array(byteOffset + bytes.byteLength + 64).fill(GUARD);
     whole.set(bytes, byteOffset);
     const block = backend.allocate(whole.byteLength, "scratch");
     backend.upload({ block, byteOffset: 0 }, whole);
     return { block, byteOffset };
   }
+
+  /** f32 numbers at a slice. */
+  const floatsAt = async (backend: Backend, at: Slice, length: number): Promise<Float32Array> =>
+    new Float32Array((await download(backend, at, 4 * length)).buffer);
 
   /** Bytes of the slice's block outside the slice. */
   async function surroundings(backend: Backend, at: Slice, byteLength: number): Promise<Uint8Array> {
@@ -69,9 +79,9 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
         const encoded = encodeTensor(type, values(rows * width, random), rows, width);
         const basis = decode(type, encoded, rows, width);
         const before = values(rank * width, random);
-        const out = place(backend, add ? bytesOf(before) : new Uint8Array(4 * rank * width).fill(0xff), 4 * skew);
+        const out = place(backend, add ? before : new Uint8Array(4 * rank * width).fill(0xff), 4 * skew);
         const slices = {
-          coefficients: place(backend, bytesOf(coefficients), 4 * ((skew + 1) % 4)),
+          coefficients: place(backend, coefficients, 4 * ((skew + 1) % 4)),
           basis: place(backend, encoded, 4 * ((skew + 2) % 4)),
         };
         backend.expand({ out, add, ...slices, dtype: type, rank, rows, width });
@@ -84,7 +94,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
             }
           }
         }
-        const found = new Float32Array((await download(backend, out, 4 * rank * width)).buffer);
+        const found = await floatsAt(backend, out, rank * width);
         assertClose(found, expected, 1e-6 * Math.max(1, Math.sqrt(rows)));
         assertGuard(await surroundings(backend, out, 4 * rank * width));
         for (const { block } of [out, slices.coefficients, slices.basis]) backend.free(block);
@@ -108,8 +118,8 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
         const basis = values(rows * width, random);
         const out = place(backend, new Uint8Array(4 * count * rows).fill(0xff), 4 * skew);
         const slices = {
-          x: place(backend, bytesOf(x), 4 * ((skew + 1) % 4)),
-          basis: place(backend, bytesOf(basis), 4 * ((skew + 2) % 4)),
+          x: place(backend, x, 4 * ((skew + 1) % 4)),
+          basis: place(backend, basis, 4 * ((skew + 2) % 4)),
         };
         backend.project({ out, ...slices, count, rows, width });
 
@@ -119,7 +129,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
             for (let j = 0; j < width; j++) expected[i * rows + k]! += x[i * width + j]! * basis[k * width + j]!;
           }
         }
-        const found = new Float32Array((await download(backend, out, 4 * count * rows)).buffer);
+        const found = await floatsAt(backend, out, count * rows);
         assertClose(found, expected, 1e-6 * Math.max(1, Math.sqrt(width)));
         assertGuard(await surroundings(backend, out, 4 * count * rows));
         for (const { block } of [out, slices.x, slices.basis]) backend.free(block);
@@ -146,7 +156,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     backend.copy(at(64), on(24), 32);
     backend.expand({ out: on(32), coefficients: at(8), basis: at(64), ...shape });
     backend.project({ out: on(40), x: on(32), basis: on(0), count: 1, rows: 2, width: 8 });
-    const found = new Float32Array((await download(backend, on(0), 4 * 42)).buffer);
+    const found = await floatsAt(backend, on(0), 42);
     const expected = [5, 3, 10, 6, 12].flatMap((factor) => Array.from({ length: 8 }, (_, i) => factor * (i + 1)));
     const squares = 204; // 1 + 4 + … + 64
     t.strictSame([...found], [...expected, 12 * 5 * squares, 12 * 3 * squares]);
@@ -163,18 +173,25 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     inPlace: fc.boolean(),
     seed: fc.integer(),
   });
+  type Weight = typeof weights extends fc.Arbitrary<infer Value> ? Value : never;
+
+  /** A weight of `rows` by `columns` as bytes and as numbers, and the factors of an update of it. */
+  function weightOf({ type, rank, rows, columns, gap, seed }: Weight) {
+    const random = uniform(seed);
+    const stride = columns + gap;
+    const size = sizeOf(type);
+    const length = rows === 0 ? 0 : (rows - 1) * stride + columns;
+    const base = encodeTensor(type, values(length, random), 1, length).subarray(0, length * size);
+    const w0 = decode(type, base, 1, length);
+    const [left, right] = [values(rank * rows, random), values(rank * columns, random)];
+    return { random, stride, size, length, base, w0, left, right };
+  }
 
   check("fold equals the sum in f64, rounded once, for every float type", async (_t, backend) => {
     await fc.assert(
-      fc.asyncProperty(weights, async ({ type, rank, rows, columns, gap, skew, scaled, inPlace, seed }) => {
-        const random = uniform(seed);
-        const stride = columns + gap;
-        const size = type === "f32" ? 4 : 2;
-        const length = rows === 0 ? 0 : (rows - 1) * stride + columns;
-        const base = encodeTensor(type, values(length, random), 1, length).subarray(0, length * size);
-        const w0 = decode(type, base, 1, length);
-        const left = values(rank * rows, random);
-        const right = values(rank * columns, random);
+      fc.asyncProperty(weights, async (weight) => {
+        const { type, rank, rows, columns, gap, skew, scaled, inPlace } = weight;
+        const { random, stride, size, length, base, w0, left, right } = weightOf(weight);
         const rowScale = scaled === "rows" || scaled === "both" ? values(rows, random) : undefined;
         const columnScale = scaled === "columns" || scaled === "both" ? values(columns, random) : undefined;
 
@@ -183,10 +200,10 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
         const out = inPlace ? from : place(backend, blank, size * ((skew + 3) % 8));
         const job: FoldJob = {
           ...{ out, base: from, dtype: type, rows, columns, stride, rank },
-          left: place(backend, bytesOf(left), 4 * (skew % 3)),
-          right: place(backend, bytesOf(right), 4 * (skew % 5)),
-          rowScale: rowScale && place(backend, bytesOf(rowScale), 4),
-          columnScale: columnScale && place(backend, bytesOf(columnScale), 12),
+          left: place(backend, left, 4 * (skew % 3)),
+          right: place(backend, right, 4 * (skew % 5)),
+          rowScale: rowScale && place(backend, rowScale, 4),
+          columnScale: columnScale && place(backend, columnScale, 12),
         };
         backend.fold(job);
 
@@ -233,7 +250,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
   check("fold of rank 0 without scales copies bits, NaN payloads included", async (t, backend) => {
     const random = uniform(7);
     for (const type of FLOATS) {
-      const size = type === "f32" ? 4 : 2;
+      const size = sizeOf(type);
       for (const [rows, columns, stride] of [
         [5, 21, 21],
         [3, 8, 11],
@@ -312,8 +329,8 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
         const right = Float32Array.from({ length: columns }, (_, j) => cases[j % cases.length]![0]);
         const out = place(backend, new Uint8Array(2 * columns), 2);
         const job = { dtype: type, rows: 1, columns, stride: columns, rank: 1 };
-        const left = place(backend, bytesOf(Float32Array.of(1)), 4);
-        backend.fold({ out, base: out, left, right: place(backend, bytesOf(right), 4), ...job });
+        const left = place(backend, Float32Array.of(1), 4);
+        backend.fold({ out, base: out, left, right: place(backend, right, 4), ...job });
         const found = new Uint16Array((await download(backend, out, 2 * columns)).buffer);
         for (let j = 0; j < columns; j++) {
           const [value, half] = cases[j % cases.length]!;
@@ -321,7 +338,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
           t.equal(found[j]!.toString(16), expected.toString(16), `${type} of ${value} at ${j} of ${columns}`);
         }
         right.fill(NaN);
-        backend.fold({ out, base: out, left, right: place(backend, bytesOf(right), 4), ...job });
+        backend.fold({ out, base: out, left, right: place(backend, right, 4), ...job });
         const nan = decode(type, await download(backend, out, 2 * columns), 1, columns);
         t.ok(nan.every(Number.isNaN), `${type} NaN`);
       }
@@ -338,9 +355,9 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
       // Powers of two on one side: products are exact, fused or not, and one f32 addition is left.
       const left = Float32Array.from({ length: rows }, (_, i) => (i % 2 ? 1 : -1) * 2 ** ((i % 5) - 2));
       const right = values(columns, uniform(SEED)).map((x) => x * size);
-      const out = place(backend, bytesOf(halves), 2);
+      const out = place(backend, halves, 2);
       const job = { dtype: "f16", rows, columns, stride: columns, rank: 1 } as const;
-      const slices = { left: place(backend, bytesOf(left), 4), right: place(backend, bytesOf(right), 4) };
+      const slices = { left: place(backend, left, 4), right: place(backend, right, 4) };
       backend.fold({ out, base: out, ...slices, ...job });
       const found = new Uint16Array((await download(backend, out, halves.byteLength)).buffer);
       const wrong = found.findIndex((half, at) => {
@@ -364,7 +381,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     for (const type of ["f16", "bf16"] as const) {
       const bytes = bytesOf(Uint16Array.from({ length: 65536 }, (_, i) => i));
       const out = place(backend, new Uint8Array(4 * 65536), 0);
-      const coefficients = place(backend, bytesOf(Float32Array.of(1)), 0);
+      const coefficients = place(backend, Float32Array.of(1), 0);
       backend.expand({
         out,
         coefficients,
@@ -374,7 +391,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
         rows: 1,
         width: 65536,
       });
-      const found = new Float32Array((await download(backend, out, 4 * 65536)).buffer);
+      const found = await floatsAt(backend, out, 65536);
       const expected = decode(type, bytes, 1, 65536);
       const right = (value: number, i: number): boolean =>
         value === found[i] || (Number.isNaN(value) && Number.isNaN(found[i]!)) || flushed(value, found[i]!);
@@ -385,48 +402,38 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
 
   check("scale gives magnitude over norm, on both axes", async (_t, backend) => {
     await fc.assert(
-      fc.asyncProperty(
-        weights,
-        fc.constantFrom("rows" as const, "columns" as const),
-        async ({ type, rank, rows, columns, gap, skew, seed }, axis) => {
-          const random = uniform(seed);
-          const stride = columns + gap;
-          const size = type === "f32" ? 4 : 2;
-          const length = rows === 0 ? 0 : (rows - 1) * stride + columns;
-          const base = encodeTensor(type, values(length, random), 1, length).subarray(0, length * size);
-          const w0 = decode(type, base, 1, length);
-          const left = values(rank * rows, random);
-          const right = values(rank * columns, random);
-          const count = axis === "rows" ? rows : columns;
-          const magnitude = values(count, random);
-          const out = place(backend, new Uint8Array(4 * count), 4 * skew);
-          const slices = {
-            base: place(backend, base, size * skew),
-            left: place(backend, bytesOf(left), 4),
-            right: place(backend, bytesOf(right), 8),
-            magnitude: place(backend, bytesOf(magnitude), 12),
-          };
-          backend.scale({ out, ...slices, axis, dtype: type, rows, columns, stride, rank });
+      fc.asyncProperty(weights, fc.constantFrom("rows" as const, "columns" as const), async (weight, axis) => {
+        const { type, rank, rows, columns, skew } = weight;
+        const { random, stride, size, base, w0, left, right } = weightOf(weight);
+        const count = axis === "rows" ? rows : columns;
+        const magnitude = values(count, random);
+        const out = place(backend, new Uint8Array(4 * count), 4 * skew);
+        const slices = {
+          base: place(backend, base, size * skew),
+          left: place(backend, left, 4),
+          right: place(backend, right, 8),
+          magnitude: place(backend, magnitude, 12),
+        };
+        backend.scale({ out, ...slices, axis, dtype: type, rows, columns, stride, rank });
 
-          const sums = new Float64Array(count);
-          for (let i = 0; i < rows; i++) {
-            for (let j = 0; j < columns; j++) {
-              let value = w0[i * stride + j]!;
-              for (let k = 0; k < rank; k++) value += left[k * rows + i]! * right[k * columns + j]!;
-              sums[axis === "rows" ? i : j]! += value * value;
-            }
+        const sums = new Float64Array(count);
+        for (let i = 0; i < rows; i++) {
+          for (let j = 0; j < columns; j++) {
+            let value = w0[i * stride + j]!;
+            for (let k = 0; k < rank; k++) value += left[k * rows + i]! * right[k * columns + j]!;
+            sums[axis === "rows" ? i : j]! += value * value;
           }
-          const found = new Float32Array((await download(backend, out, 4 * count)).buffer);
-          for (let i = 0; i < count; i++) {
-            const expected = sums[i] === 0 ? 0 : magnitude[i]! / Math.sqrt(sums[i]!);
-            if (!(Math.abs(found[i]! - expected) <= 2e-5 * Math.abs(expected))) {
-              throw new Error(`${axis} ${i} is ${found[i]}, expected ${expected}`);
-            }
+        }
+        const found = await floatsAt(backend, out, count);
+        for (let i = 0; i < count; i++) {
+          const expected = sums[i] === 0 ? 0 : magnitude[i]! / Math.sqrt(sums[i]!);
+          if (!(Math.abs(found[i]! - expected) <= 2e-5 * Math.abs(expected))) {
+            throw new Error(`${axis} ${i} is ${found[i]}, expected ${expected}`);
           }
-          assertGuard(await surroundings(backend, out, 4 * count));
-          for (const { block } of [out, ...Object.values(slices)]) backend.free(block);
-        },
-      ),
+        }
+        assertGuard(await surroundings(backend, out, 4 * count));
+        for (const { block } of [out, ...Object.values(slices)]) backend.free(block);
+      }),
       { seed: SEED, numRuns: 150 },
     );
   });
@@ -440,16 +447,16 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
       ["columns", -1e30, [0, 1e-15, 1, 0, 0, 0], [0, NaN, -1e30]],
     ] as const) {
       const out = place(backend, new Uint8Array(4 * expected.length), 0);
-      const magnitude = place(backend, bytesOf(new Float32Array(expected.length).fill(each)), 0);
+      const magnitude = place(backend, new Float32Array(expected.length).fill(each), 0);
       const weight = {
-        base: place(backend, bytesOf(Float32Array.from(base)), 0),
+        base: place(backend, Float32Array.from(base), 0),
         dtype: "f32",
         rows: 2,
         columns: 3,
         stride: 3,
       } as const;
       backend.scale({ out, magnitude, ...weight, left: nothing, right: nothing, rank: 0, axis });
-      const found = new Float32Array((await download(backend, out, 4 * expected.length)).buffer);
+      const found = await floatsAt(backend, out, expected.length);
       t.strictSame([...found], expected.map(Math.fround), axis);
     }
   });
@@ -549,7 +556,7 @@ export function values(length: number, random: () => number): Float32Array {
   });
 }
 
-function bytesOf(array: Float32Array | Uint16Array): Uint8Array {
+function bytesOf(array: Numbers): Uint8Array {
   return new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
 }
 

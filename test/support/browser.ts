@@ -92,6 +92,9 @@ export async function visitorOf(
   return { page, complaints };
 }
 
+/** Resolves when the demo page has nothing left to do. */
+export const settled = (page: Page): Promise<void> => page.locator('main[aria-busy="false"]').waitFor();
+
 /** Answers for the CDN with packages from a folder. */
 export async function beTheCdn(t: Test, page: Page | BrowserContext, packages: string): Promise<void> {
   const TYPES: Record<string, string> = { wasm: "application/wasm", js: "text/javascript", mjs: "text/javascript" };

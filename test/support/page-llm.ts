@@ -6,7 +6,7 @@ import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import type { Browser, Page } from "playwright-core";
 import type { Material } from "../../examples/page/llm/build.js";
-import { visitorOf } from "./browser.ts";
+import { settled, visitorOf } from "./browser.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 
 /** Prompts whose greedy tokens by PEFT are known (test/data/decoder/goldens.json). The decoder's texts mean nothing. */
@@ -46,8 +46,6 @@ export async function visit(
   await settled(page);
   return { page, complaints };
 }
-
-export const settled = (page: Page): Promise<void> => page.locator('main[aria-busy="false"]').waitFor();
 
 /** Writes words, and waits for the active skill's answer to them. */
 export async function ask(page: Page, text: string): Promise<string> {
