@@ -1,13 +1,12 @@
 import { spawnSync } from "node:child_process";
 import { cp, mkdir, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { dirname, join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import * as ort from "onnxruntime-node";
 import t, { type Test } from "tap";
 import { run as eigenlora, json } from "../support/command-line.ts";
-import { workIn } from "../support/folder.ts";
+import { fromRoot, workIn } from "../support/folder.ts";
 import { changed } from "../support/graphs.ts";
 import { openSafetensors, openSource } from "../support/internals/base.ts";
 import { fromBinary } from "../support/internals/models.ts";
@@ -19,7 +18,7 @@ import { feedsIn, feeds as feedsOf, GOLDENS, modelBytes, difference as off } fro
  * `eigenlora attach`: onnxruntime runs its output without anything of this package, compared with answers of PyTorch
  * and PEFT (test/data/sessions). The Python part runs the code of docs/attach.md as it is written there.
  */
-const main = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
+const main = fromRoot("dist/src/cli/main.js");
 const folder = workIn(t);
 const sessions = (name: string): string => data(`sessions/${name}`);
 const outputs = GOLDENS.outputs as Record<string, Record<string, number[][]>>;
@@ -259,7 +258,7 @@ t.test("what cannot be is refused, and nothing is written", async (t) => {
     (await json(status, "attach", ...args, "-o", "refused/out.onnx"))["error"];
   const torchscript = sessions("torchscript.onnx");
   // A convolution that a task brings whole.
-  const vision = fileURLToPath(new URL("../data/forms/vision.onnx", import.meta.url));
+  const vision = fromRoot("test/data/forms/vision.onnx");
   const folded = join(folder, "whole.eigen");
   await writeFile(folded, (await packOf(["forms/adapters-vision-whole"])).bytes);
   t.match(await refuse(1, vision, folded), { tag: "base", message: /eigenlora fold.*mode "folded"/ });
@@ -290,7 +289,7 @@ t.test("what cannot be is refused, and nothing is written", async (t) => {
 t.test("onnxruntime in Python: the code of docs/attach.md, as it stands", async (t) => {
   const reason = pythonLacks("numpy", "onnxruntime", "safetensors.numpy");
   if (reason) return skip(t, "onnxruntime-python", reason);
-  const text = await readFile(new URL("../../docs/attach.md", import.meta.url), "utf8");
+  const text = await readFile(fromRoot("docs/attach.md"), "utf8");
   const [command = ""] = /(?<=npx eigenlora ).*/.exec(text) ?? [];
   const code = [...text.matchAll(/```python\n(.*?)```/gs)].map(([, block]) => block).join("\n");
   await mkdir(join(folder, "python"));

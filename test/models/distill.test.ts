@@ -5,7 +5,6 @@ import { type ChildProcess, spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
 import { cp, mkdir, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { basename, join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { openPack } from "eigenlora";
 import { type Adapter, searchPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
@@ -14,7 +13,7 @@ import t, { type Test } from "tap";
 import { readTask } from "../../examples/minilm.js";
 import { withTerms } from "../support/adapters.ts";
 import { json, run, words } from "../support/command-line.ts";
-import { workIn } from "../support/folder.ts";
+import { fromRoot, workIn } from "../support/folder.ts";
 import { uniform } from "../support/internals/base.ts";
 import { MeanDivergence } from "../support/internals/learn.ts";
 import { parseTaskFile } from "../support/internals/runtime.ts";
@@ -288,7 +287,7 @@ async function minilmCase(): Promise<Case> {
 for (const [title, caseOf] of [["a tiny model", tinyCase], ...(soak ? [["MiniLM", minilmCase] as const] : [])] as const)
   t.test(`the command line, on ${title}`, async (t) => {
     const folder = workIn(t);
-    const main = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
+    const main = fromRoot("dist/src/cli/main.js");
     const runAlone = (from: string, args: readonly string[]): { stdout: string; stderr: string } =>
       spawnSync(process.execPath, [from, ...args], { encoding: "utf8", cwd: folder });
     const given = await caseOf();
@@ -380,7 +379,7 @@ for (const [title, caseOf] of [["a tiny model", tinyCase], ...(soak ? [["MiniLM"
     t.match(other, { error: { tag: "adapter", message } }, "an adapter of another base");
 
     // A fresh install has none of the package's optional peers.
-    const root = fileURLToPath(new URL("../..", import.meta.url));
+    const root = fromRoot("");
     const alone = join(folder, "alone");
     await mkdir(join(alone, "node_modules"), { recursive: true });
     await cp(join(root, "dist"), join(alone, "dist"), { recursive: true });

@@ -1,9 +1,9 @@
 /** Every benchmark lists its options, and refuses unknown ones. Nothing is measured. */
 import { execFile } from "node:child_process";
 import { readdirSync } from "node:fs";
-import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import t from "tap";
+import { fromRoot } from "../support/folder.ts";
 
 const folder = new URL("../../benchmarks/", import.meta.url);
 const scripts = ["", "research/"].flatMap((under) =>
@@ -20,7 +20,7 @@ interface Ended {
 
 const GIVEN = [["--help"], ["--speling", "3"]];
 /** One process for all benchmarks, so that their imports are loaded once. */
-const child = fileURLToPath(new URL("../support/benchmarks-child.js", import.meta.url));
+const child = fromRoot("test/support/benchmarks-child.js");
 const ran = promisify(execFile)(process.execPath, [child, folder.href, JSON.stringify(scripts), JSON.stringify(GIVEN)]);
 const ended = ran.then(({ stdout }) => JSON.parse(stdout) as Record<string, [help: Ended, wrong: Ended]>);
 

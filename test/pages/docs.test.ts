@@ -5,16 +5,15 @@
 import { execFile } from "node:child_process";
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { dirname, join, relative } from "node:path";
-import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import t from "tap";
 import { pagesIn } from "../support/blocks.ts";
 import { run } from "../support/command-line.ts";
-import { folderFor } from "../support/folder.ts";
+import { folderFor, fromRoot } from "../support/folder.ts";
 import { soak } from "../support/required.ts";
 import { subpaths } from "../tools/api.js";
 
-const root = fileURLToPath(new URL("../..", import.meta.url));
+const root = fromRoot("");
 const read = (path: string): string => readFileSync(join(root, path), "utf8");
 
 /** Pages of `docs`, without the API reference, which is generated. */

@@ -9,7 +9,6 @@ import { execFile, spawnSync } from "node:child_process";
 import { existsSync, readFileSync } from "node:fs";
 import { chmod, copyFile, cp, mkdir, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { openPack } from "eigenlora";
 import { type BuildOptions, buildPack, encodeTaskFile, readGguf } from "eigenlora/build";
@@ -20,14 +19,14 @@ import ts from "typescript";
 import { readTask } from "../../examples/minilm.js";
 import { BLOCKS, type Block, blocksIn, PAGES } from "../support/blocks.ts";
 import { answerOf, beTheCdn, launch, noChromium, openPage } from "../support/browser.ts";
-import { folderFor } from "../support/folder.ts";
+import { folderFor, fromRoot } from "../support/folder.ts";
 import { hubFor } from "../support/huggingface-server.ts";
 import { concat, data, LOSSLESS } from "../support/packs.ts";
 import { packages, python, required } from "../support/required.ts";
 import { surface } from "../tools/api.js";
 import { SIGNER } from "../vectors/valid.js";
 
-const root = fileURLToPath(new URL("../..", import.meta.url));
+const root = fromRoot("");
 const folder = join(root, "test/support/examples");
 const values = join(folder, "values.js");
 
@@ -188,7 +187,7 @@ async function tinyPlace(t: Test): Promise<string> {
   const blob = await pack.stored("sst2");
   await writeFile(join(place, "sst2.eigentask"), encodeTaskFile(pack.tasks.get("sst2")!, pack.basisId, blob));
   await pack.close();
-  await cp(fileURLToPath(new URL("../vectors/valid/signed.eigen", import.meta.url)), join(place, "signed.eigen"));
+  await cp(fromRoot("test/vectors/valid/signed.eigen"), join(place, "signed.eigen"));
   await writeFile(join(place, "key.pem"), SIGNER.pem);
   for (const file of ["adapter_config.json", "adapter_model.safetensors"]) {
     await cp(data(`sessions/adapters/two/${file}`), join(place, file));

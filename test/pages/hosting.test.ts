@@ -10,17 +10,16 @@ import { createRequire } from "node:module";
 import { type AddressInfo, createServer } from "node:net";
 import { join } from "node:path";
 import { setTimeout as pause } from "node:timers/promises";
-import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import t, { type Test } from "tap";
 import { answerOf, launch, noChromium } from "../support/browser.ts";
-import { folderFor } from "../support/folder.ts";
+import { folderFor, fromRoot } from "../support/folder.ts";
 import { serve } from "../support/range-server.ts";
 import { MODULE } from "../support/readme.ts";
 import { lacking, packages, python, pythonLacks, without } from "../support/required.ts";
 import { difference, golden, modelBytes, packBytes } from "../support/sessions.ts";
 
-const root = fileURLToPath(new URL("../..", import.meta.url));
+const root = fromRoot("");
 
 /** The page, which also reports what the test asks for, in addition to the answer. */
 const PAGE = `import { openPack } from "eigenlora";

@@ -6,7 +6,6 @@ import { spawnSync } from "node:child_process";
 import { existsSync } from "node:fs";
 import { copyFile, cp, mkdir, readdir, readFile, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { gzipSync } from "node:zlib";
 import { createRuntime, openPack } from "eigenlora";
 import type { Page } from "playwright-core";
@@ -15,7 +14,7 @@ import ts from "typescript";
 import { serveFolder } from "../../examples/page/serve.js";
 import { answerOf, beTheCdn, launch, noChromium } from "../support/browser.ts";
 import { bundleWorker, metro, noProgram, outputOf, workerd } from "../support/engines.ts";
-import { folderFor } from "../support/folder.ts";
+import { folderFor, fromRoot } from "../support/folder.ts";
 import { GLOBALS, MSGPACKR } from "../support/internals/cli.ts";
 import { data, LOSSLESS, packOf } from "../support/packs.ts";
 import { generations, textOf } from "../support/pipelines.ts";
@@ -23,7 +22,7 @@ import { MODULE } from "../support/readme.ts";
 import { packages, without } from "../support/required.ts";
 import { difference, golden, modelBytes, packBytes } from "../support/sessions.ts";
 
-const root = fileURLToPath(new URL("../..", import.meta.url));
+const root = fromRoot("");
 
 function run(cwd: string, command: string, ...args: string[]): string {
   const { status, stdout, stderr } = spawnSync(command, args, { cwd, encoding: "utf8" });

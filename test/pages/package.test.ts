@@ -2,14 +2,14 @@ import { spawnSync } from "node:child_process";
 import { readdirSync } from "node:fs";
 import { cp, mkdir, readFile, writeFile } from "node:fs/promises";
 import { join, posix } from "node:path";
-import { fileURLToPath } from "node:url";
 import { gzipSync } from "node:zlib";
 import { build, type PluginBuild } from "esbuild";
 import t from "tap";
+import { fromRoot } from "../support/folder.ts";
 import { WEBGPU } from "../support/internals/cli.ts";
 
-const root = fileURLToPath(new URL("../..", import.meta.url));
-const manifest = JSON.parse(await readFile(new URL("../../package.json", import.meta.url), "utf8"));
+const root = fromRoot("");
+const manifest = JSON.parse(await readFile(fromRoot("package.json"), "utf8"));
 
 /**
  * Budgets of README, in bytes after gzip; 1 kB = 1000 B. 3.1 kB of WASM decode coded sections, and are loaded with the
@@ -156,12 +156,12 @@ t.test("a cache is portable, and no app pays for it that does not use it", async
 const BROWSER_BUDGET = 198_700;
 
 t.test("the file for pages without a bundler imports nothing and keeps its budget", async (t) => {
-  const bytes = await readFile(new URL("../../dist/browser.js", import.meta.url));
+  const bytes = await readFile(fromRoot("dist/browser.js"));
   const gzip = gzipSync(bytes, { level: 9 }).length;
   t.comment(`${gzip} B of ${BROWSER_BUDGET}`);
   t.ok(gzip <= BROWSER_BUDGET, `${gzip} B`);
   const { metafile } = await build({
-    entryPoints: [fileURLToPath(new URL("../../dist/browser.js", import.meta.url))],
+    entryPoints: [fromRoot("dist/browser.js")],
     bundle: true,
     format: "esm",
     write: false,

@@ -5,7 +5,6 @@
 import { execFile } from "node:child_process";
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { openPack } from "eigenlora";
 import type { Page } from "playwright-core";
@@ -14,7 +13,7 @@ import { buildLlmPage } from "../../examples/page/llm/build.js";
 import { decode } from "../../examples/page/llm/decode.js";
 import { type Answered, serveFolder } from "../../examples/page/serve.js";
 import { launch, settled, noChromium as skip } from "../support/browser.ts";
-import { folderFor } from "../support/folder.ts";
+import { folderFor, fromRoot } from "../support/folder.ts";
 import { axeFindsNothing } from "../support/page-axe.ts";
 import { ask, PROMPTS, pick, tinyMaterial, visit } from "../support/page-llm.ts";
 import { generations, textOf } from "../support/pipelines.ts";
@@ -187,7 +186,7 @@ t.test("teaches a skill that answers beside the others, and leaves as a file", {
 });
 
 t.test("without the model, the command says how to make it", async (t) => {
-  const serve = fileURLToPath(new URL("../../examples/page/serve.js", import.meta.url));
+  const serve = fromRoot("examples/page/serve.js");
   const refused = async (model: string, env: NodeJS.ProcessEnv): Promise<string> => {
     const run = promisify(execFile)(process.execPath, [serve, "--model", model], { env: { ...process.env, ...env } });
     return run.then(

@@ -8,7 +8,7 @@ import { readFile, writeFile } from "node:fs/promises";
 import { createServer as createHttpServer, get } from "node:http";
 import { createServer } from "node:net";
 import { createInterface } from "node:readline";
-import { fileURLToPath, pathToFileURL } from "node:url";
+import { pathToFileURL } from "node:url";
 import { openPack } from "eigenlora";
 import { buildPack, encodeTaskFile, readTaskFile } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
@@ -16,15 +16,15 @@ import type { Page } from "playwright-core";
 import t, { type Test } from "tap";
 import { launch, noChromium, visitorOf } from "../support/browser.ts";
 import { json, run } from "../support/command-line.ts";
-import { workIn } from "../support/folder.ts";
+import { fromRoot, workIn } from "../support/folder.ts";
 import { concat, data, LOSSLESS, packOf } from "../support/packs.ts";
 import { axeFindsNothing } from "../support/page-axe.ts";
 import { serve } from "../support/range-server.ts";
 
-const main = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
-const viewer = fileURLToPath(new URL("../../dist/viewer.html", import.meta.url));
-const demo = fileURLToPath(new URL("../../examples/tasks.eigen", import.meta.url));
-const home = fileURLToPath(new URL("../../docs/site/home.md", import.meta.url));
+const main = fromRoot("dist/src/cli/main.js");
+const viewer = fromRoot("dist/viewer.html");
+const demo = fromRoot("examples/tasks.eigen");
+const home = fromRoot("docs/site/home.md");
 
 workIn(t);
 /** Large: without loss, in f32; signed. */

@@ -18,14 +18,14 @@ import { baseEntries } from "../../benchmarks/lib/torch.js";
 import { createEncoder, readTask } from "../../examples/minilm.js";
 import { adapterOf } from "../support/adapters.ts";
 import { json, run, words } from "../support/command-line.ts";
-import { workIn } from "../support/folder.ts";
+import { fromRoot, workIn } from "../support/folder.ts";
 import { normal, openSafetensors, openSource, uniform } from "../support/internals/base.ts";
 import { data } from "../support/packs.ts";
 import { lacking, python, pythonLacks, skip, soak } from "../support/required.ts";
 
 ort.env.logLevel = "error";
 const ONE_THREAD = { intraOpNumThreads: 1, interOpNumThreads: 1 };
-const EXAMPLES = fileURLToPath(new URL("../../examples/python", import.meta.url));
+const EXAMPLES = fromRoot("examples/python");
 const folder = workIn(t);
 
 const DONORS = ["debtags-admin", "debtags-game", "debtags-use", "sections-0", "sections-1", "sections-2"];
@@ -268,7 +268,7 @@ async function otherModel(): Promise<string> {
 if (soak)
   t.test("the notebook repeats the examples", { skip: lacking("python", pythonLacks("json")) }, async (t) => {
     const made = join(folder, "train.ipynb");
-    const tool = fileURLToPath(new URL("../tools/notebook.py", import.meta.url));
+    const tool = fromRoot("test/tools/notebook.py");
     await promisify(execFile)(python, [tool, EXAMPLES, made]);
     t.equal(await readFile(join(EXAMPLES, "train.ipynb"), "utf8"), await readFile(made, "utf8"), tool);
   });

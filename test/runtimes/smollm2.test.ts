@@ -7,7 +7,6 @@
 import { execFile } from "node:child_process";
 import { readdir } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { openPack, type Pack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
@@ -24,6 +23,7 @@ import {
   smollm2,
   smollm2File,
 } from "../../benchmarks/lib/skills.js";
+import { fromRoot } from "../support/folder.ts";
 import { data, LOSSLESS, packOf } from "../support/packs.ts";
 import { skip as noTransformers, type Pipe, transformers } from "../support/pipelines.ts";
 import { lacking, python, pythonLacks, soak } from "../support/required.ts";
@@ -164,7 +164,7 @@ if (soak) {
   });
 }
 
-const script = fileURLToPath(new URL("../tools/smollm2.py", import.meta.url));
+const script = fromRoot("test/tools/smollm2.py");
 const make = (...args: string[]): Promise<string> =>
   promisify(execFile)(python, [script, ...args]).then(
     ({ stdout }) => stdout,

@@ -7,11 +7,10 @@
 import { execFile } from "node:child_process";
 import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { type AttachedPack, type AttachOptions, attachPack } from "eigenlora/transformers";
 import t, { type Test } from "tap";
-import { folderFor } from "../support/folder.ts";
+import { folderFor, fromRoot } from "../support/folder.ts";
 import {
   type Answer,
   generations,
@@ -209,7 +208,7 @@ t.test("onnxruntime-web answers as PEFT does", { skip }, async (t) => {
   }
   const plan = join(folder, "plan.json");
   await writeFile(plan, JSON.stringify({ models: MODELS, runs }));
-  const main = fileURLToPath(new URL("../support/pipelines-main.js", import.meta.url));
+  const main = fromRoot("test/support/pipelines-main.js");
   const { stdout } = await promisify(execFile)(process.execPath, [main, PACKAGE, plan]);
   const said = JSON.parse(stdout.slice(stdout.lastIndexOf("\n") + 1)) as {
     model: string;

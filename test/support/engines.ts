@@ -6,16 +6,15 @@
 import { execFile, spawn } from "node:child_process";
 import { cp, mkdir, writeFile } from "node:fs/promises";
 import { dirname, join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { build } from "esbuild";
 import type { Test } from "tap";
 import { bundleForHermes } from "../../benchmarks/lib/metro.js";
-import { folderFor } from "./folder.ts";
+import { folderFor, fromRoot } from "./folder.ts";
 import { packages, without } from "./required.ts";
 
 const execute = promisify(execFile);
-const root = fileURLToPath(new URL("../..", import.meta.url));
+const root = fromRoot("");
 
 /** Programs by the name of EIGENLORA_REQUIRE. */
 export const PROGRAMS = {

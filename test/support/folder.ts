@@ -1,8 +1,12 @@
-/** Folders that a test works in. */
+/** Files of the repository, and folders that a test works in. */
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { fileURLToPath } from "node:url";
 import type { Test } from "tap";
+
+/** Absolute path of a file of the repository. */
+export const fromRoot = (path: string): string => fileURLToPath(new URL(`../../${path}`, import.meta.url));
 
 /** Makes a folder, which is removed at the end of the test. @returns its path */
 export function folderFor(t: Pick<Test, "teardown">): string {

@@ -2,7 +2,7 @@
 import { readFile } from "node:fs/promises";
 import t from "tap";
 import { run } from "../support/command-line.ts";
-import { workIn } from "../support/folder.ts";
+import { fromRoot, workIn } from "../support/folder.ts";
 import { COMMAND_LINE } from "../support/internals/cli.ts";
 
 const list = (await run("--help")).stdout;
@@ -62,7 +62,7 @@ t.test("every way to ask for help and version", async (t) => {
   for (const asked of [["-h"], ["help"]]) t.equal((await run(...asked)).stdout, list, asked.join(" "));
   t.same(JSON.parse((await run("pack", "--help", "--json")).stdout), { help });
   t.same(JSON.parse((await run("help", "pack", "--json")).stdout), { help });
-  const { version } = JSON.parse(await readFile(new URL("../../package.json", import.meta.url), "utf8"));
+  const { version } = JSON.parse(await readFile(fromRoot("package.json"), "utf8"));
   for (const flag of ["-v", "--version"]) t.match(await run(flag), { status: 0, stdout: `${version}\n`, stderr: "" });
   t.same(JSON.parse((await run("--version", "--json")).stdout), { version });
 });

@@ -2,18 +2,17 @@ import { spawnSync } from "node:child_process";
 import * as fs from "node:fs";
 import { copyFile, cp, mkdir, readdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { openPack } from "eigenlora";
 import { encodeTaskFile } from "eigenlora/build";
 import t from "tap";
 import { json, run, words } from "../support/command-line.ts";
 import { relativeDifference, tensorsOf } from "../support/compare.ts";
-import { workIn } from "../support/folder.ts";
+import { fromRoot, workIn } from "../support/folder.ts";
 import { FILES, type Files } from "../support/internals/cli.ts";
 import { layoutAppend } from "../support/internals/format.ts";
 import { data } from "../support/packs.ts";
 
-const main = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
+const main = fromRoot("dist/src/cli/main.js");
 const folder = workIn(t);
 const own = data("adapters/own-seed");
 /** Components of a few adapters hold little of another one. */

@@ -2,12 +2,12 @@
  * Entropy-coded sections: they decode byte for byte, damage is found, and
  * packs made with a step match their options.
  */
-import { fileURLToPath } from "node:url";
 import type { TensorRef } from "eigenlora";
 import { openPack } from "eigenlora";
 import { buildPack, planAppend, projectAdapters } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
+import { fromRoot } from "../support/folder.ts";
 import { atOnce, decodeTensor, encodeTensor, normal, uniform } from "../support/internals/base.ts";
 import {
   type Coder,
@@ -34,7 +34,7 @@ const LITERALS: number = 71;
 const LENGTH: number = 72;
 const DISTANCE: number = 73;
 
-const OWN_SEED = fileURLToPath(new URL("../data/adapters/own-seed", import.meta.url));
+const OWN_SEED = fromRoot("test/data/adapters/own-seed");
 
 /**
  * Decodes a section with both decoders.

@@ -12,11 +12,12 @@ import { type Adapter, buildPack, diffusersFile, ggufFile, kohyaFile, onnxAdapte
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import { deltaOf, relativeDifference } from "../support/compare.ts";
+import { fromRoot } from "../support/folder.ts";
 import { concat, data, LOSSLESS } from "../support/packs.ts";
 import { lacking, python, pythonLacks, runtimes, skip, without } from "../support/required.ts";
 
 const goldens = data("goldens/formats");
-const cli = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
+const cli = fromRoot("dist/src/cli/main.js");
 const CONFIG = JSON.stringify({ model_type: "mistral", num_attention_heads: 4, num_key_value_heads: 2 });
 
 /** Golden adapter, its name in the oracle, and the format it is exported to. */
@@ -72,7 +73,7 @@ t.test("format → lossless pack → format: the same modules and updates", asyn
 
 t.test("each tool loads what was exported and makes the golden weights of it", async (t) => {
   t.setTimeout(120_000);
-  const oracle = fileURLToPath(new URL("../support/export-oracle.py", import.meta.url));
+  const oracle = fromRoot("test/support/export-oracle.py");
   let output: string;
   try {
     output = execFileSync(python, [oracle, goldens, exported], { encoding: "utf8", stdio: "pipe" });

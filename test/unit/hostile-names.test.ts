@@ -2,10 +2,9 @@
 import { spawnSync } from "node:child_process";
 import { cp, readFile, writeFile } from "node:fs/promises";
 import { basename, join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { encodeTaskFile } from "eigenlora/build";
 import t from "tap";
-import { folderFor } from "../support/folder.ts";
+import { folderFor, fromRoot } from "../support/folder.ts";
 import { encodeTensor, toHex } from "../support/internals/base.ts";
 import { paragraph, printable, runProgram } from "../support/internals/cli.ts";
 import { encodeBasis, encodeTask, sha256 } from "../support/internals/format.ts";
@@ -101,7 +100,7 @@ t.test("warnings", async (t) => {
     const config = JSON.parse(await readFile(file, "utf8"));
     await writeFile(file, JSON.stringify({ ...config, base_model_name_or_path: `${name}${evil}` }));
   }
-  const main = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
+  const main = fromRoot("dist/src/cli/main.js");
   const args = ["pack", "a", "b", "-o", "p.eigen", "--k", "2", "--any-base"];
   const { stderr, status } = spawnSync(process.execPath, [main, ...args], { cwd: folder, encoding: "utf8" });
   t.equal(status, 0);

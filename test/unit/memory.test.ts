@@ -1,14 +1,13 @@
 import { spawnSync } from "node:child_process";
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import t from "tap";
 import { dawnMissing } from "../support/backend-list.ts";
-import { folderFor } from "../support/folder.ts";
+import { folderFor, fromRoot } from "../support/folder.ts";
 import { modelOf } from "../support/graphs.ts";
 import { create, makeNode, makeValue } from "../support/internals/models.ts";
 
-const child = fileURLToPath(new URL("../support/memory-child.js", import.meta.url));
+const child = fromRoot("test/support/memory-child.js");
 
 for (const backend of ["js", "wasm", "webgpu"]) {
   const skip = backend === "webgpu" && ((await dawnMissing()) ?? false);

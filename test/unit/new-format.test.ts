@@ -5,7 +5,7 @@
 import { readFileSync, writeFileSync } from "node:fs";
 import type { Adapter, AdapterModule, Exportable } from "eigenlora/build";
 import t from "tap";
-import { workIn } from "../support/folder.ts";
+import { fromRoot, workIn } from "../support/folder.ts";
 import { FORMATS } from "../support/internals/pack.ts";
 import { data } from "../support/packs.ts";
 
@@ -66,6 +66,6 @@ t.test("an entry of the table is all that a format needs", async (t) => {
 });
 
 t.test("documentation has a row for each format", async (t) => {
-  const rows = readFileSync(new URL("../../docs/adapters.md", import.meta.url), "utf8").split("\n");
+  const rows = readFileSync(fromRoot("docs/adapters.md"), "utf8").split("\n");
   for (const name of known) t.ok(rows.some((row) => row.startsWith("| ") && row.toLowerCase().includes(name)));
 });

@@ -4,15 +4,15 @@
  */
 import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { EigenLoraError, openPack } from "eigenlora";
 import { type Adapter, buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
+import { fromRoot } from "../support/folder.ts";
 import { elementsOf, uniform } from "../support/internals/base.ts";
 import { soak } from "../support/required.ts";
 
-const goldens = fileURLToPath(new URL("../data/goldens/peft", import.meta.url));
+const goldens = fromRoot("test/data/goldens/peft");
 const SEEDS = "plain patterns bias-all conv dora embedding lora-bias modules-to-save token-rows rslora".split(" ");
 const COUNT = soak ? 4000 : 1000;
 

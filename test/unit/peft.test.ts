@@ -5,17 +5,17 @@
 import { execFileSync } from "node:child_process";
 import { cpSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { AdapterError, FormatError, openPack, readTensor } from "eigenlora";
 import { type Adapter, buildPack, type Exportable, peftFiles, readPeft } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t, { type Test } from "tap";
 import { bytesOf, entries, readAll, type Spec } from "../support/adapters.ts";
+import { fromRoot } from "../support/folder.ts";
 import { openSource } from "../support/internals/base.ts";
 import { concat, LOSSLESS } from "../support/packs.ts";
 import { python, skip } from "../support/required.ts";
 
-const data = fileURLToPath(new URL("../data", import.meta.url));
+const data = fromRoot("test/data");
 const goldens = join(data, "goldens/peft");
 
 /** Reads everything under a path. @returns the error */
@@ -561,7 +561,7 @@ t.test("PEFT loads what was exported and merges it to the golden weights", async
   }
   let output: string;
   try {
-    const script = fileURLToPath(new URL("../support/peft-oracle.py", import.meta.url));
+    const script = fromRoot("test/support/peft-oracle.py");
     output = execFileSync(python, [script, goldens, root], { encoding: "utf8", stdio: "pipe" });
   } catch (error) {
     const { status, stderr, message } = error as Error & { status: number | null; stderr?: string };

@@ -4,10 +4,11 @@ import { type ByteSource, FormatError, SourceError } from "eigenlora";
 import fc from "fast-check";
 import t from "tap";
 import { bytesOf } from "../support/adapters.ts";
+import { fromRoot } from "../support/folder.ts";
 import { elementsOf, openSafetensors, type SafetensorsEntry, writeSafetensors } from "../support/internals/base.ts";
 import { runs } from "../support/required.ts";
 
-const golden = new Uint8Array(readFileSync(new URL("../data/goldens/peft/plain/base.safetensors", import.meta.url)));
+const golden = new Uint8Array(readFileSync(fromRoot("test/data/goldens/peft/plain/base.safetensors")));
 
 function source(bytes: Uint8Array, name = "some.safetensors"): ByteSource {
   return {

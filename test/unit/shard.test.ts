@@ -7,14 +7,13 @@ import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { cp, readdir, readFile, stat, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { openPack, type Pack } from "eigenlora";
 import { type Adapter, type BuildOptions, buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import { firstModules, withTerms } from "../support/adapters.ts";
 import { json, words } from "../support/command-line.ts";
-import { workIn } from "../support/folder.ts";
+import { fromRoot, workIn } from "../support/folder.ts";
 import { type SafetensorsEntry, shuffle, uniform } from "../support/internals/base.ts";
 import {
   adapterStatistics,
@@ -357,7 +356,7 @@ t.test("parts that lie with good checksums are refused", async (t) => {
 
 t.test("the commands: restarts, interruptions, refusals, the keys of the contract", async (t) => {
   const folder = workIn(t);
-  const main = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
+  const main = fromRoot("dist/src/cli/main.js");
   for (const name of ["debtags-game", "debtags-role", "sections-0"])
     await cp(data(`adapters/own-seed/${name}`), join(folder, name), { recursive: true });
   const bytes = (name: string): Promise<Buffer> => readFile(join(folder, name));

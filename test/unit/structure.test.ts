@@ -4,11 +4,11 @@
  */
 import { readdirSync, readFileSync } from "node:fs";
 import { dirname, join, normalize } from "node:path";
-import { fileURLToPath } from "node:url";
 import t from "tap";
 import ts from "typescript";
+import { fromRoot } from "../support/folder.ts";
 
-const root = fileURLToPath(new URL("../..", import.meta.url));
+const root = fromRoot("");
 
 /** Lowest first. A file belongs to the first entry that it is or lies in. */
 const LAYERS: readonly (readonly string[])[] = [

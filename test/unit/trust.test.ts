@@ -7,6 +7,7 @@ import { readFile } from "node:fs/promises";
 import { type OpenOptions, openPack, type Pack, TrustError } from "eigenlora";
 import { createSigner } from "eigenlora/build";
 import t from "tap";
+import { fromRoot } from "../support/folder.ts";
 import { encodeSignedTaskFile, layoutAppend, layoutSigned } from "../support/internals/format.ts";
 import { parseTaskFile } from "../support/internals/runtime.ts";
 import { applied, concat, freshChunks } from "../support/packs.ts";
@@ -18,7 +19,7 @@ const vector = async (name: string): Promise<Uint8Array<ArrayBuffer>> =>
 const PACK = await vector("every-kind.eigen");
 const SIGNED = await vector("signed.eigen");
 /** Keys of the signed vector. */
-const KEYS: string[] = JSON.parse(await readFile(new URL("../vectors/index.json", import.meta.url), "utf8")).find(
+const KEYS: string[] = JSON.parse(await readFile(fromRoot("test/vectors/index.json"), "utf8")).find(
   ({ file }: { file: string }) => file === "valid/signed.eigen",
 ).keys;
 const ROOT = await (await openPack(PACK)).integrity();

@@ -18,6 +18,7 @@ import { readTaskFile } from "eigenlora/build";
 import t from "tap";
 import { run } from "../support/command-line.ts";
 import { floats } from "../support/compare.ts";
+import { fromRoot } from "../support/folder.ts";
 import { decodeTensor, openSafetensors, openSource } from "../support/internals/base.ts";
 import { decodeSection, isCoded } from "../support/internals/format.ts";
 import { expandTerm } from "../support/internals/pack.ts";
@@ -304,7 +305,7 @@ for (const backend of ["js", "wasm"] as const) {
   }
 }
 
-const spec = await readFile(new URL("../../SPEC.md", import.meta.url), "utf8");
+const spec = await readFile(fromRoot("SPEC.md"), "utf8");
 const [, appendix] = spec.split("## Appendix A");
 
 t.test("the example of SPEC.md is the file, byte for byte", async (t) => {
@@ -393,7 +394,7 @@ t.test(
 
 t.test("the comparison of mutants with SPEC.md is not easily content", { skip: noPython }, async (t) => {
   // A byte of a tensor, and it says which weight.
-  const bytes = new Uint8Array(await readFile(new URL("../vectors/valid/minimal.eigen", import.meta.url)));
+  const bytes = new Uint8Array(await readFile(fromRoot("test/vectors/valid/minimal.eigen")));
   for (const wasm of [false, true]) {
     t.equal(await check({ bytes }, meaningsOf([{ bytes }])[0], wasm), undefined);
     for (const at of [0x782, 0x792, 0x7d6, 0x7da]) {

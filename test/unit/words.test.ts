@@ -4,12 +4,12 @@
  */
 import { readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import t from "tap";
 import ts from "typescript";
 import { PAGES } from "../support/blocks.ts";
+import { fromRoot } from "../support/folder.ts";
 
-const root = fileURLToPath(new URL("../..", import.meta.url));
+const root = fromRoot("");
 
 /** Names that still have several declarations, with the reason. */
 const SEVERAL: Readonly<Record<string, string>> = {
