@@ -18,7 +18,7 @@ import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors.t
 import { type Attach, command } from "./command.ts";
 import { checkTarget, makeFolder, realTarget, stat, writeTogether } from "./files.ts";
 import { byDefault, choice, force, list, match, output, refuseUnknown, revoked, UsageError } from "./options.ts";
-import { bytes, count } from "./output.ts";
+import { bytes, count, warnOfNames } from "./output.ts";
 
 /** The most that protobuf allows, and so the most that runtimes load. */
 const MOST_MODEL_BYTES = 2 ** 31 - 1;
@@ -72,6 +72,7 @@ export const attach: Attach = command({
     refuseNames(target, ids);
     for (const id of ids) checkTarget(taskFile(target, id), { force, inputs, output: target });
     const { mode: chosen, reason, modules, unconfirmed } = prepared;
+    warnOfNames(options.names, unconfirmed, out);
     const marks: Marks = new Map([
       [`${PREFIX}.basis`, pack.basisId],
       [`${PREFIX}.mode`, chosen],

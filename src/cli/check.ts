@@ -20,7 +20,7 @@ import { broughtBy, planSession } from "../session/prepare.ts";
 import { type Attach, command } from "./command.ts";
 import { openRuntime, WITHOUT_NUGET } from "./model.ts";
 import { inFlags, list, match, refuseUnknown, toggle, UsageError } from "./options.ts";
-import { bytes, count, table } from "./output.ts";
+import { bytes, count, table, warnOfNames } from "./output.ts";
 
 const OPTIONS = {
   ...match,
@@ -38,7 +38,7 @@ export const check: Attach = command({
   example: "check model.onnx tasks.eigen",
   options: OPTIONS,
   reads: ["model", "file"],
-  async run([modelPath, packPath]: [string, string], { filesOnly, beside, ...options }, run) {
+  async run([modelPath, packPath]: [string, string], { filesOnly, beside, ...options }, run, out) {
     const pack = await run.pack(packPath);
     refuseUnknown(options.names, pack.modules, packPath);
     const models = namesOf([modelPath, ...beside]);
@@ -49,6 +49,13 @@ export const check: Attach = command({
       if (typeof found === "string") return found;
       return found.mode === null ? `${isAlone ? "" : `${name}: `}${found.reason}` : [];
     });
+    const surveyed = files.flatMap(([, found]) => (typeof found === "string" ? [] : found.modules));
+    const unconfirmed = surveyed.filter(({ weight, confirmed }) => weight !== null && confirmed === null);
+    warnOfNames(
+      options.names,
+      unconfirmed.map(({ module }) => module),
+      out,
+    );
     const planned = lost ?? stopped[0];
     const isRun = !filesOnly && planned === undefined;
     const ran = isRun ? inWords(await tryOut(models, pack, options)) : null;
@@ -201,6 +208,8 @@ export interface Survey {
   readonly half: "encoder" | "decoder" | null;
   readonly modules: readonly SurveyedModule[];
   readonly parameters: readonly SurveyedParameter[];
+  /** A weight by another name whose values a module's fingerprint confirms: "MODULE=WEIGHT". */
+  readonly proposal: string | null;
   /** The obstacle where a mode does not work. */
   readonly modes: Readonly<Record<Mode, { readonly works: boolean; readonly why: string | null }>>;
 }
@@ -222,13 +231,15 @@ export async function surveyModel(file: ModelFile, pack: Pack, options: SessionO
     };
     const modes = { core: await survey("core"), factors: await survey("factors"), folded: await survey("folded") };
     const { halfOf } = await import("../session/training.ts");
+    const modulesFound = await surveyModules(file, view, bases, options);
     return {
       mode: plan?.mode ?? null,
       reason: plan?.reason ?? planned.why!,
       opset: model.opset,
       fused: fusedNode(model)?.opType ?? null,
       half: halfOf(file) ?? null,
-      modules: await surveyModules(file, view, bases, options),
+      modules: modulesFound,
+      proposal: await propose(file, view, bases, options, modulesFound),
       parameters: await surveyParameters(file, view, options),
       modes,
     };
@@ -274,6 +285,27 @@ async function surveyModules(
     });
   }
   return found;
+}
+
+/** Names alone lead to wrong weights: those of two layers have one shape. */
+async function propose(
+  file: ModelFile,
+  pack: PackView,
+  bases: Uint8Array,
+  options: SessionOptions,
+  found: readonly SurveyedModule[],
+): Promise<string | null> {
+  for (const [i, module] of pack.modules.entries()) {
+    const { weight, candidates } = found[i]!;
+    if (weight !== null || module.fingerprint === undefined) continue;
+    // The name that a user gave in its place may be the wrong one.
+    for (const name of [`${module.name}.weight`, ...candidates]) {
+      const matcher = new ModelMatcher(file, { ...options, names: new Map([[module.name, name]]) });
+      const tried = await attempt(async () => matcher.confirms(module, (await matcher.weights([module]))[0]!, bases));
+      if (tried.made) return `${module.name}=${name}`;
+    }
+  }
+  return null;
 }
 
 function nodesThatUse({ uses, copies }: OnnxParameter): string[] {
@@ -421,7 +453,7 @@ async function adviceOf(
   const surveys = files.map(([, found]) => found as Survey);
   const survey = surveys.find(({ mode }) => mode === null) ?? surveys[0]!;
   const foreign = files.length === 1 ? await foreignOf(pack, survey) : [];
-  const { mode, fused, half, modules, parameters } = survey;
+  const { mode, fused, half, modules, parameters, proposal } = survey;
   if (mode !== null) {
     if (MIXED.test(ran?.session.says ?? ""))
       return "export the model in float32: load the checkpoint with dtype=torch.float32 before the export (docs/export.md).";
@@ -446,12 +478,12 @@ async function adviceOf(
     return `give the ${other} of the model, too: --beside ${other}${half === "encoder" ? "_model_merged" : "_model"}.onnx`;
   if (lost.some(({ misfit }) => misfit))
     return "use the model that the adapters were trained on: in this one a layer has another shape.";
-  const like = ({ candidates }: Survey["modules"][number]): string | undefined =>
-    candidates.find((name) => !name.endsWith(".bias"));
-  const guess = lost.find(like);
-  if (guess) return `if the names differ, map each module: --names ${guess.module}=${like(guess)}`;
+  if (proposal !== null)
+    return `map each module whose name differs: --names ${proposal} has the values of its fingerprint.`;
   // Some weights, or biases of the same layers, have kept their names: it is the right architecture.
   const known = lost.length < modules.length || lost.some(({ candidates }) => candidates.length > 0);
+  if (first && known && pack.modules.every(({ fingerprint }) => fingerprint === undefined))
+    return `make the pack with --base: without fingerprints, nothing tells which weight "${first.module}" is in this model.`;
   if (first && known)
     return `export the model with "${first.module}" under its name (docs/export.md): quantisers lose the names of torch's newer exporter.`;
   if (first) {

@@ -102,6 +102,17 @@ export function paragraph(message: string): string {
   return message.split("\n").map(printable).join("\n  ");
 }
 
+/** Warns of names that a user has given to weights, and no fingerprint confirms. */
+export function warnOfNames(names: ReadonlyMap<string, string>, unconfirmed: readonly string[], out: Output): void {
+  for (const module of unconfirmed) {
+    const weight = names.get(module);
+    if (weight !== undefined)
+      out.warn(
+        `--names ${module}=${weight}: no fingerprint confirms that weight; where it is another, answers are wrong. Make the pack with --base`,
+      );
+  }
+}
+
 /** Warns of what adapters' files say. @returns the warnings */
 export function warnOf(adapters: readonly Adapter[], out: Output): string[] {
   const all = adapters.flatMap(({ id, warnings }) => warnings.map((warning) => `${id}: ${warning}`));

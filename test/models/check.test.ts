@@ -16,6 +16,7 @@ import { concat, data, LOSSLESS } from "../support/packs.ts";
 import { MODES, NODE, open, refusal } from "../support/sessions.ts";
 
 const folder = folderFor(t);
+const QUERY = "bert.encoder.layer.0.attention.self.query";
 
 /** A pack of adapters under test/data; its path. */
 async function pack(name: string, adapters: readonly string[], base?: string): Promise<string> {
@@ -167,6 +168,15 @@ t.test("the command: exit code, verdict, next step", async (t) => {
     t.match(advice, next, what);
     t.notMatch(stdout, /option `names`|anyBase: true,|pass ignore: |undefined|NaN/, `${what}: in flags`);
   }
+});
+
+t.test("names by hand that no fingerprint supports are warned of, and none are proposed", async (t) => {
+  const bare = await pack("bare.eigen", ["sessions/adapters"]);
+  const check = (weight: string) =>
+    run("check", pathOf("sessions/torchscript.onnx"), bare, "--files-only", "--names", `${QUERY}=${weight}`);
+  const mapped = await check(`${QUERY.replace("query", "value")}.weight`);
+  t.match(mapped.stderr.replace(/\s+/g, " "), /warning: --names \S+query=\S+: no fingerprint confirms that weight/);
+  t.match((await check("other.weight")).stdout, /Next: make the pack with --base/);
 });
 
 t.test("with onnxruntime-node it makes a session and runs it", async (t) => {
